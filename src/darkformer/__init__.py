@@ -1,0 +1,82 @@
+"""darkformer: transformers whose attention costs O(L), through data-aware random features (DARKFormer).
+
+The names below load what they need on first use: `import darkformer` itself needs torch and numpy only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .config import (
+    ConfigError,
+    ConversionError,
+    DarkConfig,
+    DarkformerError,
+    InputError,
+    MissingExtraError,
+    NonFiniteError,
+    RunFolderError,
+    TrainConfig,
+)
+from .features.maps import FeatureMap, feature_map
+from .ops.attention import attention
+from .ops.problem import AttentionState
+
+if TYPE_CHECKING:
+    from .hf.convert import convert, dark_layers, revert
+    from .hf.load import load_model
+    from .train.calibrate import calibrate
+    from .train.finetune import finetune
+
+_LAZY = {
+    "convert": "hf.convert",
+    "revert": "hf.convert",
+    "dark_layers": "hf.convert",
+    "load_model": "hf.load",
+    "calibrate": "train.calibrate",
+    "finetune": "train.finetune",
+}
+
+__all__ = [
+    "AttentionState",
+    "ConfigError",
+    "ConversionError",
+    "DarkConfig",
+    "DarkformerError",
+    "FeatureMap",
+    "InputError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "RunFolderError",
+    "TrainConfig",
+    "__version__",
+    "attention",
+    "calibrate",
+    "convert",
+    "dark_layers",
+    "feature_map",
+    "finetune",
+    "load_model",
+    "revert",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'darkformer' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_LAZY[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "darkformer":
+            raise
+        raise MissingExtraError(
+            f"darkformer.{name} needs the package {error.name!r}, which is not installed: "
+            "pip install 'darkformer[all]' (or the extra hf or train)."
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,209 @@
+"""The one configuration (`DarkConfig`), the training budget (`TrainConfig`) and the error family.
+
+Every field carries its help text; the command line prints the same words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class DarkformerError(Exception):
+    """Base of every error this library raises: what was received, the rule it broke, what to do next."""
+
+
+class ConfigError(DarkformerError, ValueError):
+    """A configuration field has a value outside its rule."""
+
+
+class InputError(DarkformerError, ValueError):
+    """Tensors, text or files do not satisfy what an operation needs."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity where finite numbers are needed."""
+
+
+class ConversionError(DarkformerError):
+    """A model cannot be converted, is converted already, or is not converted."""
+
+
+class MissingExtraError(DarkformerError, ImportError):
+    """An optional dependency is not installed; the message names the extra to install."""
+
+
+class RunFolderError(DarkformerError):
+    """An output folder holds another run, or a run cannot be continued."""
+
+
+METHODS: dict[str, str] = {
+    "dark": "positive random features of the learned kernel exp(q'Σk), Σ = MᵀM (the paper's method)",
+    "performer": "isotropic positive random features, M = I, fixed draws (FAVOR+)",
+    "lfk": "learned feature kernel: the projection's rows are parameters, started from a Gaussian draw",
+    "random": "positive features drawn independently of the token (baseline)",
+    "constant": "all features equal 1: the causal mean of the values (baseline)",
+    "local": "no features at all: only the window and the sinks, exact (the baseline features must beat)",
+    "exact": "softmax attention through the same door (the reference)",
+}
+DRAWS: dict[str, str] = {
+    "orthogonal": "blocks of Haar-orthogonal directions with chi-distributed norms",
+    "iid": "independent Gaussian rows",
+}
+TRAIN_GROUPS: dict[str, str] = {
+    "all": "every weight of the model",
+    "qkv": "the query, key and value projections and what conversion added",
+    "geometry": "only what conversion added (M, balance, centres, bias; the projection for lfk)",
+    "none": "nothing: calibrate and stop",
+}
+DTYPES: dict[str, str] = {
+    "float32": "float32 throughout",
+    "bfloat16": "float32 weights, bfloat16 autocast for the matrix products of training and evaluation",
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help text, the only place where that text is written."""
+    return field(default=default, metadata={"help": text})
+
+
+def _choices(table: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in table.items())
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name}={value!r}: must be an integer of at least {minimum}.")
+
+
+def _check_choice(name: str, value: object, table: dict[str, str]) -> None:
+    if value not in table:
+        raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(table)}.")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name}={value!r}: must be a finite number above 0.")
+
+
+@dataclass(frozen=True)
+class DarkConfig:
+    """How attention is approximated. Frozen, passed whole, saved in the model's `config.json`.
+
+    The defaults are the library's own form: centred, balanced, with an exact window and sinks.
+    `DarkConfig.paper()` is the paper's form and nothing else.
+
+    Raises:
+        ConfigError: a field outside its rule; the message names the field, the value and the rule.
+
+    >>> DarkConfig(num_features=64).window
+    64
+    >>> DarkConfig.paper(num_features=64).window
+    0
+    """
+
+    method: str = option("dark", f"Attention method. {_choices(METHODS)}.")
+    num_features: int = option(128, "Number of random features m per key/value head.")
+    window: int = option(64, "Keys a query sees exactly: itself and the window-1 before it. 0 is the paper's form.")
+    sinks: int = option(4, "First tokens of a document that stay exact for every later query. 0 is the paper's form.")
+    center: bool = option(True, "Subtract the mean query and key (exact: a per-key log-weight restores softmax).")
+    balance: bool = option(True, "Transform queries by A and keys by its inverse transpose so their covariances match.")
+    tied: bool = option(True, "One geometry M for queries and keys (the paper). False: one for each.")
+    draw: str = option("orthogonal", f"How the projection is drawn. {_choices(DRAWS)}.")
+    cold_start: bool = option(True, "Let calibration choose the starting scale of M per head by measured output error.")
+    far_bias: bool = option(True, "A trained log-weight per head of the features against the exact window and sinks.")
+    convert_sliding: bool = option(False, "Also convert layers that already attend through a sliding window.")
+    seed: int = option(0, "Seed of the projections; layer and head are mixed in, so this number alone reproduces them.")
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("draw", self.draw, DRAWS)
+        _check_integer("num_features", self.num_features, 1)
+        _check_integer("window", self.window, 0)
+        _check_integer("sinks", self.sinks, 0)
+        _check_integer("seed", self.seed, 0)
+        for name in ("center", "balance", "tied", "cold_start", "far_bias", "convert_sliding"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False.")
+        if self.method == "local" and self.window == 0:
+            raise ConfigError("method='local' with window=0 leaves nothing to attend to: give window >= 1.")
+
+    @classmethod
+    def paper(cls, num_features: int = 128, **changes: Any) -> DarkConfig:
+        """Exactly the paper's form: no window, no sinks, no change of variables, M started at the identity."""
+        form: dict[str, Any] = dict(
+            window=0, sinks=0, center=False, balance=False, tied=True, cold_start=False, far_bias=False
+        )
+        return cls(num_features=num_features, **{**form, **changes})
+
+    @property
+    def feature_count(self) -> int:
+        """Features a head really carries: 0 for the methods without any."""
+        return 0 if self.method in ("local", "exact") else self.num_features
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DarkConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field this version does not know (a newer version wrote it), or a bad value.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown field(s) {', '.join(unknown)} in a saved configuration: "
+                "it was written by a newer darkformer; upgrade this installation."
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The budget of a finetuning run.
+
+    Raises:
+        ConfigError: a field outside its rule.
+    """
+
+    train: str = option("all", f"Which parameters learn. {_choices(TRAIN_GROUPS)}.")
+    steps: int = option(100, "Optimizer steps.")
+    lr: float = option(2e-4, "Peak learning rate of the model's own weights (linear warm-up, cosine decay).")
+    geometry_lr: float = option(2e-3, "Peak learning rate of what conversion added (M, balance, centres, bias).")
+    warmup: int = option(5, "Warm-up steps; a fifth of all steps at most.")
+    weight_decay: float = option(0.0, "AdamW's weight decay on the model's own matrices.")
+    max_grad_norm: float = option(1.0, "Gradient norm above which the gradient is scaled down.")
+    seq_len: int = option(512, "Tokens in one training sequence.")
+    batch_size: int = option(2, "Sequences in one optimizer step.")
+    save_every: int = option(100, "Steps between checkpoints; an interrupt writes one as well.")
+    eval_every: int = option(0, "Steps between evaluations; 0 evaluates at the end only.")
+    dtype: str = option("bfloat16", f"Precision. {_choices(DTYPES)}.")
+    seed: int = option(0, "Seed of the data order.")
+
+    def __post_init__(self) -> None:
+        _check_choice("train", self.train, TRAIN_GROUPS)
+        _check_choice("dtype", self.dtype, DTYPES)
+        for name in ("steps", "warmup", "eval_every", "seed"):
+            _check_integer(name, getattr(self, name), 0)
+        for name in ("seq_len", "batch_size", "save_every"):
+            _check_integer(name, getattr(self, name), 2 if name == "seq_len" else 1)
+        for name in ("lr", "geometry_lr", "max_grad_norm"):
+            _check_positive(name, getattr(self, name))
+        if not isinstance(self.weight_decay, int | float) or not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay={self.weight_decay!r}: must be a number of at least 0.")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Warm-up steps really taken: `warmup`, but a fifth of the run at most."""
+        return min(self.warmup, self.steps // 5)
+
+
+def field_help(config_class: type, name: str) -> str:
+    """The help text of one field of `DarkConfig` or `TrainConfig`."""
+    return next(f.metadata["help"] for f in dataclasses.fields(config_class) if f.name == name)

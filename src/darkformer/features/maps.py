@@ -1,0 +1,250 @@
+"""The feature map: the module that owns M, Ω, centres, balance and bias, and the pure log-feature functions.
+
+exp(ℓ_q)·exp(ℓ_k) summed over the features estimates exp(q̃ᵀk̃) (with M = I), q̃ = √s·q, k̃ = √s·k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConfigError, DarkConfig
+from .draws import draw_projection
+
+
+class FeatureParameters(NamedTuple):
+    """What the log-features of one layer need, with the products that do not depend on tokens already made."""
+
+    query_map: Tensor | None  # (G, r, d) M·A; None is the identity
+    key_map: Tensor | None  # (G, r, d) M·B
+    projection: Tensor | None  # (G, m, r)
+    query_center: Tensor | None  # (G, d) b, in units of q̃
+    key_center: Tensor | None  # (G, d) c, in units of k̃
+    far_bias: Tensor | None  # (G,)
+    config: DarkConfig
+    head_dim: int
+
+
+def _gaussian(parameters: FeatureParameters, x: Tensor, linear: Tensor | None, center: Tensor | None) -> Tensor:
+    """ωᵀy - ½‖y‖² with y = linear·(x - center). x (B, G, T, d) → (B, G, T, m). Lemma 2.1 of the paper."""
+    assert parameters.projection is not None
+    if center is not None:
+        x = x - center[:, None, :]
+    y = x if linear is None else x @ linear.mT
+    return y @ parameters.projection.mT - 0.5 * y.square().sum(-1, keepdim=True)
+
+
+def _gaussian_query(parameters: FeatureParameters, x: Tensor, positions: Tensor) -> Tensor:
+    features = _gaussian(parameters, x, parameters.query_map, parameters.query_center)
+    if parameters.key_center is not None and parameters.query_center is not None:
+        # The terms cᵀq - bᵀc that centring took from the kernel: they put features and exact logits on one scale.
+        dropped = x @ parameters.key_center[:, :, None]
+        features = features + dropped - (parameters.query_center * parameters.key_center).sum(-1)[:, None, None]
+    return features
+
+
+def _gaussian_key(parameters: FeatureParameters, x: Tensor, positions: Tensor) -> Tensor:
+    features = _gaussian(parameters, x, parameters.key_map, parameters.key_center)
+    if parameters.query_center is not None:
+        features = features + x @ parameters.query_center[:, :, None]
+    return features
+
+
+def _constant(parameters: FeatureParameters, x: Tensor, positions: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:3], parameters.config.num_features)
+
+
+def _hash_uniform(counter: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) from int64 counters, the same on every device (the mixer of SplitMix64)."""
+    h = counter * -7046029254386353131
+    h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    h = (h ^ ((h >> 31) & 0x1FFFFFFFF)) & ((1 << 52) - 1)
+    return (h.double() + 0.5) / (1 << 52)
+
+
+def _random(salt: int) -> Callable[[FeatureParameters, Tensor, Tensor], Tensor]:
+    """exp(N(0, 1)) features that depend on (seed, head, position, feature), never on the token."""
+
+    def log_features(parameters: FeatureParameters, x: Tensor, positions: Tensor) -> Tensor:
+        heads = torch.arange(x.shape[1], device=x.device)[:, None, None]
+        index = torch.arange(parameters.config.num_features, device=x.device)
+        counter = ((positions[:, None, :, None] * 1024 + heads) * 65536 + index) * 2 + salt
+        return torch.special.ndtri(_hash_uniform(counter + parameters.config.seed * 0x9E3779B97F4A7C1 % (1 << 62))).to(x.dtype)
+
+    return log_features
+
+
+def _none(parameters: FeatureParameters, x: Tensor, positions: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:3], 0)
+
+
+LogFeatures = Callable[[FeatureParameters, Tensor, Tensor], Tensor]
+LOG_FEATURES: dict[str, tuple[LogFeatures, LogFeatures]] = {
+    "dark": (_gaussian_query, _gaussian_key),
+    "performer": (_gaussian_query, _gaussian_key),
+    "lfk": (_gaussian_query, _gaussian_key),
+    "random": (_random(0), _random(1)),
+    "constant": (_constant, _constant),
+    "local": (_none, _none),
+    "exact": (_none, _none),
+}
+
+
+def query_log_features(parameters: FeatureParameters, query: Tensor, positions: Tensor) -> Tensor:
+    """ℓ_q of scaled queries.
+
+    Args:
+        query: q̃ = √s·q, (B, G, T, d); the query heads of a group may be folded into T.
+        positions: (B, T) position in the document (only `random` looks at it).
+
+    Returns:
+        (B, G, T, m), with -½log m, so that a sum over features is the mean over draws.
+    """
+    config = parameters.config
+    features = LOG_FEATURES[config.method][0](parameters, query, positions)
+    if parameters.far_bias is not None:
+        features = features + parameters.far_bias[:, None, None]
+    return features - 0.5 * math.log(config.num_features)
+
+
+def key_log_features(parameters: FeatureParameters, key: Tensor, positions: Tensor) -> Tensor:
+    """ℓ_k of scaled keys k̃ = √s·k: (B, G, T, d), positions (B, T) → (B, G, T, m), with -½log m."""
+    config = parameters.config
+    return LOG_FEATURES[config.method][1](parameters, key, positions) - 0.5 * math.log(config.num_features)
+
+
+class FeatureMap(nn.Module):
+    """Owns what the features of one attention layer are made of. All float32, whatever the model's dtype.
+
+    Parameters and buffers (present only where the configuration uses them):
+        geometry (G, r, d): M, one per key/value head; `dark` only. key_geometry when not `tied`.
+        projection (G, m, r): Ω, a buffer; a parameter for `lfk`.
+        query_center, key_center (G, d): b and c, in units of √s·q and √s·k.
+        query_balance, key_balance (G, d, d): A and B (calibration sets B = A⁻ᵀ).
+        far_bias (G,): log-weight of the features against the exact part.
+
+    Raises:
+        ConfigError: head counts that do not divide, or dimensions below 1.
+    """
+
+    def __init__(
+        self, config: DarkConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, layer: int = 0
+    ) -> None:
+        super().__init__()
+        if min(num_heads, num_kv_heads, head_dim) < 1:
+            raise ConfigError(f"num_heads={num_heads}, num_kv_heads={num_kv_heads}, head_dim={head_dim}: all must be >= 1.")
+        if num_heads % num_kv_heads:
+            raise ConfigError(
+                f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}: "
+                "every key/value head serves the same number of query heads."
+            )
+        self.config, self.layer = config, layer
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        gaussian = config.method in ("dark", "performer", "lfk")
+        eye = torch.eye(head_dim, dtype=torch.float32).expand(num_kv_heads, -1, -1)
+        self._own("geometry", eye, config.method == "dark")
+        self._own("key_geometry", eye, config.method == "dark" and not config.tied)
+        zeros = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32)
+        self._own("query_center", zeros, gaussian and config.center)
+        self._own("key_center", zeros, gaussian and config.center)
+        self._own("query_balance", eye, gaussian and config.balance)
+        self._own("key_balance", eye, gaussian and config.balance)
+        biased = config.far_bias and config.feature_count > 0
+        self._own("far_bias", torch.zeros(num_kv_heads, dtype=torch.float32), biased)
+        self._make_projection(gaussian)
+
+    def _own(self, name: str, start: Tensor, present: bool) -> None:
+        self.register_parameter(name, nn.Parameter(start.clone()) if present else None)
+
+    def _make_projection(self, gaussian: bool) -> None:
+        config, shape = self.config, (self.num_kv_heads, self.config.num_features, self.head_dim)
+        if not gaussian:
+            self.register_buffer("projection", None)
+            return
+        if torch.get_default_device().type == "meta":  # being built to receive saved weights: nothing to draw
+            projection = torch.empty(shape, dtype=torch.float32)
+        else:
+            projection = draw_projection(
+                config.draw, config.num_features, self.head_dim,
+                num_kv_heads=self.num_kv_heads, seed=config.seed, layer=self.layer,
+            ).to(torch.get_default_device(), torch.float32)  # fmt: skip
+        if config.method == "lfk":
+            self.projection = nn.Parameter(projection)
+        else:
+            self.register_buffer("projection", projection)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureMap:
+        # `model.to(bfloat16)` must not round M and Ω: keep the device of the move, drop the lower precision.
+        if fn(torch.zeros(0, dtype=torch.float32, device="cpu")).dtype in (torch.bfloat16, torch.float16):
+            lowering = fn
+            fn = lambda t: t.to(lowering(t[:0] if t.dim() else t).device)  # noqa: E731
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return (
+            f"{c.method}, m={c.num_features}, window={c.window}, sinks={c.sinks}, "
+            f"heads={self.num_heads}/{self.num_kv_heads}, d={self.head_dim}"
+        )
+
+    def parameters_for(self, dtype: torch.dtype) -> FeatureParameters:
+        """The layer's `FeatureParameters` in `dtype` (float32 or float64), differentiable."""
+
+        def product(geometry: Tensor | None, balance: Tensor | None) -> Tensor | None:
+            if geometry is None or balance is None:
+                return balance if geometry is None else geometry
+            return geometry @ balance
+
+        def cast(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(dtype)
+
+        key_geometry = self.geometry if self.key_geometry is None else self.key_geometry
+        return FeatureParameters(
+            query_map=cast(product(self.geometry, self.query_balance)),
+            key_map=cast(product(key_geometry, self.key_balance)),
+            projection=cast(self.projection),
+            query_center=cast(self.query_center),
+            key_center=cast(self.key_center),
+            far_bias=cast(self.far_bias),
+            config=self.config,
+            head_dim=self.head_dim,
+        )
+
+    def covariance(self) -> Tensor:
+        """Σ = MᵀM of the paper, (G, d, d): the identity where the method has no geometry."""
+        if self.geometry is None:
+            return torch.eye(self.head_dim).expand(self.num_kv_heads, -1, -1)
+        return self.geometry.mT @ self.geometry
+
+    @torch.no_grad()
+    def scale_(self, scale: Tensor) -> None:
+        """Multiplies the maps of queries and keys by `scale` (G,): a colder kernel for scale < 1. In place.
+
+        The factor goes into M where there is one, else into the balance; without either there is nothing to scale.
+        """
+        names = ["geometry", "key_geometry"] if self.geometry is not None else ["query_balance", "key_balance"]
+        for name in names:
+            if (owned := getattr(self, name)) is not None:
+                owned.mul_(scale.to(owned)[:, None, None])
+
+    @property
+    def scalable(self) -> bool:
+        """Whether `scale_` has something to scale."""
+        return self.geometry is not None or self.query_balance is not None
+
+
+def feature_map(config: DarkConfig, **shape: Any) -> FeatureMap:
+    """Makes the feature map of one layer: `feature_map(config, num_heads=9, num_kv_heads=3, head_dim=64)`.
+
+    Keyword Args:
+        num_heads, num_kv_heads, head_dim: the layer's H, G, d. layer: mixed into the seed (default 0).
+
+    Raises:
+        ConfigError: see `FeatureMap`.
+    """
+    return FeatureMap(config, **shape)

@@ -1,0 +1,59 @@
+"""Changes of variables that leave softmax attention exactly as it is, in closed form from second moments.
+
+For any vectors b, c and invertible A, with q' = A(q-b) and k' = A⁻ᵀ(k-c):
+q'ᵀk' = qᵀk - bᵀk - cᵀq + bᵀc. The features carry the three remaining terms as log-weights, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import InputError
+
+
+def symmetric_power(matrix: Tensor, power: float, floor: float = 0.0) -> Tensor:
+    """matrix^power of symmetric positive definite matrices (…, d, d), eigenvalues raised to `floor` at least."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(floor).pow(power)[..., None, :]) @ vectors.mT
+
+
+def regularise(covariance: Tensor, relative: float = 1e-4) -> Tensor:
+    """Adds `relative` × the mean variance to the diagonal: a stated rule for singular covariances. (…, d, d)."""
+    dim = covariance.shape[-1]
+    mean_variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if not bool((mean_variance > 0).all()):
+        raise InputError("a head's queries or keys have no variance at all: its covariance cannot be balanced.")
+    return covariance + relative * mean_variance[..., None, None] * torch.eye(dim).to(covariance)
+
+
+class Balance(NamedTuple):
+    """The pair of maps: `query` = A, `key` = A⁻ᵀ, both (…, d, d)."""
+
+    query: Tensor
+    key: Tensor
+
+
+def balance(query_covariance: Tensor, key_covariance: Tensor) -> Balance:
+    """A with A·Cov(q)·Aᵀ = A⁻ᵀ·Cov(k)·A⁻¹, the symmetric positive one.
+
+    X = AᵀA solves X·Cov(q)·X = Cov(k), so X is the matrix geometric mean of Cov(q)⁻¹ and Cov(k), and A = X^½.
+
+    Args:
+        query_covariance: (…, d, d) symmetric positive semi-definite.
+        key_covariance: (…, d, d) likewise.
+
+    Returns:
+        Balance in the inputs' dtype.
+
+    Raises:
+        InputError: a head without any variance.
+    """
+    query_covariance, key_covariance = regularise(query_covariance), regularise(key_covariance)
+    root = symmetric_power(query_covariance, 0.5)
+    inverse_root = symmetric_power(query_covariance, -0.5)
+    squared = inverse_root @ symmetric_power(root @ key_covariance @ root, 0.5) @ inverse_root
+    squared = 0.5 * (squared + squared.mT)
+    return Balance(symmetric_power(squared, 0.5), symmetric_power(squared, -0.5))

@@ -1,0 +1,177 @@
+"""The public door: checks, padding, choice of backend. Every check of tensors is written here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, InputError, NonFiniteError
+from ..features.maps import FeatureMap
+from .chunked import chunked
+from .exact import exact
+from .problem import AttentionState, Problem, check_state, compact, gather_tokens
+from .recurrent import recurrent
+from .reference import reference
+
+
+class Backend(NamedTuple):
+    """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can."""
+
+    name: str
+    why_not: Callable[[Problem], str | None]
+    function: Callable[[Problem], tuple[Tensor, AttentionState]]
+
+
+def _why_not_exact(problem: Problem) -> str | None:
+    return None if problem.config.method == "exact" else f"method={problem.config.method!r} is not exact attention"
+
+
+def _why_not_recurrent(problem: Problem) -> str | None:
+    if problem.config.method == "exact":
+        return "exact attention has no constant-size state"
+    if not problem.is_causal:
+        return "it is causal only"
+    if problem.key.shape[2] != 1 or problem.padded:
+        return f"it takes one real token per row, this call has {problem.key.shape[2]} with padding={problem.padded}"
+    return None
+
+
+def _why_not_chunked(problem: Problem) -> str | None:
+    return "exact attention is not linear" if problem.config.method == "exact" else None
+
+
+#: In order of preference; `auto` takes the first without a reason against it.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("exact", _why_not_exact, exact),
+        Backend("recurrent", _why_not_recurrent, recurrent),
+        Backend("chunked", _why_not_chunked, chunked),
+        Backend("reference", lambda problem: None, reference),
+    )
+}
+
+
+def _choose(name: str, problem: Problem) -> Backend:
+    if name == "auto":
+        return next(backend for backend in BACKENDS.values() if backend.why_not(problem) is None)
+    if name not in BACKENDS:
+        raise ConfigError(f"backend={name!r} is unknown: choose auto, {', '.join(BACKENDS)}.")
+    if reason := BACKENDS[name].why_not(problem):
+        raise ConfigError(f"backend={name!r} cannot be used here: {reason}. backend='auto' picks one that can.")
+    return BACKENDS[name]
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap, mask: Tensor | None) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not (query.dim() == key.dim() == value.dim() == 4):
+        raise InputError(f"{shapes}: all must be (batch, heads, tokens, dim).")
+    expected = (feature_map.num_heads, feature_map.num_kv_heads, feature_map.head_dim)
+    if query.shape[-1] != feature_map.head_dim or key.shape[-1] != feature_map.head_dim:
+        raise InputError(f"{shapes}: the feature map was made for head_dim={feature_map.head_dim}.")
+    if (query.shape[1], key.shape[1]) != expected[:2]:
+        raise InputError(f"{shapes}: the feature map was made for {expected[0]} query and {expected[1]} kv heads.")
+    if key.shape[:3] != value.shape[:3] or (query.shape[0], query.shape[2]) != (key.shape[0], key.shape[2]):
+        raise InputError(f"{shapes}: query, key and value need the same batch and tokens (past keys are in the state).")
+    if not (query.dtype == key.dtype == value.dtype) or not query.dtype.is_floating_point:
+        raise InputError(f"query {query.dtype}, key {key.dtype}, value {value.dtype}: one floating dtype is needed.")
+    if mask is not None and mask.shape != (query.shape[0], query.shape[2]):
+        raise InputError(f"key_mask {tuple(mask.shape)}: must be (batch, tokens) = {(query.shape[0], query.shape[2])}.")
+    if mask is not None and mask.dtype.is_floating_point:
+        raise InputError(f"key_mask has dtype {mask.dtype}: give booleans or integers, True or 1 for real tokens.")
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Raises NonFiniteError that names the tensors holding NaN or infinity."""
+    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32)))]
+    bad = [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow by itself
+    if bad:
+        raise NonFiniteError(
+            f"{' and '.join(bad)} hold NaN or infinity: the layers before this one have diverged; "
+            "lower the learning rate or go back to the last checkpoint."
+        )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: FeatureMap,
+    *,
+    scaling: float | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = True,
+    initial_state: AttentionState | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AttentionState]:
+    """Random-feature attention with an exact window and exact sinks, under one normaliser, in O(L).
+
+    out_t = (Σ_{j∈E(t)} e^{s·q_tᵀk_j} v_j + φ(q_t)ᵀ S_t) / (the same with 1 for v), E(t) the last `window` keys and the
+    first `sinks` keys of the document, S_t the features of all the keys between. `window=0, sinks=0` is the paper's
+    form Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1). Bidirectional: |t-j| < window is exact, everything else far.
+    Positions count real tokens: padding anywhere changes nothing, and its gradient is exactly zero.
+
+    Args:
+        query: (B, H, L, d) after rotary embedding, before scaling; float64, float32, bfloat16 or float16.
+        key: (B, G, L, d), H a multiple of G.
+        value: (B, G, L, d_v).
+        feature_map: owns M, Ω, centres, balance and the configuration; from `darkformer.feature_map`.
+        scaling: the logits' factor s; default d^-½.
+        key_mask: (B, L), True or 1 for real tokens. Pads may be anywhere and hold anything, NaN included.
+        is_causal: False for bidirectional attention.
+        initial_state: what an earlier call returned: L more tokens after those (causal only).
+        return_state: also return the state after the last token.
+        backend: `auto`, or one of `darkformer.ops.attention.BACKENDS`; a forced one that cannot raises.
+
+    Returns:
+        (B, H, L, d_v) in the query's dtype, zero at pads; with `return_state` a tuple with an `AttentionState`,
+        whose sums are float32 (float64 for float64 inputs) whatever the inputs' dtype.
+
+    Raises:
+        InputError: shapes, dtypes, masks or states that do not fit. NonFiniteError: NaN or infinity at a real token.
+        ConfigError: unknown or impossible backend.
+    """
+    _check_shapes(query, key, value, feature_map, key_mask)
+    if not is_causal and (initial_state is not None or return_state):
+        raise InputError("a state exists for causal attention only: is_causal=False takes and returns none.")
+    batch, heads, length, head_dim = query.shape
+    groups, config = feature_map.num_kv_heads, feature_map.config
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    padded = key_mask is not None and not bool(key_mask.all())
+    if padded:
+        assert key_mask is not None
+        mask = key_mask.bool()
+        order, lengths = compact(mask)
+        pads = ~mask.gather(1, order)[:, None, :, None]
+        query, key, value = (gather_tokens(x, order).masked_fill(pads, 0) for x in (query, key, value))
+    else:
+        lengths = torch.full((batch,), length, dtype=torch.int64, device=query.device)
+    check_finite(query=query, key=key, value=value)
+
+    with torch.autocast(query.device.type, enabled=False):
+        state = AttentionState.empty(config, key, value, batch=batch, compute=compute)
+        if initial_state is not None:
+            state = check_state(initial_state, state)
+        problem = Problem(
+            query=query.unflatten(1, (groups, heads // groups)),
+            key=key,
+            value=value,
+            lengths=lengths,
+            scaling=head_dim**-0.5 if scaling is None else float(scaling),
+            parameters=feature_map.parameters_for(compute),
+            state=state,
+            is_causal=is_causal,
+            padded=padded,
+        )
+        if batch == 0 or length == 0:
+            output, state = query.new_zeros(batch, heads, length, value.shape[-1]), state
+        else:
+            output, state = _choose(backend, problem).function(problem)
+            output = output.flatten(1, 2).to(query.dtype)
+    if padded:
+        output = gather_tokens(output, torch.argsort(order, dim=1))
+    return (output, state) if return_state else output

@@ -1,0 +1,77 @@
+"""One token: constant time and constant state whatever the history."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..features.maps import key_log_features, query_log_features
+from .problem import LOG_ZERO, AttentionState, Problem
+
+
+def recurrent(problem: Problem) -> tuple[Tensor, AttentionState]:
+    """One real token per row (L = 1) after a state; the same numbers as the full forward.
+
+    Returns:
+        output (B, G, R, 1, d_v) in the compute dtype and the state after the token.
+    """
+    state, window, sinks = problem.state, problem.config.window, problem.state.sink_key.shape[2]
+    compute, root, position = state.feature_sum.dtype, problem.scaling**0.5, state.count
+    device = position.device
+    q = problem.query.squeeze(3).to(compute) * root  # (B, G, R, d)
+
+    recent_key = torch.cat([state.recent_key, problem.key.to(state.recent_key.dtype)], dim=2)
+    recent_value = torch.cat([state.recent_value, problem.value.to(state.recent_value.dtype)], dim=2)
+    sink_key, sink_value = state.sink_key, state.sink_value
+    if sinks:
+        slot = (torch.arange(sinks, device=device) == position[:, None])[:, None, :, None]
+        sink_key = torch.where(slot, problem.key.to(sink_key.dtype), sink_key)
+        sink_value = torch.where(slot, problem.value.to(sink_value.dtype), sink_value)
+
+    values, total, scale = state.feature_values, state.feature_sum, state.log_scale
+    terms: list[tuple[Tensor, Tensor]] = []
+    if problem.config.feature_count:  # the key that leaves the window enters the sums
+        leaving = position[:, None] - window
+        valid = (leaving >= sinks)[:, :, None, None]
+        lk = key_log_features(problem.parameters, recent_key[:, :, :1].to(compute) * root, leaving)
+        lk = lk.masked_fill(~valid, LOG_ZERO).squeeze(2)
+        scale = torch.maximum(state.log_scale, lk.detach())
+        entering = (lk - scale).exp() * valid[:, :, 0]
+        carry = (state.log_scale - scale).exp()
+        values = carry[..., None] * values + entering[..., None] * recent_value[:, :, :1].to(compute)
+        total = carry * total + entering
+        lq = query_log_features(problem.parameters, q, position[:, None].expand(-1, q.shape[2]))
+        past = lq + scale[:, :, None]
+    near_key, near_value = recent_key[:, :, 1:], recent_value[:, :, 1:]
+    if window:
+        age = torch.arange(window - 1, -1, -1, device=device)
+        valid = (position[:, None] - age >= sinks)[:, None, None]
+        terms.append(((q @ (near_key.to(compute) * root).mT).masked_fill(~valid, LOG_ZERO), near_value))
+    if sinks:
+        valid = (torch.arange(sinks, device=device) <= position[:, None])[:, None, None]
+        terms.append(((q @ (sink_key.to(compute) * root).mT).masked_fill(~valid, LOG_ZERO), sink_value))
+
+    tops = [logits.detach().amax(-1) for logits, _ in terms]
+    if problem.config.feature_count:
+        tops.append(past.detach().amax(-1))
+    top = torch.stack(tops).amax(0)[..., None]
+    numerator = q.new_zeros(*q.shape[:3], problem.value.shape[-1])
+    normaliser = q.new_zeros(q.shape[:3])
+    if problem.config.feature_count:
+        weight = (past - top).exp()
+        numerator, normaliser = weight @ values, (weight @ total[..., None]).squeeze(-1)
+    for logits, value in terms:
+        weight = (logits - top).exp() * (logits > LOG_ZERO / 2)
+        numerator, normaliser = numerator + weight @ value.to(compute), normaliser + weight.sum(-1)
+    output = numerator / torch.where(normaliser > 0, normaliser, 1)[..., None]
+    after = AttentionState(
+        count=position + 1,
+        feature_values=values,
+        feature_sum=total,
+        log_scale=scale,
+        recent_key=near_key if window else state.recent_key,
+        recent_value=near_value if window else state.recent_value,
+        sink_key=sink_key,
+        sink_value=sink_value,
+    )
+    return output[:, :, :, None], after

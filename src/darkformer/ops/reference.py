@@ -1,0 +1,85 @@
+"""The oracle: quadratic, float64-capable, obvious. Every other backend is tested against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..features.maps import key_log_features, query_log_features
+from .problem import LOG_ZERO, AttentionState, Problem, next_buffers
+
+
+def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One row without its padding: output (G, R, n, d_v), then feature values, sum and scale after it."""
+    config, parameters, state = problem.config, problem.parameters, problem.state
+    n, count = int(problem.lengths[b]), int(state.count[b])
+    dtype = state.feature_sum.dtype
+    root = problem.scaling**0.5
+    recent = min(count, state.recent_key.shape[2])
+    first = state.sink_key.shape[2]  # positions below this are sinks; 0 for exact attention
+    sinks = min(count, first)
+
+    def joined(sink: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([sink[b, :, :sinks], old[b, :, old.shape[2] - recent :], new[b, :, :n]], dim=1).to(dtype)
+
+    q = problem.query[b, :, :, :n].to(dtype) * root  # (G, R, n, d)
+    k = joined(state.sink_key, state.recent_key, problem.key) * root  # (G, K, d)
+    v = joined(state.sink_value, state.recent_value, problem.value)
+    t = torch.arange(count, count + n, device=q.device)
+    j = torch.cat([t.new_tensor(range(sinks)), t.new_tensor(range(count - recent, count)), t])
+    # A sink key that is still in `recent` stands there twice: the sink buffer's copy counts.
+    single = torch.arange(len(j), device=q.device) < sinks
+    single = single | (j >= first) | (torch.arange(len(j), device=q.device) >= sinks + recent)
+
+    offset = t[:, None] - j[None, :]
+    seen = single & ((offset >= 0) if problem.is_causal else torch.ones_like(offset, dtype=torch.bool))
+    far = offset.abs() >= config.window if not problem.is_causal else offset >= config.window
+    if config.method == "exact":
+        far = torch.zeros_like(seen)
+    far = far & (j >= first)
+
+    groups, heads = q.shape[:2]
+    lq = query_log_features(parameters, q.flatten(1, 2)[None], t.repeat(heads)[None])[0].unflatten(1, (heads, n))
+    lk = key_log_features(parameters, k[None], j[None])[0]  # (G, K, m)
+    weight = torch.einsum("grtd,gjd->grtj", q, k)
+    if config.feature_count:
+        kernel = torch.logsumexp(lq[:, :, :, None, :] + lk[:, None, None, :, :], dim=-1)
+        weight = torch.where(far, kernel, weight)
+    weight = weight.masked_fill(~seen | (far if not config.feature_count else torch.zeros_like(far)), LOG_ZERO)
+
+    past = lq + state.log_scale[b][:, None, None, :]  # what is only in the state: (G, R, n, m)
+    top = torch.cat([weight, past], dim=-1).amax(-1, keepdim=True).detach() if n else weight[..., :1]
+    exact, stored = (weight - top).exp() * (weight > LOG_ZERO / 2), (past - top).exp()
+    numerator = torch.einsum("grtj,gjd->grtd", exact, v)
+    numerator = numerator + torch.einsum("grtm,gmd->grtd", stored, state.feature_values[b])
+    normaliser = exact.sum(-1) + torch.einsum("grtm,gm->grt", stored, state.feature_sum[b])
+    output = numerator / torch.where(normaliser > 0, normaliser, 1)[..., None]
+
+    # Keys that no later query sees exactly go into the sums.
+    done = single & (j >= first) & (j < count + n - config.window)
+    lk = lk.masked_fill(~done[:, None], LOG_ZERO)
+    scale = torch.cat([lk, state.log_scale[b][:, None]], dim=1).amax(1).detach()
+    entering = (lk - scale[:, None]).exp() * done[:, None]
+    carry = (state.log_scale[b] - scale).exp()
+    values = carry[..., None] * state.feature_values[b] + torch.einsum("gjm,gjd->gmd", entering, v)
+    return output, values, carry * state.feature_sum[b] + entering.sum(1), scale
+
+
+def reference(problem: Problem) -> tuple[Tensor, AttentionState]:
+    """Quadratic attention, one batch row at a time, every far pair by log Σ_features exp(ℓ_q + ℓ_k).
+
+    Returns:
+        output (B, G, R, L, d_v) in the compute dtype, zero at pads, and the state after the last token.
+    """
+    outputs, values, sums, scales = [], [], [], []
+    for b in range(problem.query.shape[0]):
+        output, value, total, scale = _row(problem, b)
+        outputs.append(torch.nn.functional.pad(output, (0, 0, 0, problem.query.shape[3] - output.shape[2])))
+        values.append(value), sums.append(total), scales.append(scale)
+    state = AttentionState(
+        feature_values=torch.stack(values),
+        feature_sum=torch.stack(sums),
+        log_scale=torch.stack(scales),
+        **next_buffers(problem),
+    )
+    return torch.stack(outputs), state

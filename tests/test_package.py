@@ -1,0 +1,205 @@
+"""The house rules: imports flow one way, files and functions stay small, the core stays light, versions agree."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "darkformer"
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_WEIGHTS_BYTES = 1_000_000
+
+LAYERS = ("config", "features", "ops", "hf", "train", "experiments", "cli")
+# What each top-level module may import of darkformer, itself aside. `_version` is open to all; "" is the package's
+# own door (`import darkformer`), which pulls in every layer below the experiments.
+MAY_IMPORT = {name: {"_version", *LAYERS[:rank]} for rank, name in enumerate(LAYERS)}
+for _name in ("hf", "train", "experiments", "cli"):
+    MAY_IMPORT[_name] |= {"diagnostics", "cost"}
+for _name in ("experiments", "cli"):
+    MAY_IMPORT[_name] |= {"plots", ""}
+MAY_IMPORT |= {"diagnostics": {"config", "features", "ops"}, "cost": {"config", "features", "ops"}}
+MAY_IMPORT |= {"plots": {"config"}, "_version": set()}
+# `python -m darkformer` is one more way into the command line.
+MAY_IMPORT["__main__"] = {"cli"}
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """`src/darkformer/ops/chunked.py` -> `darkformer.ops.chunked`; a package's `__init__` is the package."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_units(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """Line and top-level module ("" for the package's door) of every import of darkformer, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            targets = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, *filter(None, [node.module])])
+            targets = [(base, alias.name) for alias in node.names]
+        else:
+            continue
+        for base, name in targets:
+            root, _, rest = base.partition(".")
+            if root != "darkformer":
+                continue
+            unit = rest.split(".")[0]
+            # `from darkformer import ops` names a module, `from darkformer import convert` goes through the door.
+            yield node.lineno, unit or (name if name in MAY_IMPORT else "")
+
+
+def layer_violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    unit = module.split(".")[1]
+    assert unit in MAY_IMPORT, f"{module} has no place among the layers: give it one in MAY_IMPORT"
+    allowed = MAY_IMPORT[unit] | {unit}
+    return [
+        f"{module}:{line} ({unit}) imports {f'darkformer.{target}' if target else 'the package darkformer itself'}"
+        for line, target in imported_units(source, module, is_package)
+        if target not in allowed
+    ]
+
+
+def oversized(source: str, module: str) -> list[str]:
+    lines = len(source.splitlines())
+    found = [f"{module}: {lines} lines"] if lines > MAX_FILE_LINES else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                found.append(f"{module}:{node.lineno} {node.name}: {length} lines")
+    return found
+
+
+def pinned() -> dict[str, str]:
+    """Name -> exact version, from constraints.txt."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()]
+    pairs = [line.split("==") for line in lines if line]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def declared() -> list[Requirement]:
+    """Every third-party requirement of pyproject.toml, core and extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    texts = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    return [requirement for requirement in map(Requirement, texts) if requirement.name != "darkformer"]
+
+
+def test_imports_flow_one_way() -> None:
+    found = []
+    for path in SOURCES:
+        if path != PACKAGE / "__init__.py":
+            found += layer_violations(path.read_text("utf-8"), module_name(path), path.name == "__init__.py")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("darkformer.features.maps", "import darkformer.ops.chunked"),
+        ("darkformer.features.maps", "from darkformer import hf"),
+        ("darkformer.features.maps", "from .. import ops"),
+        ("darkformer.hf.convert", "def late():\n    from ..train.calibrate import calibrate"),
+        ("darkformer.hf.convert", "from darkformer import convert"),
+        ("darkformer.config", "from .features import maps"),
+        ("darkformer.cost", "if TYPE_CHECKING:\n    from darkformer.hf import cache"),
+        ("darkformer.plots", "from .ops import attention"),
+    ],
+)
+def test_a_violation_is_found(module: str, source: str) -> None:
+    assert len(layer_violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "darkformer.hf.convert",
+            "import torch\nfrom ..config import DarkConfig\nfrom .cache import X\nfrom . import y",
+        ),
+        ("darkformer.train.calibrate", "from darkformer import config, ops\nfrom darkformer.hf.convert import walk"),
+        ("darkformer.plots", "from .config import DarkformerError"),
+        (
+            "darkformer.experiments.demo",
+            "import darkformer\nfrom darkformer import plots, cost\nfrom .. import _version",
+        ),
+    ],
+)
+def test_an_allowed_import_is_not(module: str, source: str) -> None:
+    assert not layer_violations(source, module)
+
+
+def test_relative_imports_of_a_package_start_at_the_package() -> None:
+    assert list(imported_units("from .maps import phi", "darkformer.features", is_package=True)) == [(1, "features")]
+    assert list(imported_units("from ..ops import phi", "darkformer.features", is_package=True)) == [(1, "ops")]
+
+
+def test_an_unknown_module_is_refused() -> None:
+    with pytest.raises(AssertionError, match="no place"):
+        layer_violations("", "darkformer.utils")
+
+
+def test_files_and_functions_stay_small() -> None:
+    found = [item for path in SOURCES for item in oversized(path.read_text("utf-8"), module_name(path))]
+    assert not found, "\n".join(found)
+
+
+def test_an_oversized_function_is_found() -> None:
+    body = "    pass\n"
+    assert not oversized("def f():\n" + body * (MAX_FUNCTION_LINES - 1), "snippet")
+    assert len(oversized("def f():\n" + body * MAX_FUNCTION_LINES, "snippet")) == 1
+    assert len(oversized("x = 1\n" * (MAX_FILE_LINES + 1), "snippet")) == 1
+
+
+def test_import_leaves_the_extras_alone() -> None:
+    heavy = ["transformers", "datasets", "accelerate", "matplotlib", "typer", "rich"]
+    code = f"import sys, darkformer; print(*[name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+def test_constraints_lie_within_the_declared_ranges() -> None:
+    pins = pinned()
+    for requirement in declared():
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} is declared in pyproject.toml but has no version in constraints.txt"
+        assert pins[name] in requirement.specifier, f"{requirement} does not admit {pins[name]} of constraints.txt"
+
+
+@pytest.mark.parametrize("tool", ["ruff", "mypy"])
+def test_lint_tools_start_at_the_tested_version(tool: str) -> None:
+    (requirement,) = [item for item in declared() if item.name == tool]
+    lower = [spec.version for spec in requirement.specifier if spec.operator == ">="]
+    assert lower == [pinned()[tool]]
+
+
+def test_citation_has_the_version_of_the_package() -> None:
+    version = re.search(r'__version__ = "(.+)"', (PACKAGE / "_version.py").read_text("utf-8"))
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    assert version and cited and version[1] == cited[1]
+
+
+def test_no_weights_are_tracked() -> None:
+    try:
+        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git repository")
+    tracked = [ROOT / name for name in listing.split("\0") if name]
+    weights = [path for path in tracked if path.suffix in {".safetensors", ".gguf"} and path.is_file()]
+    large = [str(path.relative_to(ROOT)) for path in weights if path.stat().st_size > MAX_WEIGHTS_BYTES]
+    assert not large, f"weights do not belong in the repository: {large}"
