@@ -21,6 +21,7 @@ from .config import (
     TrainConfig,
 )
 from .features.maps import FeatureMap, feature_map
+from .hf.autoload import install as _install_autoload
 from .ops.attention import attention
 from .ops.problem import AttentionState
 
@@ -61,6 +62,9 @@ __all__ = [
     "load_model",
     "revert",
 ]
+
+
+_install_autoload()
 
 
 def __getattr__(name: str) -> Any:

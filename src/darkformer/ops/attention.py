@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,15 +85,74 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, feature_map: Featur
         raise InputError(f"key_mask has dtype {mask.dtype}: give booleans or integers, True or 1 for real tokens.")
 
 
+def _non_finite(**tensors: Tensor) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32)))]
+    return [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow by itself
+
+
 def check_finite(**tensors: Tensor) -> None:
     """Raises NonFiniteError that names the tensors holding NaN or infinity."""
-    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32)))]
-    bad = [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow by itself
-    if bad:
+    if bad := _non_finite(**tensors):
         raise NonFiniteError(
             f"{' and '.join(bad)} hold NaN or infinity: the layers before this one have diverged; "
             "lower the learning rate or go back to the last checkpoint."
         )
+
+
+def _pose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: FeatureMap,
+    scaling: float | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    initial_state: AttentionState | None,
+) -> tuple[Problem, Tensor | None]:
+    """The checked problem with real tokens first, and the order (B, L) that put them there, None without pads."""
+    batch, heads, length, head_dim = query.shape
+    groups = feature_map.num_kv_heads
+    scaling = head_dim**-0.5 if scaling is None else float(scaling)
+    if not (math.isfinite(scaling) and scaling > 0):  # queries and keys are both multiplied by its square root
+        raise InputError(f"scaling={scaling}: must be a finite number above 0.")
+    order = None
+    lengths = torch.full((batch,), length, dtype=torch.int64, device=query.device)
+    if key_mask is not None and not bool(key_mask.all()):
+        mask = key_mask.bool()
+        order, lengths = compact(mask)
+        pads = ~mask.gather(1, order)[:, None, :, None]
+        query, key, value = (gather_tokens(x, order).masked_fill(pads, 0) for x in (query, key, value))
+    check_finite(query=query, key=key, value=value)
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    state = AttentionState.empty(feature_map.config, key, value, batch=batch, compute=compute)
+    if initial_state is not None:
+        state = check_state(initial_state, state)
+    problem = Problem(
+        query=query.unflatten(1, (groups, heads // groups)),
+        key=key,
+        value=value,
+        lengths=lengths,
+        scaling=scaling,
+        parameters=feature_map.parameters_for(compute),
+        state=state,
+        is_causal=is_causal,
+        padded=order is not None,
+    )
+    return problem, order
+
+
+def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
+    chosen = _choose(backend, problem)
+    if problem.query.numel() == 0:
+        return problem.query.new_zeros(*problem.query.shape[:-1], problem.value.shape[-1]), problem.state
+    output, state = chosen.function(problem)
+    if _non_finite(output=output):
+        raise NonFiniteError(
+            "the output holds NaN or infinity although query, key and value do not: the feature map's parameters or "
+            f"the initial state have diverged, or the logits exceed the range of {output.dtype}."
+        )
+    return output, state
 
 
 def attention(
@@ -138,40 +198,10 @@ def attention(
     _check_shapes(query, key, value, feature_map, key_mask)
     if not is_causal and (initial_state is not None or return_state):
         raise InputError("a state exists for causal attention only: is_causal=False takes and returns none.")
-    batch, heads, length, head_dim = query.shape
-    groups, config = feature_map.num_kv_heads, feature_map.config
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    padded = key_mask is not None and not bool(key_mask.all())
-    if padded:
-        assert key_mask is not None
-        mask = key_mask.bool()
-        order, lengths = compact(mask)
-        pads = ~mask.gather(1, order)[:, None, :, None]
-        query, key, value = (gather_tokens(x, order).masked_fill(pads, 0) for x in (query, key, value))
-    else:
-        lengths = torch.full((batch,), length, dtype=torch.int64, device=query.device)
-    check_finite(query=query, key=key, value=value)
-
     with torch.autocast(query.device.type, enabled=False):
-        state = AttentionState.empty(config, key, value, batch=batch, compute=compute)
-        if initial_state is not None:
-            state = check_state(initial_state, state)
-        problem = Problem(
-            query=query.unflatten(1, (groups, heads // groups)),
-            key=key,
-            value=value,
-            lengths=lengths,
-            scaling=head_dim**-0.5 if scaling is None else float(scaling),
-            parameters=feature_map.parameters_for(compute),
-            state=state,
-            is_causal=is_causal,
-            padded=padded,
-        )
-        if batch == 0 or length == 0:
-            output, state = query.new_zeros(batch, heads, length, value.shape[-1]), state
-        else:
-            output, state = _choose(backend, problem).function(problem)
-            output = output.flatten(1, 2).to(query.dtype)
-    if padded:
+        problem, order = _pose(query, key, value, feature_map, scaling, key_mask, is_causal, initial_state)
+        output, state = _solve(problem, backend)
+    output = output.flatten(1, 2).to(query.dtype)
+    if order is not None:
         output = gather_tokens(output, torch.argsort(order, dim=1))
     return (output, state) if return_state else output

@@ -24,6 +24,9 @@ from .problem import LOG_ZERO, AttentionState, Problem, next_buffers
 SUPER = 1024
 #: Tokens whose intermediate values may stay in memory for the backward pass without recomputation.
 KEEP = 2048
+#: Normalisers below this are recomputed in the log domain. Far above the smallest number, so that what a row does see
+#: has kept all its digits when it is larger.
+UNDERFLOW = {torch.float32: 1e-18, torch.float64: 1e-150}
 
 
 class Sums(NamedTuple):
@@ -181,8 +184,7 @@ class _Block:
             normaliser = normaliser + weight.sum(-1)
         assert isinstance(numerator, Tensor) and isinstance(normaliser, Tensor)
         if far is not None:
-            tiny = 1e-18 if top.dtype == torch.float32 else 1e-150
-            bad = (normaliser < tiny) & visible.repeat(1, 1, heads)[:, None]
+            bad = (normaliser < UNDERFLOW[top.dtype]) & visible.repeat(1, 1, heads)[:, None]
             if bool(bad.any()):
                 return log_domain_chunks(bad, far, near, (numerator, normaliser, top))
         return numerator, normaliser, top
@@ -283,7 +285,8 @@ def chunked(problem: Problem) -> tuple[Tensor, AttentionState]:
     forward = _forward_pass(problem)
     sums = Sums(state.feature_values, state.feature_sum, state.log_scale.detach())
     output, log_normaliser, after = _run(forward, sums, window)
-    if not problem.is_causal:
+    # Without features and with window 1 a query sees no key after itself.
+    if not problem.is_causal and (problem.config.feature_count or window > 1):
         other, other_normaliser, _ = _run(_backward_pass(problem, forward), sums, window)
         other, other_normaliser = other.flip(3), other_normaliser.flip(3)
         share = torch.sigmoid(log_normaliser - other_normaliser)[..., None]

@@ -24,9 +24,7 @@ def softmax_attention(
     """
     grouped = query.shape[1] != key.shape[1]
     if allowed is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=grouped)
     nothing = ~allowed.any(-1)
     mask = (allowed | nothing[..., None])[:, None]
     output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)

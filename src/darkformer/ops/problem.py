@@ -13,6 +13,8 @@ from ..features.maps import FeatureParameters
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
 LOG_ZERO = -1e30
+#: The fields of `AttentionState` that are sums over keys, in the compute dtype.
+SUMS = ("feature_values", "feature_sum", "log_scale")
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,13 @@ def next_buffers(problem: Problem) -> dict[str, Tensor]:
 
 
 def check_state(state: AttentionState, expected: AttentionState) -> AttentionState:
-    """Refuses a state of another layer, configuration or batch.
+    """Refuses a state of another layer, configuration or batch; gives its sums the dtype of `expected`.
 
     Raises:
         InputError: names the first tensor whose shape differs.
     """
+    if not isinstance(state, AttentionState):
+        raise InputError(f"initial_state is a {type(state).__name__}: give the AttentionState of an earlier call.")
     for f in fields(AttentionState):
         got, want = getattr(state, f.name).shape, getattr(expected, f.name).shape
         grows = expected.recent_key.shape[2] == 0 and f.name.startswith("recent_")
@@ -139,4 +143,5 @@ def check_state(state: AttentionState, expected: AttentionState) -> AttentionSta
                 f"initial_state.{f.name} has shape {tuple(got)}, this call needs {tuple(want)}: "
                 "the state belongs to another batch, layer or configuration."
             )
-    return replace(state, count=state.count.to(torch.int64))
+    sums = {name: getattr(state, name).to(expected.feature_sum.dtype) for name in SUMS}
+    return replace(state, count=state.count.to(torch.int64), **sums)

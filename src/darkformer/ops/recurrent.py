@@ -9,6 +9,29 @@ from ..features.maps import key_log_features, query_log_features
 from .problem import LOG_ZERO, AttentionState, Problem
 
 
+def _weighted_mean(
+    q: Tensor, stored: tuple[Tensor, Tensor, Tensor] | None, terms: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """One normaliser for the stored sums and the exact terms, below one maximum. q (B, G, R, d) → (B, G, R, d_v).
+
+    Args:
+        stored: logits (B, G, R, m) of the features, their sums (B, G, m, d_v) and totals (B, G, m).
+        terms: logits (B, G, R, K) and values (B, G, K, d_v) of the window and the sinks; at least one of both.
+    """
+    tops = [logits.detach().amax(-1) for logits, *_ in [*terms, *([stored] if stored else [])]]
+    top = torch.stack(tops).amax(0)[..., None]
+    numerator: Tensor | float = 0.0
+    normaliser: Tensor | float = 0.0
+    if stored:
+        weight = (stored[0] - top).exp()
+        numerator, normaliser = weight @ stored[1], (weight @ stored[2][..., None]).squeeze(-1)
+    for logits, value in terms:
+        weight = (logits - top).exp() * (logits > LOG_ZERO / 2)
+        numerator, normaliser = numerator + weight @ value.to(q.dtype), normaliser + weight.sum(-1)
+    assert isinstance(numerator, Tensor) and isinstance(normaliser, Tensor)
+    return numerator / torch.where(normaliser > 0, normaliser, 1)[..., None]
+
+
 def recurrent(problem: Problem) -> tuple[Tensor, AttentionState]:
     """One real token per row (L = 1) after a state; the same numbers as the full forward.
 
@@ -41,7 +64,7 @@ def recurrent(problem: Problem) -> tuple[Tensor, AttentionState]:
         values = carry[..., None] * values + entering[..., None] * recent_value[:, :, :1].to(compute)
         total = carry * total + entering
         lq = query_log_features(problem.parameters, q, position[:, None].expand(-1, q.shape[2]))
-        past = lq + scale[:, :, None]
+        past = lq + scale[:, :, None]  # (B, G, R, m)
     near_key, near_value = recent_key[:, :, 1:], recent_value[:, :, 1:]
     if window:
         age = torch.arange(window - 1, -1, -1, device=device)
@@ -51,19 +74,8 @@ def recurrent(problem: Problem) -> tuple[Tensor, AttentionState]:
         valid = (torch.arange(sinks, device=device) <= position[:, None])[:, None, None]
         terms.append(((q @ (sink_key.to(compute) * root).mT).masked_fill(~valid, LOG_ZERO), sink_value))
 
-    tops = [logits.detach().amax(-1) for logits, _ in terms]
-    if problem.config.feature_count:
-        tops.append(past.detach().amax(-1))
-    top = torch.stack(tops).amax(0)[..., None]
-    numerator = q.new_zeros(*q.shape[:3], problem.value.shape[-1])
-    normaliser = q.new_zeros(q.shape[:3])
-    if problem.config.feature_count:
-        weight = (past - top).exp()
-        numerator, normaliser = weight @ values, (weight @ total[..., None]).squeeze(-1)
-    for logits, value in terms:
-        weight = (logits - top).exp() * (logits > LOG_ZERO / 2)
-        numerator, normaliser = numerator + weight @ value.to(compute), normaliser + weight.sum(-1)
-    output = numerator / torch.where(normaliser > 0, normaliser, 1)[..., None]
+    stored = (past, values, total) if problem.config.feature_count else None
+    output = _weighted_mean(q, stored, terms)
     after = AttentionState(
         count=position + 1,
         feature_values=values,

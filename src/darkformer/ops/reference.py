@@ -48,7 +48,9 @@ def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight = weight.masked_fill(~seen | (far if not config.feature_count else torch.zeros_like(far)), LOG_ZERO)
 
     past = lq + state.log_scale[b][:, None, None, :]  # what is only in the state: (G, R, n, m)
-    top = torch.cat([weight, past], dim=-1).amax(-1, keepdim=True).detach() if n else weight[..., :1]
+    # Without tokens there may be neither keys nor features, and a maximum over nothing is an error.
+    nothing = past.new_zeros(groups, heads, 0, 1)
+    top = torch.cat([weight, past], dim=-1).amax(-1, keepdim=True).detach() if n else nothing
     exact, stored = (weight - top).exp() * (weight > LOG_ZERO / 2), (past - top).exp()
     numerator = torch.einsum("grtj,gjd->grtd", exact, v)
     numerator = numerator + torch.einsum("grtm,gmd->grtd", stored, state.feature_values[b])

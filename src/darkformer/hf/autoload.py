@@ -1,0 +1,73 @@
+"""Makes `AutoModelForCausalLM.from_pretrained` understand saved converted models once darkformer is imported.
+
+transformers builds a model from its config, then fills in the saved weights. A converted model's config carries a
+`darkformer` entry; its feature maps must exist before the weights come. `PreTrainedModel.post_init`, "executed at the
+end of each model initialization", is where they are attached. The wrapper goes on when transformers' modelling module
+is imported, so that `import darkformer` does not have to import it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+_TARGET = "transformers.modeling_utils"
+
+
+def _wrap_post_init(modeling_utils: Any) -> None:
+    original = modeling_utils.PreTrainedModel.post_init
+    if getattr(original, "by_darkformer", False):
+        return
+
+    def post_init(self: Any) -> None:
+        if getattr(self.config, "darkformer", None):
+            from .convert import attach_saved
+
+            attach_saved(self)
+        original(self)
+
+    post_init.by_darkformer = True  # type: ignore[attr-defined]
+    post_init.__doc__ = original.__doc__
+    modeling_utils.PreTrainedModel.post_init = post_init
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads as the original loader does, then wraps."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.original.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.original.exec_module(module)
+        _wrap_post_init(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Answers for `transformers.modeling_utils` once, by asking the finders after itself."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def install() -> None:
+    """Wraps now if transformers is loaded, else when it will be."""
+    if _TARGET in sys.modules:
+        _wrap_post_init(sys.modules[_TARGET])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

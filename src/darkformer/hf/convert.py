@@ -1,0 +1,150 @@
+"""Conversion of a model in place, and back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import ConversionError, DarkConfig
+from ..features.maps import FeatureMap
+from .interface import NAME, Observer, take_cache
+
+
+def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "layer_idx") and type(module).__name__.endswith(("Attention", "SelfAttention")):
+            yield name, module
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
+def _is_sliding(module: Any) -> bool:
+    for name in ("is_sliding", "sliding_window"):
+        if hasattr(module, name):
+            return bool(getattr(module, name))
+    types = getattr(module.config, "layer_types", None)
+    if types:
+        return types[module.layer_idx] == "sliding_attention"
+    return getattr(module.config, "sliding_window", None) is not None
+
+
+def _convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, Any]]:
+    """Attention modules this configuration converts, by name.
+
+    Raises:
+        ConversionError: nothing to convert, or a module that does not go through transformers' attention interface.
+    """
+    found = list(_attention_modules(model))
+    if not found:
+        raise ConversionError(
+            f"{type(model).__name__} has no attention module with a layer index: "
+            "only transformers' decoders with attention layers can be converted."
+        )
+    for name, module in found:
+        if not _uses_interface(module):
+            raise ConversionError(
+                f"{name} ({type(module).__name__}) does not use transformers' attention interface, "
+                "so its attention cannot be replaced. Models that support attn_implementation='sdpa' by that interface can."
+            )
+    chosen = [(name, module) for name, module in found if config.convert_sliding or not _is_sliding(module)]
+    if not chosen:
+        raise ConversionError(
+            f"all {len(found)} attention layers of {type(model).__name__} are sliding-window layers, linear already: "
+            "set convert_sliding=True to convert them nevertheless."
+        )
+    return chosen
+
+
+def _attach(module: Any, config: DarkConfig) -> None:
+    heads = module.config.num_attention_heads
+    head_dim = getattr(module, "head_dim", None) or module.config.hidden_size // heads
+    feature_map = FeatureMap(
+        config,
+        num_heads=heads,
+        num_kv_heads=getattr(module.config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        layer=module.layer_idx,
+    )
+    weight = next(module.parameters(), None)
+    module.dark = feature_map if weight is None else feature_map.to(weight.device)
+    module.__dict__["dark_hook"] = module.register_forward_pre_hook(take_cache, with_kwargs=True)
+    module.config._attn_implementation = NAME
+    module.config.darkformer = config.to_dict()
+
+
+def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
+    """The feature maps of a converted model, first layer first."""
+    return (module for module in model.modules() if isinstance(module, FeatureMap))
+
+
+def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
+    """Replaces the model's softmax attention by `config`'s, in place, and returns the model.
+
+    Works on any decoder that calls transformers' attention interface. Layers that already attend through a sliding
+    window stay as they are unless `config.convert_sliding`. The weights are not touched; `calibrate` and `finetune`
+    come next.
+
+    Raises:
+        ConversionError: not a transformers model, converted already, or nothing in it can be converted.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ConversionError(f"received {type(model).__name__}: convert takes a transformers PreTrainedModel.")
+    if next(dark_layers(model), None) is not None:
+        raise ConversionError(
+            f"{type(model).__name__} is converted already: call darkformer.revert(model) before converting it again."
+        )
+    chosen = _convertible(model, config)
+    model.__dict__["dark_previous"] = model.config._attn_implementation
+    for _, module in chosen:
+        _attach(module, config)
+    return model
+
+
+def attach_saved(model: PreTrainedModel) -> None:
+    """Gives a model under construction the feature maps its config speaks of; their weights are loaded afterwards."""
+    config = DarkConfig.from_dict(dict(model.config.darkformer))
+    for _, module in _convertible(model, config):
+        if getattr(module, "dark", None) is None:
+            _attach(module, config)
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """Softmax attention again, in place: without training, bit-identical to the model before `convert`.
+
+    Raises:
+        ConversionError: the model is not converted.
+    """
+    converted = [module for _, module in _attention_modules(model) if isinstance(getattr(module, "dark", None), FeatureMap)]
+    if not converted:
+        raise ConversionError(f"{type(model).__name__} is not converted: there is nothing to revert.")
+    previous = model.__dict__.pop("dark_previous", "sdpa")
+    for module in converted:
+        module.__dict__.pop("dark_hook").remove()
+        del module.dark
+        module.config._attn_implementation = previous
+        if hasattr(module.config, "darkformer"):
+            del module.config.darkformer
+    return model
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Within the block the model computes softmax attention and shows every converted layer's q, k, v to `observer`."""
+    modules = [m for _, m in _attention_modules(model) if isinstance(getattr(m, "dark", None), FeatureMap)]
+    try:
+        for module in modules:
+            module.__dict__["dark_observer"] = observer
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("dark_observer", None)

@@ -1,0 +1,143 @@
+"""The attention function and the mask function, registered with transformers under the same name.
+
+A custom attention without a mask function of exactly its name silently loses causality, so both are registered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_utils import AttentionInterface
+
+from ..config import ConversionError, NonFiniteError
+from ..features.maps import FeatureMap
+from ..ops.attention import attention
+from ..ops.exact import softmax_attention
+from .cache import DarkCacheLayer, own_layer
+
+NAME = "darkformer"
+#: What a capture receives: the layer's feature map, q (B, H, L, d), k, v (B, G, L, d), the mask (B, L), s, the output.
+Observer = Callable[[FeatureMap, Tensor, Tensor, Tensor, Tensor | None, float, Tensor], None]
+
+
+def dark_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one forward pass: the 2-D padding mask (B, kv_length) or None for layers with full attention.
+
+    Sliding-window layers that stay as they are get the mask that torch's attention needs.
+
+    Raises:
+        ConversionError: packed documents or any other pattern besides causal and padding.
+    """
+    converted = getattr(config, "darkformer", None) or {}
+    if local_size is not None and not converted.get("convert_sliding", False):
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            local_size=local_size, **kwargs,
+        )  # fmt: skip
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function) or local_size is not None
+    if not plain:
+        raise ConversionError(
+            "the mask is neither causal nor padding (position_ids that restart, or a custom mask): converted layers "
+            "cannot tell documents in one row apart. Put each document in a row of its own, with an attention_mask."
+        )
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -kv_length:].bool()
+        if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+            return None
+    return attention_mask
+
+
+def _allowed(mask: Tensor | None, length: int, keys: int, is_causal: bool, device: torch.device) -> Tensor | None:
+    """(B or 1, L, K) for exact attention over `keys` keys of which the last `length` are the queries' own."""
+    if mask is None and (length == keys or not is_causal):
+        return None
+    allowed = torch.ones(1, length, keys, dtype=torch.bool, device=device)
+    if is_causal:
+        allowed = allowed.tril(keys - length)
+    return allowed if mask is None else allowed & mask[:, None, :]
+
+
+def dark_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query (B, H, L, d) after rotary embedding → (B, L, H, d_v).
+
+    Modules without a feature map (sliding-window layers that stay) go to torch's softmax attention.
+
+    Raises:
+        ConversionError: a 4-D mask at a converted layer. NonFiniteError: NaN or infinity, with the layer's number.
+    """
+    feature_map = getattr(module, "dark", None)
+    if feature_map is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    cache: DarkCacheLayer | None = module.__dict__.pop("dark_cache", None)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ConversionError(
+            f"layer {feature_map.layer} got an attention mask of shape {tuple(attention_mask.shape)}: a converted "
+            "layer takes padding masks (batch, tokens) only."
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    observer: Observer | None = module.__dict__.get("dark_observer")
+    if feature_map.config.method == "exact" or observer is not None:
+        allowed = _allowed(attention_mask, query.shape[2], key.shape[2], is_causal, query.device)
+        output = softmax_attention(query, key, value, scaling=scaling, allowed=allowed, is_causal=is_causal)
+        if observer is not None:
+            observer(feature_map, query, key, value, attention_mask, scaling, output)
+        return output.transpose(1, 2).contiguous(), None
+    mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    try:
+        result = attention(
+            query, key, value, feature_map, scaling=scaling, key_mask=mask, is_causal=is_causal,
+            initial_state=cache.state if cache else None, return_state=cache is not None,
+        )  # fmt: skip
+    except NonFiniteError as error:
+        raise NonFiniteError(f"layer {feature_map.layer}: {error}") from error
+    if cache is None:
+        assert isinstance(result, Tensor)
+        output = result
+    else:
+        output, state = result
+        cache.state = state.detach()
+    return output.transpose(1, 2).contiguous(), None
+
+
+def take_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`."""
+    module.__dict__.pop("dark_cache", None)
+    cache = kwargs.get("past_key_values")
+    if cache is not None and module.dark.config.method != "exact" and "dark_observer" not in module.__dict__:
+        module.__dict__["dark_cache"] = own_layer(cache, module.layer_idx)
+
+
+AttentionInterface.register(NAME, dark_attention)
+AttentionMaskInterface.register(NAME, dark_mask)

