@@ -105,6 +105,8 @@ def dark_attention(
             "layer takes padding masks (batch, tokens) only."
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Under autocast the rotary embedding leaves queries and keys in float32 beside half-precision values.
+    dtype, value = value.dtype, value.to(query.dtype)
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     observer: Observer | None = module.__dict__.get("dark_observer")
@@ -113,7 +115,7 @@ def dark_attention(
         output = softmax_attention(query, key, value, scaling=scaling, allowed=allowed, is_causal=is_causal)
         if observer is not None:
             observer(feature_map, query, key, value, attention_mask, scaling, output)
-        return output.transpose(1, 2).contiguous(), None
+        return output.transpose(1, 2).to(dtype).contiguous(), None
     mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     try:
         result = attention(
@@ -128,7 +130,7 @@ def dark_attention(
     else:
         output, state = result
         cache.state = state.detach()
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).to(dtype).contiguous(), None
 
 
 def take_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,6 @@ from ..features.maps import FeatureParameters
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
 LOG_ZERO = -1e30
-#: The fields of `AttentionState` that are sums over keys, in the compute dtype.
-SUMS = ("feature_values", "feature_sum", "log_scale")
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def next_buffers(problem: Problem) -> dict[str, Tensor]:
 
 
 def check_state(state: AttentionState, expected: AttentionState) -> AttentionState:
-    """Refuses a state of another layer, configuration or batch; gives its sums the dtype of `expected`.
+    """Refuses a state of another layer, configuration or batch; gives its tensors the dtypes of `expected`.
 
     Raises:
         InputError: names the first tensor whose shape differs.
@@ -143,5 +141,5 @@ def check_state(state: AttentionState, expected: AttentionState) -> AttentionSta
                 f"initial_state.{f.name} has shape {tuple(got)}, this call needs {tuple(want)}: "
                 "the state belongs to another batch, layer or configuration."
             )
-    sums = {name: getattr(state, name).to(expected.feature_sum.dtype) for name in SUMS}
-    return replace(state, count=state.count.to(torch.int64), **sums)
+    names = [f.name for f in fields(AttentionState)]
+    return AttentionState(**{name: getattr(state, name).to(getattr(expected, name).dtype) for name in names})

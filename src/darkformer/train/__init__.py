@@ -1,0 +1,1 @@
+"""Everything that changes weights or needs data."""

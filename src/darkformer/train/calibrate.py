@@ -1,0 +1,257 @@
+"""Closed-form calibration of a converted model: centres, balance, and the starting scale of each head.
+
+Statistics come from one pass of the *softmax* model; queries and keys are never stored, only their moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ConversionError, InputError
+from ..features.maps import FeatureMap, FeatureParameters, key_log_features, query_log_features
+from ..features.transforms import balance
+from ..hf.convert import dark_layers, observing
+from .evaluate import Progress
+
+#: Scales of the starting geometry that the line search tries: a colder kernel is biased but far less noisy.
+SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
+#: Offsets tried around the bias that matches the far mass; a noisy head is better off with less of its features.
+BIAS_OFFSETS = (0.0, -0.5, -1.0, -2.0, -4.0, -8.0)
+#: Tokens of a sequence the line search looks at; it compares with quadratic attention.
+SEARCH_TOKENS = 512
+
+
+class Moments:
+    """Streaming first and second moments of a layer's scaled queries and keys, in float64."""
+
+    def __init__(self, groups: int, dim: int) -> None:
+        self.count = {"query": 0, "key": 0}
+        self.total = {side: torch.zeros(groups, dim, dtype=torch.float64) for side in self.count}
+        self.square = {side: torch.zeros(groups, dim, dim, dtype=torch.float64) for side in self.count}
+
+    def add(self, side: str, x: Tensor, keep: Tensor) -> None:
+        """x (B, G, …, L, d) of which the tokens keep (B, L) count."""
+        rows = x.movedim(1, 0).flatten(1, -2)[:, keep_rows(x, keep)].double().cpu()
+        self.count[side] += rows.shape[1]
+        self.total[side] += rows.sum(1)
+        self.square[side] += rows.mT @ rows
+
+    def mean(self, side: str) -> Tensor:
+        """(G, d)."""
+        return self.total[side] / self.count[side]
+
+    def covariance(self, side: str, centered: bool) -> Tensor:
+        """(G, d, d): the covariance, or the second moment about zero."""
+        second = self.square[side] / self.count[side]
+        mean = self.mean(side)
+        return second - mean[:, :, None] * mean[:, None, :] if centered else second
+
+
+def keep_rows(x: Tensor, keep: Tensor) -> Tensor:
+    """Flattens keep (B, L) to the row order of x (B, G, [R,] L, d) with G moved out."""
+    if x.dim() == 5:
+        keep = keep[:, None].expand(-1, x.shape[2], -1)
+    return keep.flatten()
+
+
+def _real(mask: Tensor | None, query: Tensor) -> Tensor:
+    """(B, L) which tokens are real."""
+    shape = (query.shape[0], query.shape[2])
+    return torch.ones(shape, dtype=torch.bool, device=query.device) if mask is None else mask[:, -shape[1] :].bool()
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """What the line search chose for one layer, per kv head, and the relative output errors it measured."""
+
+    layer: int
+    scale: list[float]
+    far_bias: list[float]
+    error: list[float]  # relative error of the attention output at the choice
+    error_unscaled: list[float]  # the same at scale 1 without bias
+    error_exact_part: list[float]  # the same without any features
+
+
+def _inputs(batch: Any) -> dict[str, Tensor]:
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    if not hasattr(batch, "keys") or "input_ids" not in batch:
+        raise InputError(f"a calibration batch is a {type(batch).__name__}: give input_ids (B, L) or a dict with them.")
+    return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    device = next(model.parameters()).device
+    model(**{name: x.to(device) for name, x in _inputs(batch).items()}, use_cache=False)
+
+
+def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Moments]:
+    moments: dict[int, Moments] = {}
+
+    def observer(
+        fm: FeatureMap, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, _: Tensor
+    ) -> None:
+        layer = moments.setdefault(fm.layer, Moments(fm.num_kv_heads, fm.head_dim))
+        real = _real(mask, query)
+        grouped = query.unflatten(1, (fm.num_kv_heads, -1))
+        layer.add("query", grouped * scaling**0.5, real)
+        # The sinks stay exact, and they are the outliers: the features' statistics leave them out.
+        layer.add("key", key * scaling**0.5, real & (real.cumsum(1) > fm.config.sinks))
+
+    with observing(model, observer):
+        for batch in batches:
+            _forward(model, batch)
+            tick()
+    return moments
+
+
+@torch.no_grad()
+def _set_transforms(fm: FeatureMap, moments: Moments) -> None:
+    needed = 2 * fm.head_dim
+    if moments.count["key"] < needed:
+        raise InputError(
+            f"calibration saw {moments.count['key']} tokens per head, a covariance of dimension {fm.head_dim} "
+            f"needs {needed} at the least: give longer or more batches."
+        )
+    if fm.query_center is not None and fm.key_center is not None:
+        fm.query_center.copy_(moments.mean("query"))
+        fm.key_center.copy_(moments.mean("key"))
+    if fm.query_balance is not None and fm.key_balance is not None:
+        centered = fm.query_center is not None
+        pair = balance(moments.covariance("query", centered), moments.covariance("key", centered))
+        fm.query_balance.copy_(pair.query)
+        fm.key_balance.copy_(pair.key)
+
+
+class _Search:
+    """Quadratic attention of one layer on held-back tokens: exact weights, and the features' weights at any scale."""
+
+    def __init__(self, fm: FeatureMap, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float):
+        keep = slice(0, SEARCH_TOKENS)
+        real = _real(mask, query)[:, keep]
+        self.fm = fm
+        self.q = query[:, :, keep].unflatten(1, (fm.num_kv_heads, -1)).float() * scaling**0.5
+        self.k, self.v = key[:, :, keep].float() * scaling**0.5, value[:, :, keep].float()
+        position = (real.cumsum(1) - 1).clamp_min(0)
+        self.position = position
+        offset = position[:, :, None] - position[:, None, :]
+        seen = (offset >= 0) & real[:, None, :] & real[:, :, None]
+        near = seen & ((offset < fm.config.window) | (position < fm.config.sinks)[:, None, :])
+        self.near, self.far = near[:, None, None], (seen & ~near)[:, None, None]
+        logits = self.q @ self.k[:, :, None].mT
+        self.top = logits.masked_fill(~seen[:, None, None], -torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        weights = (logits - self.top).exp()
+        self.near_weight, self.far_weight = weights * self.near, weights * self.far
+        self.target = self._output(self.far_weight)
+        self.rows = real[:, None, None, :, None]
+
+    def _output(self, far_weight: Tensor) -> Tensor:
+        weight = self.near_weight + far_weight
+        return (weight @ self.v[:, :, None]) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
+
+    def feature_weight(self, parameters: FeatureParameters) -> Tensor:
+        """Far weights by the features, (B, G, R, L, L), on the exact weights' scale."""
+        heads, length = self.q.shape[2:4]
+        lq = query_log_features(parameters, self.q.flatten(2, 3), self.position.repeat(1, heads))
+        lk = key_log_features(parameters, self.k, self.position)
+        lq = lq.unflatten(2, (heads, length))
+        high_q, high_k = lq.amax(-1, keepdim=True), lk.flatten(2).amax(-1)[:, :, None, None, None]
+        kernel = (lq - high_q).exp() @ (lk - high_k.squeeze(-1)).exp()[:, :, None].mT
+        return kernel * (high_q + high_k - self.top).clamp_max(80.0).exp() * self.far
+
+    def bias(self, far_weight: Tensor) -> Tensor:
+        """Per kv head: the median over queries of log(exact far mass / the features' far mass)."""
+        exact, ours = self.far_weight.sum(-1), far_weight.sum(-1)
+        ratio = torch.where((exact > 0) & (ours > 0), exact.log() - ours.log(), torch.nan)
+        return ratio.transpose(0, 1).flatten(1).nanmedian(dim=1).values.nan_to_num()
+
+    def error(self, far_weight: Tensor) -> Tensor:
+        """Per kv head: ‖output - exact output‖² / ‖exact output‖² over real tokens."""
+        difference = ((self._output(far_weight) - self.target) * self.rows).square()
+        return difference.sum((0, 2, 3, 4)) / (self.target * self.rows).square().sum((0, 2, 3, 4)).clamp_min(1e-30)
+
+
+@torch.no_grad()
+def _search_layer(fm: FeatureMap, search: _Search) -> HeadChoice:
+    start = fm.parameters_for(torch.float32)
+    tried: list[tuple[float, Tensor, Tensor]] = []  # scale, bias (G,), error (G,)
+    for scale in SCALES if fm.scalable and fm.config.cold_start else SCALES[:1]:
+        maps = {n: None if (m := getattr(start, n)) is None else m * scale for n in ("query_map", "key_map")}
+        weight = search.feature_weight(start._replace(far_bias=None, **maps))
+        none = weight.new_zeros(fm.num_kv_heads)
+        biases = [none]
+        if fm.far_bias is not None:
+            matched = search.bias(weight)
+            biases += [matched + offset for offset in BIAS_OFFSETS]
+        tried += [(scale, bias, search.error(weight * bias.exp()[:, None, None, None])) for bias in biases]
+    errors = torch.stack([error for _, _, error in tried])
+    best, groups = errors.argmin(0), torch.arange(fm.num_kv_heads)
+    scale = torch.tensor([tried[i][0] for i in best])
+    bias = torch.stack([bias for _, bias, _ in tried])[best, groups]
+    fm.scale_(scale)
+    if fm.far_bias is not None:
+        fm.far_bias.copy_(bias)
+    only_exact = search.error(torch.zeros_like(search.far_weight))
+    columns = (scale, bias, errors[best, groups].sqrt(), errors[0].sqrt(), only_exact.sqrt())
+    return HeadChoice(fm.layer, *(column.tolist() for column in columns))
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None) -> list[HeadChoice]:
+    """Sets centres, balance, scale and bias of every converted layer from the softmax model's own queries and keys.
+
+    One pass over `batches`. All but the last give the moments, from which centres and balance follow in closed form;
+    on the last, held back, a line search over `SCALES` picks each head's scale by the measured error of the attention
+    output (bias² + variance), and the bias of the features against the exact part is the median log-ratio of far masses.
+    What the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`) is left alone;
+    `DarkConfig.paper()` turns everything off, so there this does nothing.
+
+    Args:
+        batches: input_ids (B, L), or dicts with input_ids and attention_mask. A single batch serves both purposes.
+        progress: called with (batches done, batches in all).
+
+    Returns:
+        One `HeadChoice` per layer (empty if there was nothing to choose).
+
+    Raises:
+        ConversionError: the model is not converted. InputError: too few tokens, or a batch that is none.
+    """
+    layers = list(dark_layers(model))
+    if not layers:
+        raise ConversionError("the model is not converted: call darkformer.convert(model, config) first.")
+    every = list(batches)
+    if not every:
+        raise InputError("no calibration batches: give at least one.")
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, len(every))
+
+    was_training = model.training
+    model.eval()
+    gaussian = [fm for fm in layers if fm.query_center is not None or fm.query_balance is not None]
+    if gaussian:
+        moments = _collect(model, every[:-1] or every, tick)
+        for fm in gaussian:
+            _set_transforms(fm, moments[fm.layer])
+    choices: list[HeadChoice] = []
+    searched = {id(fm) for fm in layers if fm.far_bias is not None or (fm.config.cold_start and fm.scalable)}
+
+    def observer(fm: FeatureMap, *captured: Any) -> None:
+        if id(fm) in searched:
+            choices.append(_search_layer(fm, _Search(fm, *captured[:-1])))
+
+    if searched:
+        with observing(model, observer):
+            _forward(model, every[-1])
+    if progress:
+        progress(len(every), len(every))
+    model.train(was_training)
+    return choices

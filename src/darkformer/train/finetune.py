@@ -1,0 +1,207 @@
+"""Finetuning through Hugging Face's Trainer: parameter groups, checkpoints by step, clean interrupts."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..config import ConfigError, NonFiniteError, TrainConfig
+from ..hf.convert import dark_layers
+
+#: Projections of queries, keys and values, by the names transformers' families use (fused ones included).
+QKV = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(weight|bias)$")
+#: Called with (step, loss) after each optimizer step.
+StepHook = Callable[[int, float], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was interrupted; a checkpoint of the last complete step was written, so it can be resumed."""
+
+
+def trainable_parameters(model: nn.Module, group: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(the model's own parameters, what conversion added) that learn under `group`.
+
+    Raises:
+        ConfigError: nothing would learn.
+    """
+    added = [p for fm in dark_layers(model) for p in fm.parameters()]
+    ids = {id(p) for p in added}
+    own = [
+        p
+        for name, p in model.named_parameters()
+        if id(p) not in ids and (group == "all" or (group == "qkv" and QKV.search("." + name)))
+    ]
+    if not own and not added:
+        raise ConfigError(
+            f"train={group!r}: this model has no such parameters "
+            "(performer, random, constant and local add none; use train='qkv' or 'all')."
+        )
+    return own, added
+
+
+class _Trainer(Trainer):
+    """HF's Trainer with two learning rates and a loss that is checked at every step."""
+
+    def __init__(self, budget: TrainConfig, own: list[nn.Parameter], added: list[nn.Parameter], **options: Any) -> None:
+        super().__init__(**options)
+        self.budget, self.own, self.added = budget, own, added
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            decay = self.budget.weight_decay
+            matrices = [p for p in self.own if p.dim() >= 2]
+            rest = [p for p in self.own if p.dim() < 2]
+            groups = [
+                {"params": matrices, "lr": self.budget.lr, "weight_decay": decay},
+                {"params": rest, "lr": self.budget.lr, "weight_decay": 0.0},
+                {"params": self.added, "lr": self.budget.geometry_lr, "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        step = self.state.global_step + 1
+        last = get_last_checkpoint(self.args.output_dir)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {step}: {error} ({kept})") from error
+        if not math.isfinite(float(loss)):
+            raise NonFiniteError(f"step {step}: the loss is {float(loss)}; {kept}. Lower the learning rate.")
+        return loss
+
+
+class _Steps(TrainerCallback):
+    """Reports each step's loss, and turns the first Ctrl-C into a checkpoint and a clean stop."""
+
+    def __init__(self, on_step: StepHook | None) -> None:
+        self.on_step, self.interrupted = on_step, False
+        self.losses: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+            if self.on_step:
+                self.on_step(state.global_step, logs["loss"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def _gentle_interrupt(steps: _Steps) -> Iterator[None]:
+    """The first SIGINT finishes the step and saves; the second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: Any) -> None:
+        steps.interrupted = True
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _arguments(budget: TrainConfig, out: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=budget.steps,
+        per_device_train_batch_size=budget.batch_size,
+        learning_rate=budget.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=budget.warmup_steps,
+        max_grad_norm=budget.max_grad_norm,
+        bf16=budget.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=budget.seed,
+        data_seed=budget.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=budget.save_every,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+
+
+def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    ids = torch.stack(list(rows))
+    return {"input_ids": ids, "labels": ids}
+
+
+def finetune(
+    model: nn.Module,
+    blocks: Tensor,
+    budget: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    on_step: StepHook | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[float]:
+    """Trains `model` in place on token blocks (N, L) with HF's Trainer.
+
+    Args:
+        budget: steps, rates, which parameters learn, precision.
+        out: folder of the checkpoints (`checkpoint-STEP`, by transformers).
+        resume: continue at the last checkpoint in `out`; the losses are those of an uninterrupted run.
+        on_step: called with (step, loss).
+
+    Returns:
+        The loss of each step taken by this call.
+
+    Raises:
+        ConfigError: nothing to train. NonFiniteError: loss, queries, keys or values stopped being finite (names the
+        step, the layer and the last good checkpoint). Interrupted: Ctrl-C, after a checkpoint was written.
+    """
+    if budget.train == "none" or budget.steps == 0:
+        return []
+    own, added = trainable_parameters(model, budget.train)
+    chosen = {id(p) for p in own + added}
+    before = {p: p.requires_grad for p in model.parameters()}
+    steps = _Steps(on_step)
+    for p in before:
+        p.requires_grad_(id(p) in chosen)
+    try:
+        trainer = _Trainer(
+            budget,
+            own,
+            added,
+            model=model,
+            args=_arguments(budget, Path(out)),
+            train_dataset=list(blocks),
+            data_collator=_collate,
+            callbacks=[steps, *(callbacks or [])],
+        )
+        checkpoint = get_last_checkpoint(str(out)) if resume and Path(out).is_dir() else None
+        with _gentle_interrupt(steps):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        for p, flag in before.items():
+            p.requires_grad_(flag)
+            p.grad = None
+        model.eval()
+    if steps.interrupted and trainer.state.global_step < budget.steps:
+        raise Interrupted(f"interrupted at step {trainer.state.global_step} of {budget.steps}; resume continues there.")
+    return steps.losses

@@ -1,0 +1,201 @@
+"""Problems for the operator tests, and one way to solve them with everything that can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from darkformer import AttentionState, DarkConfig, FeatureMap, attention, feature_map
+from darkformer.ops.problem import LOG_ZERO
+from tolerances import relative_error
+
+#: The terms a gradient is the difference of, relative to which rounding is measured: see `differences`.
+FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. `mode`: causal from nothing ("cold"), causal after a state ("warm"), or "bidirectional"."""
+
+    length: int = 5
+    window: int = 0
+    sinks: int = 0
+    kv_heads: int = 2
+    padding: str = "none"
+    mode: str = "cold"
+    method: str = "dark"
+    tied: bool = True
+    draw: str = "orthogonal"
+    heads: int = 6
+    batch: int = 2
+    features: int = 8
+    dim: int = 8
+    value_dim: int = 5
+    scale: float = 1.0
+    far_bias: bool = True
+
+    def __str__(self) -> str:
+        tied = "tied" if self.tied else "untied"
+        return (
+            f"{self.method}-{tied}-L{self.length}-W{self.window}-S{self.sinks}-G{self.kv_heads}"
+            f"-{self.padding}-{self.mode}-{self.draw}"
+        )
+
+    @property
+    def config(self) -> DarkConfig:
+        return DarkConfig(
+            method=self.method, num_features=self.features, window=self.window, sinks=self.sinks,
+            tied=self.tied, draw=self.draw, far_bias=self.far_bias,
+        )  # fmt: skip
+
+    @property
+    def fast(self) -> str:
+        """The backend that is compared with `reference`."""
+        return "exact" if self.method == "exact" else "chunked"
+
+
+def make_map(case: Case, dtype: torch.dtype = torch.float64) -> FeatureMap:
+    """The case's feature map, every parameter moved away from its start."""
+    made = feature_map(case.config, num_heads=case.heads, num_kv_heads=case.kv_heads, head_dim=case.dim).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype))
+    return made
+
+
+def make_inputs(
+    case: Case, length: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query (B, H, L, d), key (B, G, L, d), value (B, G, L, d_v)."""
+    generator = torch.Generator().manual_seed(seed)
+    length = case.length if length is None else length
+
+    def draw(heads: int, dim: int) -> Tensor:
+        return torch.randn(case.batch, heads, length, dim, generator=generator, dtype=torch.float64).to(dtype)
+
+    query, key = case.scale * draw(case.heads, case.dim), case.scale * draw(case.kv_heads, case.dim)
+    return query, key, draw(case.kv_heads, case.value_dim)
+
+
+def make_mask(padding: str, batch: int, length: int) -> Tensor | None:
+    """(B, L) bool; row 0 has fewer pads than the others, a single token may be a pad."""
+    if padding == "none":
+        return None
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    if padding == "interior" and length > 2:
+        generator = torch.Generator().manual_seed(3)
+        mask = torch.rand(batch, length, generator=generator) > 0.4
+        mask[:, 0] = mask[:, -1] = True
+        mask[:, length // 2] = False
+        return mask
+    mask[1:, : max(1, length // 2)] = False
+    mask[0, : length // 5] = False
+    return mask.flip(1) if padding == "right" else mask
+
+
+def make_state(case: Case, made: FeatureMap, dtype: torch.dtype = torch.float64) -> AttentionState:
+    """The state after a ragged history: row 0 has filled window and sinks, the others only two tokens."""
+    length = case.window + case.sinks + 7
+    mask = torch.ones(case.batch, length, dtype=torch.bool)
+    mask[1:, : length - 2] = False
+    with torch.no_grad():
+        inputs = make_inputs(case, length, dtype, seed=4)
+        return attention(*inputs, made, key_mask=mask, return_state=True, backend="reference")[1]
+
+
+class Solution(NamedTuple):
+    tensors: dict[str, Tensor]  # output, state and gradients
+    size: float  # Σ |cotangent · result|: of the terms that gradients are sums of
+
+
+def solve(case: Case, backend: str, perturb: Callable[[FeatureMap], Any] = lambda made: None) -> Solution:
+    """Output, state, and the gradients of all inputs, parameters and of the initial state, for random cotangents."""
+    made = make_map(case)
+    perturb(made)
+    inputs = [x.requires_grad_() for x in make_inputs(case)]
+    state, leaves = None, dict(zip(("query", "key", "value"), inputs, strict=True))
+    if case.mode == "warm":
+        state = make_state(case, made)
+        for name in ("feature_values", "feature_sum", "recent_key", "recent_value", "sink_key", "sink_value"):
+            leaves[f"initial {name}"] = getattr(state, name).requires_grad_()
+    leaves |= dict(made.named_parameters())
+    causal = case.mode != "bidirectional"
+    result = attention(
+        *inputs, made, key_mask=make_mask(case.padding, case.batch, case.length), is_causal=causal,
+        initial_state=state, return_state=causal, backend=backend,
+    )  # fmt: skip
+    output, after = result if causal else (result, None)
+    found = {"output": output}
+    if after is not None:
+        found |= {f"state {f.name}": getattr(after, f.name) for f in fields(after)}
+    generator, terms = torch.Generator().manual_seed(5), []
+    for tensor in found.values():
+        cotangent = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if tensor.requires_grad:
+            terms.append(tensor * cotangent)
+    torch.stack([term.sum() for term in terms]).sum().backward()
+    for name, leaf in leaves.items():
+        found[f"gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return Solution({n: t.detach() for n, t in found.items()}, float(sum(t.detach().abs().sum() for t in terms)))
+
+
+def differences(actual: Solution, expected: Solution) -> dict[str, float]:
+    """Relative error of every tensor.
+
+    A gradient may be zero in exact arithmetic (that of `far_bias` when nothing is exact, because it cancels in the
+    normaliser). It is then a sum of terms of about `size` that cancel, so its rounding is measured against
+    `FLOOR`·`size`: with the tolerance 1e-9 that is 1e-12 of the terms, 4 digits above float64's rounding.
+    """
+    assert actual.tensors.keys() == expected.tensors.keys()
+    errors = {}
+    for name, want in expected.tensors.items():
+        got = actual.tensors[name]
+        if name == "state log_scale":  # LOG_ZERO would hide every other entry's error
+            empty = want < LOG_ZERO / 2
+            assert torch.equal(empty, got < LOG_ZERO / 2)
+            want, got = want.masked_fill(empty, 0), got.masked_fill(empty, 0)
+        errors[name] = relative_error(got, want, FLOOR * expected.size if name.startswith("gradient") else 0.0)
+    return errors
+
+
+def above(errors: dict[str, float], tolerance: float) -> dict[str, float]:
+    """The errors that are not within the tolerance (NaN included)."""
+    return {name: error for name, error in errors.items() if not error <= tolerance}
+
+
+Pair = frozenset[tuple[str, Any]]
+
+
+def pairs(row: dict[str, Any]) -> set[Pair]:
+    """Every pair of values of two different axes in one row."""
+    return {frozenset(pair) for pair in combinations(row.items(), 2)}
+
+
+def all_pairs(axes: dict[str, tuple[Any, ...]], forbidden: Callable[[Pair], bool] = lambda pair: False) -> set[Pair]:
+    """Every allowed pair of values of two different axes."""
+    every = ({(a, x), (b, y)} for a, b in combinations(axes, 2) for x in axes[a] for y in axes[b])
+    return {frozenset(pair) for pair in every if not forbidden(frozenset(pair))}
+
+
+def covering(
+    axes: dict[str, tuple[Any, ...]], forbidden: Callable[[Pair], bool] = lambda pair: False
+) -> Iterable[dict[str, Any]]:
+    """Few rows that hold every allowed pair: each starts from a missing pair and is completed greedily."""
+    order = {axis: {value: i for i, value in enumerate(values)} for axis, values in axes.items()}
+    missing = all_pairs(axes, forbidden)
+    while missing:
+        first = min(missing, key=lambda pair: sorted((list(axes).index(a), order[a][x]) for a, x in pair))
+        row = dict(first)
+        for axis in axes:
+            if axis not in row:
+                extended = [row | {axis: value} for value in axes[axis]]
+                allowed = [r for r in extended if not any(map(forbidden, pairs(r)))]
+                row = max(allowed, key=lambda r: len(pairs(r) & missing))
+        missing -= pairs(row)
+        yield {axis: row[axis] for axis in axes}

@@ -1,0 +1,146 @@
+"""Every fast path against the quadratic oracle: output, state and every gradient, in float64 (issue 2, point 3)."""
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+
+from darkformer.config import METHODS
+from darkformer.ops import chunked
+from tolerances import PARITY, relative_error
+
+from .cases import Case, Pair, above, all_pairs, covering, differences, make_map, pairs, solve
+
+AXES = {
+    "length": (1, 2, 63, 64, 65, 500),
+    "window": (0, 1, 16, 64),
+    "sinks": (0, 4),
+    "kv_heads": (1, 2, 6),
+    "mode": ("cold", "warm", "bidirectional"),
+    "padding": ("none", "left", "right", "interior"),
+    "tied": (True, False),
+    "draw": ("orthogonal", "iid"),
+}
+PRODUCT = ("length", "window", "sinks", "kv_heads", "mode")
+
+
+def case_of(row: dict) -> Case:
+    # The oracle holds (G, R, L, L, m): small m and d keep L = 500 fast.
+    small = {"features": 3, "dim": 4, "value_dim": 3} if row["length"] == 500 else {}
+    return Case(**row, **small)
+
+
+def dark_rows() -> Iterator[dict]:
+    """The full product of `PRODUCT` for L ≤ 65; for L = 500 the mode cycles too. The other axes cycle.
+
+    A cycled axis takes the value at (sum of some other axes' indices), so that every pair of values of two axes occurs;
+    `test_every_pair_of_values_occurs` checks it.
+    """
+    for indices in product(*(range(len(AXES[axis])) for axis in PRODUCT)):
+        length, window, sinks, kv_heads, mode = indices
+        row = {axis: AXES[axis][i] for axis, i in zip(PRODUCT, indices, strict=True)}
+        if row["length"] == 500 and mode != (window + sinks + kv_heads) % 3:
+            continue
+        row["padding"] = AXES["padding"][(length + window + 2 * sinks + kv_heads + mode) % 4]
+        row["tied"] = AXES["tied"][(window // 2 + kv_heads + mode) % 2]
+        row["draw"] = AXES["draw"][(length + sinks + mode) % 2]
+        yield row
+
+
+def impossible(pair: Pair) -> bool:
+    values = dict(pair)
+    if values.get("method") == "local" and values.get("window") == 0:
+        return True  # refused by DarkConfig: nothing to attend to
+    return values.get("method", "dark") != "dark" and not values.get("tied", True)  # only dark has an M to untie
+
+
+METHOD_AXES = {"method": tuple(METHODS), **AXES}
+
+
+def test_every_pair_of_values_occurs() -> None:
+    dark = set().union(*map(pairs, dark_rows()))
+    assert dark == all_pairs(AXES)
+    methods = set().union(*map(pairs, covering(METHOD_AXES, impossible)))
+    assert methods == all_pairs(METHOD_AXES, impossible)
+
+
+@pytest.mark.parametrize("case", [case_of(row) for row in dark_rows()], ids=str)
+def test_dark(case: Case) -> None:
+    assert not above(differences(solve(case, "chunked"), solve(case, "reference")), PARITY)
+
+
+@pytest.mark.parametrize("case", [case_of(row) for row in covering(METHOD_AXES, impossible)], ids=str)
+def test_every_method(case: Case) -> None:
+    assert not above(differences(solve(case, case.fast), solve(case, "reference")), PARITY)
+
+
+BOTH = Case(length=65, window=16, sinks=4, tied=False, mode="warm", padding="interior")
+GAUSSIAN = {"query_center", "key_center", "query_balance", "key_balance", "far_bias"}
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("dark", {"geometry", "key_geometry"} | GAUSSIAN),
+        ("performer", GAUSSIAN),
+        ("lfk", {"projection"} | GAUSSIAN),
+        ("random", {"far_bias"}),
+        ("constant", {"far_bias"}),
+        ("local", set()),
+        ("exact", set()),
+    ],
+)
+def test_the_compared_gradients_are_all_there_and_not_zero(method: str, parameters: set[str]) -> None:
+    """Else parity would compare zeros with zeros."""
+    case = Case(length=65, window=16, sinks=4, method=method, tied=method != "dark")
+    assert {name for name, _ in make_map(case).named_parameters()} == parameters
+    found = solve(case, case.fast).tensors
+    for name in {"query", "key", "value"} | parameters:
+        assert found[f"gradient of {name}"].norm() > 1e-3, name
+
+
+@pytest.mark.parametrize(
+    "name", ["geometry", "key_geometry", "query_center", "key_center", "query_balance", "key_balance", "far_bias"]
+)
+def test_a_perturbed_parameter_is_noticed(name: str) -> None:
+    """Negative control: a change of 1e-6 in one parameter breaks the tolerance, in the output and in the gradients."""
+
+    def perturb(made: torch.nn.Module) -> None:
+        with torch.no_grad():
+            getattr(made, name).view(-1)[0].mul_(1 + 1e-6).add_(1e-6)
+
+    wrong = above(differences(solve(BOTH, "chunked", perturb), solve(BOTH, "reference")), PARITY)
+    assert {"output", f"gradient of {name}"} <= wrong.keys()
+
+
+def test_a_window_off_by_one_is_noticed() -> None:
+    """Negative control: a window of 15 in place of 16 is far from the same answer."""
+    found, want = (solve(Case(length=65, window=window, sinks=4), "chunked").tensors["output"] for window in (15, 16))
+    assert relative_error(found, want) > 1e-3
+
+
+SUPER_CASES = [
+    Case(length=length, window=window, sinks=4, mode=mode, padding=padding, features=3, dim=4, value_dim=3)
+    for length, window, mode, padding in [
+        (500, 0, "cold", "none"),
+        (500, 16, "warm", "interior"),
+        (300, 64, "bidirectional", "left"),
+        (130, 1, "warm", "right"),
+    ]
+]
+
+
+@pytest.mark.parametrize("keep", [0, 10**9], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("case", SUPER_CASES, ids=str)
+def test_several_super_chunks(case: Case, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state handed from one super-chunk to the next, with and without recomputation in the backward pass."""
+    monkeypatch.setattr(chunked, "SUPER", 64)
+    monkeypatch.setattr(chunked, "KEEP", keep)
+    calls = []
+    checkpoint = chunked.checkpoint
+    monkeypatch.setattr(chunked, "checkpoint", lambda *a, **k: calls.append(a[1:3]) or checkpoint(*a, **k))
+    found = solve(case, "chunked")
+    directions = 2 if case.mode == "bidirectional" else 1
+    assert len(calls) == (directions * -(-case.length // 64) if keep == 0 else 0)
+    assert not above(differences(found, solve(case, "reference")), PARITY)

@@ -1,0 +1,139 @@
+"""Large logits and low precision: no NaN, errors as stated, gradients finite."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from darkformer import DarkConfig, attention, feature_map
+from darkformer.ops.problem import LOG_ZERO
+from tolerances import OUTPUT, float32_error, relative_error
+
+from .cases import Case, make_inputs, make_map
+from .test_gradcheck import spy_on_log_domain
+
+DIM, LENGTH = 64, 256
+
+
+def solve(inputs: list[Tensor], made: torch.nn.Module, backend: str) -> list[Tensor]:
+    """Output and the gradients of q, k, v for fixed cotangents."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    output = attention(*leaves, made, backend=backend)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (output * cotangent.to(output.dtype)).sum().backward()
+    return [output.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (0, 4), (16, 0), (64, 4)])
+@pytest.mark.parametrize("std", [1, 4, 16, 64, 128, 256])
+def test_large_logits(std: int, window: int, sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits s·qᵀk of standard deviation `std` in float32 against float64."""
+    config = DarkConfig(num_features=64, window=window, sinks=sinks)
+    made = feature_map(config, num_heads=2, num_kv_heads=1, head_dim=DIM)
+    query, key, value = (torch.randn(1, heads, LENGTH, DIM) for heads in (2, 1, 1))
+    query, key = query * std**0.5, key * std**0.5  # s·qᵀk is a sum of 64 products, divided by 8
+    assert (query[:, :1] @ key.mT).std().item() * DIM**-0.5 == pytest.approx(std, rel=0.1)
+    rows = spy_on_log_domain(monkeypatch)
+    found = solve([query, key, value], made, "chunked")
+    # Without window and sinks early rows live below the chunk's maximum: from some logits on, below float32.
+    if window or sinks or std <= 4:
+        assert not rows
+    elif std >= 64:
+        assert sum(rows) >= 10
+    expected = solve([query.double(), key.double(), value.double()], made, "reference")
+    assert all(x.isfinite().all() for x in found)
+    assert relative_error(found[0], expected[0]) <= float32_error(std)
+    for got, want in zip(found[1:], expected[1:], strict=True):
+        assert relative_error(got, want) <= 4 * float32_error(std)  # a product of three rounded factors
+
+
+def test_without_the_log_domain_these_rows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the path is needed, not only taken."""
+    from darkformer.ops import chunked
+
+    config = DarkConfig(num_features=64, window=0, sinks=0)
+    made = feature_map(config, num_heads=1, num_kv_heads=1, head_dim=DIM)
+    inputs = [16 * torch.randn(1, 1, LENGTH, DIM) for _ in range(2)] + [torch.randn(1, 1, LENGTH, DIM)]
+    want = attention(*(x.double() for x in inputs), made, backend="reference")
+    assert relative_error(attention(*inputs, made, backend="chunked"), want) <= float32_error(256)
+    monkeypatch.setitem(chunked.UNDERFLOW, torch.float32, 0.0)
+    assert relative_error(attention(*inputs, made, backend="chunked"), want) > 0.1
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_large_logits_in_a_stream(window: int) -> None:
+    """One-token steps share no maximum with the future at all."""
+    std = 64
+    config = DarkConfig(num_features=64, window=window, sinks=0)
+    made = feature_map(config, num_heads=2, num_kv_heads=1, head_dim=DIM)
+    query, key, value = (torch.randn(1, heads, 80, DIM) for heads in (2, 1, 1))
+    inputs = (query * std**0.5, key * std**0.5, value)
+    want = attention(*(x.double() for x in inputs), made, backend="reference")
+    state, outputs = None, []
+    for t in range(80):
+        step = (x[:, :, t : t + 1] for x in inputs)
+        output, state = attention(*step, made, initial_state=state, return_state=True, backend="recurrent")
+        outputs.append(output)
+    assert relative_error(torch.cat(outputs, 2), want) <= float32_error(std)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision_inputs(dtype: torch.dtype, window: int, causal: bool) -> None:
+    case = Case(length=100, window=window, sinks=2, dim=16, features=32)
+    made, inputs = make_map(case).float(), make_inputs(case, dtype=dtype)
+    want = attention(*(x.double() for x in inputs), made, is_causal=causal, backend="reference")
+    found = attention(*inputs, made, is_causal=causal, return_state=causal)
+    if causal:
+        found, state = found
+        for name in ("feature_values", "feature_sum", "log_scale"):
+            assert getattr(state, name).dtype == torch.float32
+        for name in ("recent_key", "recent_value", "sink_key", "sink_value"):
+            assert getattr(state, name).dtype == dtype
+        step = attention(*(x[:, :, :1] for x in inputs), made, initial_state=state, return_state=True)
+        assert step[0].dtype == dtype and step[1].feature_sum.dtype == torch.float32
+    assert found.dtype == dtype
+    assert relative_error(found, want) <= OUTPUT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_gradients(dtype: torch.dtype) -> None:
+    """Gradients come back in the inputs' dtype, those of the parameters in float32."""
+    case = Case(length=100, window=16, sinks=2, dim=16, features=32)
+    made = make_map(case).float()
+    inputs = make_inputs(case, dtype=dtype)
+    found, want = solve(inputs, made, "chunked"), solve([x.double() for x in inputs], made, "reference")
+    for got, expected in zip(found[1:], want[1:], strict=True):
+        assert got.dtype == dtype
+        assert relative_error(got, expected) <= 4 * OUTPUT[dtype]  # the cotangent is rounded as well
+    assert made.geometry.grad.dtype == torch.float32
+
+
+def test_autocast_changes_nothing() -> None:
+    case = Case(length=100, window=16, sinks=2)
+    made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
+    want = attention(*inputs, made)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(*inputs, made)
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("window", [4, 16])
+def test_an_empty_sum_has_log_scale_zero_weight(window: int) -> None:
+    """Tokens that are all in the window or the sinks leave the sums empty, finite and without effect."""
+    case = Case(length=4, window=window, sinks=2)
+    made, inputs = make_map(case), make_inputs(case)
+    output, state = attention(*inputs, made, return_state=True)
+    assert state.log_scale.eq(LOG_ZERO).all() and state.feature_sum.eq(0).all() and state.feature_values.eq(0).all()
+    empty = attention(*(x[:, :, :0] for x in inputs), made, return_state=True)[1]
+    assert empty.log_scale.eq(LOG_ZERO).all() and empty.count.eq(0).all()
+    assert torch.equal(attention(*inputs, made, initial_state=empty), output)
+
+
+def test_values_of_any_size() -> None:
+    """The output is a mean of values, so it scales with them."""
+    case = Case(length=70, window=0)
+    made, (query, key, value) = make_map(case).float(), make_inputs(case, dtype=torch.float32)
+    want = attention(query, key, value, made)
+    for factor in (2.0**-60, 2.0**60):
+        assert relative_error(attention(query, key, factor * value, made) / factor, want) <= 1e-6
