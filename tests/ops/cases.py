@@ -8,11 +8,11 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
+from tolerances import relative_error
 from torch import Tensor
 
 from darkformer import AttentionState, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.ops.problem import LOG_ZERO
-from tolerances import relative_error
 
 #: The terms a gradient is the difference of, relative to which rounding is measured: see `differences`.
 FLOOR = 1e-3

@@ -221,7 +221,7 @@ def test_auto_always_finds_a_backend() -> None:
 
 def test_scaling_is_the_logits_factor() -> None:
     """The default is d^-½; another one is the same as scaled queries and keys."""
-    query, key, value = make_inputs(CASE)
+    query, key, _ = make_inputs(CASE)
     assert torch.equal(call(), call(scaling=8**-0.5))
     torch.testing.assert_close(call(scaling=0.3), call(query=query * 0.3**0.5, key=key * 0.3**0.5, scaling=1.0))
     assert not torch.allclose(call(scaling=0.3), call())

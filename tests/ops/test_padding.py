@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import INVARIANT, relative_error
 from torch import Tensor
 
 from darkformer import FeatureMap, attention
 from darkformer.config import METHODS
-from tolerances import INVARIANT, relative_error
 
 from .cases import Case, make_inputs, make_map
 from .test_recurrent import state_errors

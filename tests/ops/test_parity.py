@@ -5,10 +5,10 @@ from itertools import product
 
 import pytest
 import torch
+from tolerances import PARITY, relative_error
 
 from darkformer.config import METHODS
 from darkformer.ops import chunked
-from tolerances import PARITY, relative_error
 
 from .cases import Case, Pair, above, all_pairs, covering, differences, make_map, pairs, solve
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tolerances import OUTPUT, float32_error, relative_error
 from torch import Tensor
 
 from darkformer import DarkConfig, attention, feature_map
 from darkformer.ops.problem import LOG_ZERO
-from tolerances import OUTPUT, float32_error, relative_error
 
 from .cases import Case, make_inputs, make_map
 from .test_gradcheck import spy_on_log_domain

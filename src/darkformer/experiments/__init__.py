@@ -1,0 +1,1 @@
+"""Whole experiments, from a pretrained model to tables and figures."""

@@ -74,7 +74,9 @@ def _random(salt: int) -> Callable[[FeatureParameters, Tensor, Tensor], Tensor]:
         heads = torch.arange(x.shape[1], device=x.device)[:, None, None]
         index = torch.arange(parameters.config.num_features, device=x.device)
         counter = ((positions[:, None, :, None] * 1024 + heads) * 65536 + index) * 2 + salt
-        return torch.special.ndtri(_hash_uniform(counter + parameters.config.seed * 0x9E3779B97F4A7C1 % (1 << 62))).to(x.dtype)
+        return torch.special.ndtri(_hash_uniform(counter + parameters.config.seed * 0x9E3779B97F4A7C1 % (1 << 62))).to(
+            x.dtype
+        )
 
     return log_features
 
@@ -132,12 +134,21 @@ class FeatureMap(nn.Module):
         ConfigError: head counts that do not divide, or dimensions below 1.
     """
 
-    def __init__(
-        self, config: DarkConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, layer: int = 0
-    ) -> None:
+    geometry: nn.Parameter | None
+    key_geometry: nn.Parameter | None
+    query_center: nn.Parameter | None
+    key_center: nn.Parameter | None
+    query_balance: nn.Parameter | None
+    key_balance: nn.Parameter | None
+    far_bias: nn.Parameter | None
+    projection: Tensor | None
+
+    def __init__(self, config: DarkConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, layer: int = 0) -> None:
         super().__init__()
         if min(num_heads, num_kv_heads, head_dim) < 1:
-            raise ConfigError(f"num_heads={num_heads}, num_kv_heads={num_kv_heads}, head_dim={head_dim}: all must be >= 1.")
+            raise ConfigError(
+                f"num_heads={num_heads}, num_kv_heads={num_kv_heads}, head_dim={head_dim}: all must be >= 1."
+            )
         if num_heads % num_kv_heads:
             raise ConfigError(
                 f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}: "

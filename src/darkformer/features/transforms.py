@@ -40,6 +40,7 @@ def balance(query_covariance: Tensor, key_covariance: Tensor) -> Balance:
     """A with A·Cov(q)·Aᵀ = A⁻ᵀ·Cov(k)·A⁻¹, the symmetric positive one.
 
     X = AᵀA solves X·Cov(q)·X = Cov(k), so X is the matrix geometric mean of Cov(q)⁻¹ and Cov(k), and A = X^½.
+    Computed in float64: the eigenvalues of the product under the root spread over the square of the inputs' range.
 
     Args:
         query_covariance: (…, d, d) symmetric positive semi-definite.
@@ -51,9 +52,10 @@ def balance(query_covariance: Tensor, key_covariance: Tensor) -> Balance:
     Raises:
         InputError: a head without any variance.
     """
-    query_covariance, key_covariance = regularise(query_covariance), regularise(key_covariance)
+    dtype = query_covariance.dtype
+    query_covariance, key_covariance = regularise(query_covariance.double()), regularise(key_covariance.double())
     root = symmetric_power(query_covariance, 0.5)
     inverse_root = symmetric_power(query_covariance, -0.5)
     squared = inverse_root @ symmetric_power(root @ key_covariance @ root, 0.5) @ inverse_root
     squared = 0.5 * (squared + squared.mT)
-    return Balance(symmetric_power(squared, 0.5), symmetric_power(squared, -0.5))
+    return Balance(symmetric_power(squared, 0.5).to(dtype), symmetric_power(squared, -0.5).to(dtype))

@@ -89,7 +89,7 @@ def own_layer(cache: Cache, layer_idx: int) -> DarkCacheLayer:
     """
     while len(cache.layers) <= layer_idx:
         cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
-    layer = cache.layers[layer_idx]
+    layer: Any = cache.layers[layer_idx]
     if isinstance(layer, DarkCacheLayer):
         return layer
     if layer.get_seq_length() > 0:
@@ -97,16 +97,17 @@ def own_layer(cache: Cache, layer_idx: int) -> DarkCacheLayer:
             f"layer {layer_idx} of past_key_values holds {layer.get_seq_length()} tokens of softmax attention: "
             "a converted model needs a cache of its own. Start with an empty cache."
         )
-    cache.layers[layer_idx] = DarkCacheLayer()
-    return cache.layers[layer_idx]
+    own = DarkCacheLayer()
+    cache.layers[layer_idx] = own
+    return own
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all layers: states of converted layers, keys and values of the others."""
-    total = 0
-    for layer in cache.layers:
+
+    def one(layer: Any) -> int:
         if isinstance(layer, DarkCacheLayer):
-            total += layer.nbytes
-        elif getattr(layer, "keys", None) is not None:
-            total += layer.keys.nbytes + layer.values.nbytes
-    return total
+            return layer.nbytes
+        return 0 if getattr(layer, "keys", None) is None else layer.keys.nbytes + layer.values.nbytes
+
+    return sum(map(one, cache.layers))

@@ -53,7 +53,7 @@ def _convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, Any]]:
         if not _uses_interface(module):
             raise ConversionError(
                 f"{name} ({type(module).__name__}) does not use transformers' attention interface, "
-                "so its attention cannot be replaced. Models that support attn_implementation='sdpa' by that interface can."
+                "so its attention cannot be replaced. Models built on that interface (Llama, Gemma, Qwen, …) can."
             )
     chosen = [(name, module) for name, module in found if config.convert_sliding or not _is_sliding(module)]
     if not chosen:
@@ -79,6 +79,10 @@ def _attach(module: Any, config: DarkConfig) -> None:
     module.__dict__["dark_hook"] = module.register_forward_pre_hook(take_cache, with_kwargs=True)
     module.config._attn_implementation = NAME
     module.config.darkformer = config.to_dict()
+
+
+def _converted_modules(model: nn.Module) -> list[Any]:
+    return [module for _, module in _attention_modules(model) if isinstance(getattr(module, "dark", None), FeatureMap)]
 
 
 def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
@@ -123,7 +127,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ConversionError: the model is not converted.
     """
-    converted = [module for _, module in _attention_modules(model) if isinstance(getattr(module, "dark", None), FeatureMap)]
+    converted = _converted_modules(model)
     if not converted:
         raise ConversionError(f"{type(model).__name__} is not converted: there is nothing to revert.")
     previous = model.__dict__.pop("dark_previous", "sdpa")
@@ -139,7 +143,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Within the block the model computes softmax attention and shows every converted layer's q, k, v to `observer`."""
-    modules = [m for _, m in _attention_modules(model) if isinstance(getattr(m, "dark", None), FeatureMap)]
+    modules = _converted_modules(model)
     try:
         for module in modules:
             module.__dict__["dark_observer"] = observer

@@ -5,7 +5,8 @@ A custom attention without a mask function of exactly its name silently loses ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..config import ConversionError, NonFiniteError
 from ..features.maps import FeatureMap
-from ..ops.attention import attention
+from ..ops.attention import attention, check_finite
 from ..ops.exact import softmax_attention
 from .cache import DarkCacheLayer, own_layer
 
 NAME = "darkformer"
+PACKED = (
+    "the mask is neither causal nor padding (position_ids that restart, or a custom mask): converted layers "
+    "cannot tell documents in one row apart. Put each document in a row of its own, with an attention_mask."
+)
 #: What a capture receives: the layer's feature map, q (B, H, L, d), k, v (B, G, L, d), the mask (B, L), s, the output.
 Observer = Callable[[FeatureMap, Tensor, Tensor, Tensor, Tensor | None, float, Tensor], None]
 
@@ -57,10 +62,7 @@ def dark_mask(
         )  # fmt: skip
     plain = mask_function in (causal_mask_function, bidirectional_mask_function) or local_size is not None
     if not plain:
-        raise ConversionError(
-            "the mask is neither causal nor padding (position_ids that restart, or a custom mask): converted layers "
-            "cannot tell documents in one row apart. Put each document in a row of its own, with an attention_mask."
-        )
+        raise ConversionError(PACKED)
     if attention_mask is not None:
         attention_mask = attention_mask[:, -kv_length:].bool()
         if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
@@ -76,6 +78,30 @@ def _allowed(mask: Tensor | None, length: int, keys: int, is_causal: bool, devic
     if is_causal:
         allowed = allowed.tril(keys - length)
     return allowed if mask is None else allowed & mask[:, None, :]
+
+
+@contextmanager
+def _naming(feature_map: FeatureMap) -> Iterator[None]:
+    """Puts the layer's number in front of what a NonFiniteError says."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"layer {feature_map.layer}: {error}") from error
+
+
+def _check_restart(position_ids: Tensor | None, mask: Tensor | None) -> None:
+    """Refuses packed documents: position_ids (B, L) that fall from one real token to the next.
+
+    transformers looks for them only without a cache and without a mask; elsewhere they would mix silently.
+    """
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
+        return
+    falls = position_ids.diff(dim=1) < 0
+    if mask is not None:
+        real = mask[:, -position_ids.shape[1] :].bool()
+        falls = falls & real[:, 1:] & real[:, :-1]
+    if bool(falls.any()):
+        raise ConversionError(PACKED)
 
 
 def dark_attention(
@@ -97,6 +123,11 @@ def dark_attention(
     """
     feature_map = getattr(module, "dark", None)
     if feature_map is None:
+        if attention_mask is not None and attention_mask.dim() != 4:  # torch would broadcast it and lose causality
+            raise ConversionError(
+                f"{type(module).__name__} is not converted, but its config says so: another model that was converted "
+                "shares the config object. Build each model from a copy of its own (copy.deepcopy(config))."
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     cache: DarkCacheLayer | None = module.__dict__.pop("dark_cache", None)
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -104,6 +135,7 @@ def dark_attention(
             f"layer {feature_map.layer} got an attention mask of shape {tuple(attention_mask.shape)}: a converted "
             "layer takes padding masks (batch, tokens) only."
         )
+    _check_restart(kwargs.get("position_ids"), attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast the rotary embedding leaves queries and keys in float32 beside half-precision values.
     dtype, value = value.dtype, value.to(query.dtype)
@@ -113,17 +145,17 @@ def dark_attention(
     if feature_map.config.method == "exact" or observer is not None:
         allowed = _allowed(attention_mask, query.shape[2], key.shape[2], is_causal, query.device)
         output = softmax_attention(query, key, value, scaling=scaling, allowed=allowed, is_causal=is_causal)
-        if observer is not None:
+        if observer is not None:  # statistics of NaN would be refused later, without the layer's name
+            with _naming(feature_map):
+                check_finite(query=query, key=key, value=value)
             observer(feature_map, query, key, value, attention_mask, scaling, output)
         return output.transpose(1, 2).to(dtype).contiguous(), None
     mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    try:
+    with _naming(feature_map):
         result = attention(
             query, key, value, feature_map, scaling=scaling, key_mask=mask, is_causal=is_causal,
             initial_state=cache.state if cache else None, return_state=cache is not None,
         )  # fmt: skip
-    except NonFiniteError as error:
-        raise NonFiniteError(f"layer {feature_map.layer}: {error}") from error
     if cache is None:
         assert isinstance(result, Tensor)
         output = result
@@ -133,7 +165,7 @@ def dark_attention(
     return output.transpose(1, 2).to(dtype).contiguous(), None
 
 
-def take_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def take_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`."""
     module.__dict__.pop("dark_cache", None)
     cache = kwargs.get("past_key_values")

@@ -43,6 +43,19 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
     return (str(path) if path.is_dir() else model), {}
 
 
+def _forget_quantization(model: Any) -> None:
+    """A GGUF file's weights come dequantised, but the flags that stay would refuse save_pretrained and Trainer."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for owner, name in ((model, "quantization_method"), *((m.config, "_is_quantized") for m in _with_config(model))):
+        owner.__dict__.pop(name, None)
+
+
+def _with_config(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "config")]
+
+
 def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """A causal language model in `dtype`, in evaluation mode.
 
@@ -64,9 +77,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
         if progress:
             hf_logging.enable_progress_bar()
     if extra:
-        # The weights are dequantised, but the config still speaks of GGUF and would refuse save_pretrained.
-        del loaded.config.quantization_config
-        loaded.hf_quantizer = None
+        _forget_quantization(loaded)
         loaded.config.name_or_path = Path(model).name
     return loaded.eval()
 

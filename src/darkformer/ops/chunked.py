@@ -9,7 +9,7 @@ Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabilise
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -190,17 +190,21 @@ class _Block:
         return numerator, normaliser, top
 
 
+def _padded(p: Pass, padding: int) -> Pass:
+    """The pass with `padding` more tokens at the end, all masked."""
+    rows = {n: F.pad(getattr(p, n), (0, 0, 0, padding)) for n in ("query", "key", "value", "sink_valid")}
+    flat = ("far_valid", "near_valid", "query_valid", "query_position", "key_position")
+    tensors: dict[str, Any] = {**rows, **{n: F.pad(getattr(p, n), (0, padding)) for n in flat}}
+    return p._replace(**tensors)
+
+
 def _run(p: Pass, sums: Sums, window: int) -> tuple[Tensor, Tensor, Sums]:
     """A whole pass. Returns output (B, G, R, L, d_v), log-normaliser (B, G, R, L), the sums after it."""
     length = p.query.shape[3]
     chunk = chunk_length(window, length)
     padding = -length % chunk
     if padding:
-        p = p._replace(
-            **{n: F.pad(getattr(p, n), (0, 0, 0, padding)) for n in ("query", "key", "value", "sink_valid")},
-            **{n: F.pad(getattr(p, n), (0, padding)) for n in ("far_valid", "near_valid", "query_valid")},
-            **{n: F.pad(getattr(p, n), (0, padding)) for n in ("query_position", "key_position")},
-        )
+        p = _padded(p, padding)
     block = _Block(p, window, chunk)
     total, span = length + padding, max(SUPER, chunk)
     recompute = torch.is_grad_enabled() and p.query.shape[0] * total > KEEP
@@ -211,7 +215,8 @@ def _run(p: Pass, sums: Sums, window: int) -> tuple[Tensor, Tensor, Sums]:
             result = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             result = block(*arguments)
-        outputs.append(result[0]), normalisers.append(result[1])
+        outputs.append(result[0])
+        normalisers.append(result[1])
         sums = Sums(*result[2:])
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
     normaliser = normalisers[0] if len(outputs) == 1 else torch.cat(normalisers, dim=3)

@@ -77,7 +77,9 @@ def reference(problem: Problem) -> tuple[Tensor, AttentionState]:
     for b in range(problem.query.shape[0]):
         output, value, total, scale = _row(problem, b)
         outputs.append(torch.nn.functional.pad(output, (0, 0, 0, problem.query.shape[3] - output.shape[2])))
-        values.append(value), sums.append(total), scales.append(scale)
+        values.append(value)
+        sums.append(total)
+        scales.append(scale)
     state = AttentionState(
         feature_values=torch.stack(values),
         feature_sum=torch.stack(sums),

@@ -179,10 +179,15 @@ class _Search:
 @torch.no_grad()
 def _search_layer(fm: FeatureMap, search: _Search) -> HeadChoice:
     start = fm.parameters_for(torch.float32)
+    query_map, key_map = start.query_map, start.key_map
     tried: list[tuple[float, Tensor, Tensor]] = []  # scale, bias (G,), error (G,)
     for scale in SCALES if fm.scalable and fm.config.cold_start else SCALES[:1]:
-        maps = {n: None if (m := getattr(start, n)) is None else m * scale for n in ("query_map", "key_map")}
-        weight = search.feature_weight(start._replace(far_bias=None, **maps))
+        scaled = start._replace(
+            far_bias=None,
+            query_map=None if query_map is None else query_map * scale,
+            key_map=None if key_map is None else key_map * scale,
+        )
+        weight = search.feature_weight(scaled)
         none = weight.new_zeros(fm.num_kv_heads)
         biases = [none]
         if fm.far_bias is not None:
@@ -191,13 +196,13 @@ def _search_layer(fm: FeatureMap, search: _Search) -> HeadChoice:
         tried += [(scale, bias, search.error(weight * bias.exp()[:, None, None, None])) for bias in biases]
     errors = torch.stack([error for _, _, error in tried])
     best, groups = errors.argmin(0), torch.arange(fm.num_kv_heads)
-    scale = torch.tensor([tried[i][0] for i in best])
+    chosen = torch.tensor([tried[i][0] for i in best])
     bias = torch.stack([bias for _, bias, _ in tried])[best, groups]
-    fm.scale_(scale)
+    fm.scale_(chosen)
     if fm.far_bias is not None:
         fm.far_bias.copy_(bias)
     only_exact = search.error(torch.zeros_like(search.far_weight))
-    columns = (scale, bias, errors[best, groups].sqrt(), errors[0].sqrt(), only_exact.sqrt())
+    columns = (chosen, bias, errors[best, groups].sqrt(), errors[0].sqrt(), only_exact.sqrt())
     return HeadChoice(fm.layer, *(column.tolist() for column in columns))
 
 
@@ -206,7 +211,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
 
     One pass over `batches`. All but the last give the moments, from which centres and balance follow in closed form;
     on the last, held back, a line search over `SCALES` picks each head's scale by the measured error of the attention
-    output (bias² + variance), and the bias of the features against the exact part is the median log-ratio of far masses.
+    output (bias² + variance), and with it the bias of the features against the exact part, from a few offsets around
+    the median log-ratio of far masses.
     What the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`) is left alone;
     `DarkConfig.paper()` turns everything off, so there this does nothing.
 

@@ -63,7 +63,9 @@ def _dataset_documents(name: str, limit: int) -> list[str]:
             f"({type(error).__name__}: {error}). Give text files, globs, '{PYDOC}', or NAME[:SUBSET] of a dataset."
         ) from error
     if not rows or "text" not in rows[0]:
-        raise InputError(f"--data {name}: its rows have no 'text' column (columns: {', '.join(rows[0]) if rows else ''}).")
+        raise InputError(
+            f"--data {name}: its rows have no 'text' column (columns: {', '.join(rows[0]) if rows else ''})."
+        )
     return [row["text"] for row in rows]
 
 
@@ -98,8 +100,10 @@ def load_documents(sources: Sequence[str], limit: int = 20_000) -> list[str]:
 def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     """Training and validation documents: every `HOLD_OUT_EVERY`-th is held out, never both.
 
+    The same text twice (overlapping globs, aliased topics) counts once, so that it cannot be on both sides.
     A single document is cut: its last tenth is held out.
     """
+    documents = list(dict.fromkeys(documents))
     if len(documents) == 1:
         cut = len(documents[0]) * 9 // 10
         return [documents[0][:cut]], [documents[0][cut:]]

@@ -7,13 +7,13 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ConfigError, NonFiniteError, TrainConfig
@@ -50,6 +50,12 @@ def trainable_parameters(model: nn.Module, group: str) -> tuple[list[nn.Paramete
     return own, added
 
 
+def _bad_gradient(model: Any) -> str | None:
+    """Name of the first parameter whose gradient is not finite."""
+    grads = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    return next((name for name, grad in grads if not bool(torch.isfinite(grad.sum()))), None)
+
+
 class _Trainer(Trainer):
     """HF's Trainer with two learning rates and a loss that is checked at every step."""
 
@@ -80,14 +86,16 @@ class _Trainer(Trainer):
             raise NonFiniteError(f"step {step}: {error} ({kept})") from error
         if not math.isfinite(float(loss)):
             raise NonFiniteError(f"step {step}: the loss is {float(loss)}; {kept}. Lower the learning rate.")
+        if (name := _bad_gradient(self.model)) is not None:  # before it reaches the weights and the next checkpoint
+            raise NonFiniteError(f"step {step}: the gradient of {name} holds NaN or infinity; {kept}.")
         return loss
 
 
 class _Steps(TrainerCallback):
     """Reports each step's loss, and turns the first Ctrl-C into a checkpoint and a clean stop."""
 
-    def __init__(self, on_step: StepHook | None) -> None:
-        self.on_step, self.interrupted = on_step, False
+    def __init__(self, on_step: StepHook | None, after_step: Mapping[int, Callable[[], None]]) -> None:
+        self.on_step, self.after_step, self.interrupted = on_step, after_step, False
         self.losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -97,6 +105,8 @@ class _Steps(TrainerCallback):
                 self.on_step(state.global_step, logs["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hook := self.after_step.get(state.global_step):
+            hook()
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -151,14 +161,14 @@ def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
 
 
 def finetune(
-    model: nn.Module,
+    model: Any,
     blocks: Tensor,
     budget: TrainConfig,
     out: str | Path,
     *,
     resume: bool = False,
     on_step: StepHook | None = None,
-    callbacks: list[TrainerCallback] | None = None,
+    after_step: Mapping[int, Callable[[], None]] | None = None,
 ) -> list[float]:
     """Trains `model` in place on token blocks (N, L) with HF's Trainer.
 
@@ -167,20 +177,22 @@ def finetune(
         out: folder of the checkpoints (`checkpoint-STEP`, by transformers).
         resume: continue at the last checkpoint in `out`; the losses are those of an uninterrupted run.
         on_step: called with (step, loss).
+        after_step: what to call once those steps are done (an evaluation, say).
 
     Returns:
         The loss of each step taken by this call.
 
     Raises:
         ConfigError: nothing to train. NonFiniteError: loss, queries, keys or values stopped being finite (names the
-        step, the layer and the last good checkpoint). Interrupted: Ctrl-C, after a checkpoint was written.
+        step, the layer or parameter, the last good checkpoint). Interrupted: Ctrl-C, after a checkpoint was written.
     """
     if budget.train == "none" or budget.steps == 0:
         return []
     own, added = trainable_parameters(model, budget.train)
     chosen = {id(p) for p in own + added}
     before = {p: p.requires_grad for p in model.parameters()}
-    steps = _Steps(on_step)
+    use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off, and save_pretrained would keep that
+    steps = _Steps(on_step, after_step or {})
     for p in before:
         p.requires_grad_(id(p) in chosen)
     try:
@@ -192,8 +204,9 @@ def finetune(
             args=_arguments(budget, Path(out)),
             train_dataset=list(blocks),
             data_collator=_collate,
-            callbacks=[steps, *(callbacks or [])],
+            callbacks=[steps],
         )
+        trainer.remove_callback(PrinterCallback)
         checkpoint = get_last_checkpoint(str(out)) if resume and Path(out).is_dir() else None
         with _gentle_interrupt(steps):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -201,6 +214,8 @@ def finetune(
         for p, flag in before.items():
             p.requires_grad_(flag)
             p.grad = None
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         model.eval()
     if steps.interrupted and trainer.state.global_step < budget.steps:
         raise Interrupted(f"interrupted at step {trainer.state.global_step} of {budget.steps}; resume continues there.")

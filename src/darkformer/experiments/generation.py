@@ -1,0 +1,42 @@
+"""Text generation with what it cost."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ..hf.cache import cache_bytes
+
+
+@torch.no_grad()
+def generate_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **options: Any) -> dict[str, Any]:
+    """Greedy continuation of `prompt` (unless `options` say otherwise), with speed and cache size.
+
+    Args:
+        options: passed to transformers' `generate` (a streamer, sampling).
+
+    Returns:
+        text, tokens, seconds, tokens_per_second, cache_bytes (after the last token).
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    settings: dict[str, Any] = {"do_sample": False, **options}
+    started = time.perf_counter()
+    result = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    seconds = time.perf_counter() - started
+    new = result.sequences[0, inputs.input_ids.shape[1] :]
+    return {
+        "prompt": prompt,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "tokens": len(new),
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(len(new) / seconds, 2),
+        "cache_bytes": cache_bytes(result.past_key_values),
+    }

@@ -1,0 +1,66 @@
+"""Figures, drawn from records only: dicts and lists as they stand in the JSON files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+#: One colour a method, chosen to stay apart for colour-blind readers (Okabe and Ito).
+COLORS = ("#000000", "#999999", "#d55e00", "#cc79a7", "#0072b2", "#56b4e9", "#009e73", "#e69f00")
+
+
+def accuracy_against_step(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, exact: float) -> Path:
+    """One line a method: next-token accuracy on held-out text against optimizer step.
+
+    Args:
+        curves: method → points with `step` and `accuracy`.
+        exact: accuracy of the untouched softmax model, drawn as a dashed line.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for color, (name, points) in zip(COLORS, curves.items(), strict=False):
+        steps = [p["step"] for p in points]
+        values = [100 * p["accuracy"] for p in points]
+        axes.plot(steps, values, marker="o", color=color, label=name)
+    axes.axhline(100 * exact, color="black", linestyle="--", linewidth=1, label="softmax, untouched")
+    axes.set_xlabel("finetuning step")
+    axes.set_ylabel("next-token accuracy on held-out text, %")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, path)
+
+
+def error_heat_map(choices: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Relative error of the attention output per layer and kv head: exact part only, and with features.
+
+    Args:
+        choices: calibration records with `layer`, `error` and `error_exact_part`.
+    """
+    both = np.array([c["error"] for c in choices]).T
+    alone = np.array([c["error_exact_part"] for c in choices]).T
+    layers = [c["layer"] for c in choices]
+    high = float(max(both.max(), alone.max()))
+    figure, rows = plt.subplots(2, 1, figsize=(max(7.0, 0.34 * len(layers) + 2), 4.4), constrained_layout=True)
+    for axes, values, title in zip(rows, (alone, both), ("window and sinks only", "with random features"), strict=True):
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=high)
+        axes.set_title(f"{title} (mean {values.mean():.2f})", fontsize=10)
+        axes.set_xticks(range(0, len(layers), 2), layers[::2])
+        axes.set_yticks(range(values.shape[0]))
+        axes.set_ylabel("kv head")
+    rows[-1].set_xlabel("layer")
+    figure.colorbar(image, ax=rows, label="relative error of the output\nafter calibration, no training")
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

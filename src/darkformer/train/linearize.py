@@ -1,0 +1,122 @@
+"""The main job: a pretrained decoder in, a linearized one out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import DarkConfig, TrainConfig
+from ..hf.convert import convert
+from ..hf.load import load_model, load_tokenizer
+from .calibrate import calibrate
+from .data import load_documents, split_documents, token_blocks
+from .evaluate import evaluate
+from .finetune import finetune
+from .record import RUN_FILE, environment, open_run, read_json, write_json
+from .report import Reporter, Silent
+
+#: Tokens of the calibration pass, and of the held-out text that scores are measured on.
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 5120, 8192
+
+
+def calibration_batches(blocks: Tensor) -> list[Tensor]:
+    """The first `CALIBRATION_TOKENS` of the training text, in batches of two blocks."""
+    return list(blocks[: max(2, CALIBRATION_TOKENS // blocks.shape[1])].split(2))
+
+
+def calibrated(model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporter, title: str) -> list[dict[str, Any]]:
+    """Converts `model` in place and calibrates it; returns the heads' choices as plain dicts."""
+    convert(model, config)
+    batches = calibration_batches(blocks)
+    with reporter.stage(f"{title}: calibrate", len(batches)) as advance:
+        return [asdict(choice) for choice in calibrate(model, batches, progress=advance)]
+
+
+def scored(model: nn.Module, blocks: Tensor, budget: TrainConfig, reporter: Reporter, title: str) -> dict[str, Any]:
+    """`evaluate` with a progress bar; plain values."""
+    batch = max(1, 2048 // blocks.shape[1])
+    with reporter.stage(f"{title}: evaluate", -(-len(blocks) // batch)) as advance:
+        return evaluate(model, blocks, batch_size=batch, dtype=budget.dtype, progress=advance).to_dict()
+
+
+def trained(
+    model: nn.Module, blocks: Tensor, budget: TrainConfig, folder: Path, reporter: Reporter, title: str, **options: Any
+) -> list[float]:
+    """`finetune` with a progress bar; resumes at the last checkpoint in `folder`."""
+    with reporter.stage(f"{title}: finetune", max(budget.steps, 1)) as advance:
+        return finetune(
+            model, blocks, budget, folder, resume=True,
+            on_step=lambda step, loss: advance(step, budget.steps), **options,
+        )  # fmt: skip
+
+
+def load_text(sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Training and validation blocks (N, seq_len); without `held_out` sources, every eighth document is held out."""
+    if held_out:
+        train, validation = load_documents(sources), load_documents(held_out)
+    else:
+        train, validation = split_documents(load_documents(sources))
+    return token_blocks(tokenizer, train, seq_len), token_blocks(tokenizer, validation, seq_len)
+
+
+def linearize(
+    model_name: str,
+    out: str | Path,
+    *,
+    data: Sequence[str],
+    held_out: Sequence[str] = (),
+    config: DarkConfig,
+    budget: TrainConfig,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Converts, calibrates, finetunes and saves a pretrained decoder.
+
+    Args:
+        model_name: hub id, folder or `.gguf` file.
+        out: run folder: `model/` (weights and tokenizer, loadable by transformers after `import darkformer`),
+            `record.json`, `checkpoints/` while training.
+        data, held_out: text files, globs, `pydoc`, or dataset names.
+
+    Returns:
+        The record, as written to `record.json`.
+
+    Raises:
+        DarkformerError: bad input, a folder that holds another run, a diverging loss.
+    """
+    out, reporter = Path(out), reporter or Silent()
+    started = time.perf_counter()
+    settings = {
+        "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
+        "config": config.to_dict(), "budget": asdict(budget),
+    }  # fmt: skip
+    tokenizer = load_tokenizer(model_name)
+    blocks, validation = load_text(data, held_out, tokenizer, budget.seq_len)
+    validation = validation[: max(1, EVALUATION_TOKENS // budget.seq_len)]
+    if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
+        reporter.say(f"{out} is finished: nothing left to do.")
+        return read_json(out / "record.json")
+    model = load_model(model_name)
+    scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
+    choices = calibrated(model, config, blocks, reporter, config.method)
+    scores["converted"] = scored(model, validation, budget, reporter, "converted")
+    losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
+    if losses:
+        scores["finetuned"] = scored(model, validation, budget, reporter, "finetuned")
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    record = {
+        **settings, "environment": environment(), "scores": scores, "losses": losses, "calibration": choices,
+        "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),
+    }  # fmt: skip
+    write_json(out / "record.json", record)
+    write_json(out / RUN_FILE, {"settings": settings, "finished": True})
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return record

@@ -1,0 +1,115 @@
+"""Run folders and JSON records: what ran, with which settings, versions, commit and device."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..config import RunFolderError
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+RUN_FILE = "run.json"
+
+
+def _commit() -> str | None:
+    """The source tree's commit, with `+changes` if files differ from it; None outside a git checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return None if commit is None else commit + ("+changes" if git("status", "--porcelain", "-uno") else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, device and date of a record."""
+    versions = {"darkformer": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": _commit(),
+        "versions": versions,
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes in one step: a killed run leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".part")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Inverse of `write_json`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def open_run(out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> bool:
+    """Claims `out` for a run with `settings`.
+
+    Returns:
+        True if a run with the same settings is there and continues.
+
+    Raises:
+        RunFolderError: the folder holds something else and neither flag says what to do with it.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        write_json(out / RUN_FILE, {"settings": settings, "finished": False})
+        return False
+    run_file = out / RUN_FILE
+    if not run_file.is_file():
+        raise RunFolderError(f"{out} is not empty and holds no run of darkformer: choose another folder with --out.")
+    if overwrite:
+        _clear(out)
+        write_json(run_file, {"settings": settings, "finished": False})
+        return False
+    if not resume:
+        raise RunFolderError(f"{out} holds a run: --resume continues it, --overwrite deletes it, --out avoids it.")
+    before = read_json(run_file)["settings"]
+    changed = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
+    if changed:
+        rows = ", ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in changed)
+        raise RunFolderError(f"{out} holds a run with other settings ({rows}): repeat them, or use --overwrite.")
+    return True
+
+
+def _clear(out: Path) -> None:
+    """Deletes what runs of this library write, and nothing else."""
+    for name in (RUN_FILE, "record.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("stages", "checkpoints", "model", "plots"):
+        shutil.rmtree(out / name, ignore_errors=True)

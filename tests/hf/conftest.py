@@ -1,0 +1,20 @@
+"""Nothing here may look for a model on a hub."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which the tests below do first
+
+import pytest
+from hf.families import FAMILIES, tiny
+from transformers import PreTrainedModel
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family: str) -> PreTrainedModel:
+    """A softmax model of each family in turn."""
+    return tiny(family)
