@@ -109,6 +109,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "load_average_before": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -149,7 +150,7 @@ def main() -> None:
         print(f"window {window}: peak memory grows as L^{value:.3f}" if value else f"window {window}: one length only")
     if options.out:
         record = {
-            "benchmark": "memory", "environment": environment(), "shape": {**SHAPE, "dtype": "float32"},
+            "benchmark": "memory", "environment": surroundings, "shape": {**SHAPE, "dtype": "float32"},
             "rows": rows, "slope_of_log_peak_over_log_length": slopes,
         }  # fmt: skip
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which the tests below do first
 
 import pytest
-from hf.families import FAMILIES, tiny
 from transformers import PreTrainedModel
+
+from hf.families import FAMILIES, tiny
 
 
 @pytest.fixture(params=sorted(FAMILIES))

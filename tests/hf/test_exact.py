@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from hf.families import DARK, FAMILIES, PAPER, left_mask, linear, logits, tiny, tokens
 from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, convert, dark_layers, revert
+from hf.families import DARK, FAMILIES, PAPER, left_mask, linear, logits, tiny, tokens
 
 EXACT = DarkConfig(method="exact")
 MASKS = {"no padding": None, "left padding": left_mask([0, 11], 40)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import DarkConfig, TrainConfig, option
 from ..cost import kv_cache_bytes, state_bytes
-from ..hf.load import demo_model_path, load_model, load_tokenizer
+from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
 from ..train.data import PYDOC
 from ..train.linearize import calibrated, load_text, scored, trained
 from ..train.record import RUN_FILE, environment, open_run, read_json, write_json
@@ -82,7 +82,8 @@ class Demo:
         # The package's path differs from machine to machine; its file's name says which model it is.
         shown = demo.model or Path(self.model_name).name
         self.settings = {
-            "command": "demo", **asdict(demo), "model": shown, "config": default.to_dict(), "budget": asdict(budget),
+            "command": "demo", **asdict(demo), "model": shown,
+            "data": list(demo.data), "config": default.to_dict(), "budget": asdict(budget),
         }  # fmt: skip
 
     def run(self, *, overwrite: bool = False) -> dict[str, Any]:
@@ -143,8 +144,7 @@ class Demo:
         row |= self._bytes(variant, base)
         if variant.name == "default":
             row["generation"] = self._generation(model, tokenizer)
-            model.save_pretrained(self.out / "model")
-            tokenizer.save_pretrained(self.out / "model")
+            save_model(model, tokenizer, self.out / "model")
         row["seconds"] = round(time.perf_counter() - started, 1)
         write_json(file, row)
         shutil.rmtree(self.out / "checkpoints" / variant.name, ignore_errors=True)
@@ -169,12 +169,11 @@ class Demo:
         score(0)
         self.reporter.weigh(WORK["step"] * budget.steps)
         halfway = budget.steps // 2
-        losses = trained(
+        trained(
             model, blocks, budget, file.parent, self.reporter, title,
             after_step={halfway: lambda: score(halfway)} if halfway else {},
         )  # fmt: skip
-        if losses:
-            score(budget.steps)
+        score(budget.steps if budget.train != "none" else 0)
         return sorted(curve, key=lambda point: point["step"])
 
     def _generation(self, model: Any, tokenizer: Any) -> dict[str, Any]:

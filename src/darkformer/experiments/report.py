@@ -71,6 +71,12 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def markdown_table(record: Mapping[str, Any]) -> str:
+    """The same table for a README."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in table_rows(record))])
+
+
 def print_demo(record: Mapping[str, Any], console: Console) -> None:
     """The table, its notes, and both continuations of the prompt side by side."""
     table = Table(title=f"{record['model']} on {', '.join(record['data'])}, m = {record['config']['num_features']}")

@@ -165,7 +165,8 @@ class FeatureMap(nn.Module):
         self._own("key_center", zeros, gaussian and config.center)
         self._own("query_balance", eye, gaussian and config.balance)
         self._own("key_balance", eye, gaussian and config.balance)
-        biased = config.far_bias and config.feature_count > 0
+        # Without an exact part there is nothing to weigh the features against.
+        biased = config.far_bias and config.feature_count > 0 and config.window + config.sinks > 0
         self._own("far_bias", torch.zeros(num_kv_heads, dtype=torch.float32), biased)
         self._make_projection(gaussian)
 

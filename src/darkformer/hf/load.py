@@ -1,8 +1,10 @@
-"""Loading models and tokenizers from a hub id, a folder or a GGUF file."""
+"""Loading models and tokenizers from a hub id, a folder or a GGUF file, and saving them."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,25 @@ def _with_config(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "config")]
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Within the block transformers draws no progress bars of its own: they would cut through the caller's."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Weights (safetensors), config and tokenizer, as `load_model` and transformers read them."""
+    with without_bars():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """A causal language model in `dtype`, in evaluation mode.
 
@@ -67,15 +88,11 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
         InputError: the source cannot be read as a causal language model.
     """
     source, extra = _source(model)
-    progress = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options)
+        with without_bars():
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{model}: cannot be loaded as a causal language model: {error}") from error
-    finally:
-        if progress:
-            hf_logging.enable_progress_bar()
     if extra:
         _forget_quantization(loaded)
         loaded.config.name_or_path = Path(model).name

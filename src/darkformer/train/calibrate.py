@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,52 +128,62 @@ def _set_transforms(fm: FeatureMap, moments: Moments) -> None:
         fm.key_balance.copy_(pair.key)
 
 
+class _Part(NamedTuple):
+    """One part of attention: Σ w·v (B, G, R, L, d_v) and Σ w (B, G, R, L, 1), on the exact weights' scale."""
+
+    numerator: Tensor
+    normaliser: Tensor
+
+
 class _Search:
-    """Quadratic attention of one layer on held-back tokens: exact weights, and the features' weights at any scale."""
+    """Quadratic attention of one layer on held-back tokens: the exact parts, and the features' part at any scale."""
 
     def __init__(self, fm: FeatureMap, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float):
         keep = slice(0, SEARCH_TOKENS)
         real = _real(mask, query)[:, keep]
-        self.fm = fm
         self.q = query[:, :, keep].unflatten(1, (fm.num_kv_heads, -1)).float() * scaling**0.5
         self.k, self.v = key[:, :, keep].float() * scaling**0.5, value[:, :, keep].float()
-        position = (real.cumsum(1) - 1).clamp_min(0)
-        self.position = position
-        offset = position[:, :, None] - position[:, None, :]
+        self.position = (real.cumsum(1) - 1).clamp_min(0)
+        offset = self.position[:, :, None] - self.position[:, None, :]
         seen = (offset >= 0) & real[:, None, :] & real[:, :, None]
-        near = seen & ((offset < fm.config.window) | (position < fm.config.sinks)[:, None, :])
-        self.near, self.far = near[:, None, None], (seen & ~near)[:, None, None]
-        logits = self.q @ self.k[:, :, None].mT
-        self.top = logits.masked_fill(~seen[:, None, None], -torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        near = seen & ((offset < fm.config.window) | (self.position < fm.config.sinks)[:, None, :])
+        self.far_mask = (seen & ~near)[:, None, None]
+        logits = (self.q @ self.k[:, :, None].mT).masked_fill(~seen[:, None, None], -torch.inf)
+        self.top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         weights = (logits - self.top).exp()
-        self.near_weight, self.far_weight = weights * self.near, weights * self.far
-        self.target = self._output(self.far_weight)
+        self.near = self._part(weights * near[:, None, None])
+        self.far = self._part(weights * self.far_mask)
         self.rows = real[:, None, None, :, None]
+        self.target = self._output(self.far)
 
-    def _output(self, far_weight: Tensor) -> Tensor:
-        weight = self.near_weight + far_weight
-        return (weight @ self.v[:, :, None]) / weight.sum(-1, keepdim=True).clamp_min(1e-30)
+    def _part(self, weights: Tensor) -> _Part:
+        return _Part(weights @ self.v[:, :, None], weights.sum(-1, keepdim=True))
 
-    def feature_weight(self, parameters: FeatureParameters) -> Tensor:
-        """Far weights by the features, (B, G, R, L, L), on the exact weights' scale."""
+    def _output(self, far: _Part) -> Tensor:
+        normaliser = (self.near.normaliser + far.normaliser).clamp_min(1e-30)
+        return (self.near.numerator + far.numerator) / normaliser * self.rows
+
+    def features(self, parameters: FeatureParameters) -> _Part:
+        """The far part by the features of `parameters`."""
         heads, length = self.q.shape[2:4]
         lq = query_log_features(parameters, self.q.flatten(2, 3), self.position.repeat(1, heads))
-        lk = key_log_features(parameters, self.k, self.position)
+        lk = key_log_features(parameters, self.k, self.position)[:, :, None]
         lq = lq.unflatten(2, (heads, length))
-        high_q, high_k = lq.amax(-1, keepdim=True), lk.flatten(2).amax(-1)[:, :, None, None, None]
-        kernel = (lq - high_q).exp() @ (lk - high_k.squeeze(-1)).exp()[:, :, None].mT
-        return kernel * (high_q + high_k - self.top).clamp_max(80.0).exp() * self.far
+        high_q, high_k = lq.amax(-1, keepdim=True), lk.amax((-2, -1), keepdim=True)
+        kernel = (lq - high_q).exp() @ (lk - high_k).exp().mT
+        return self._part(kernel * (high_q + high_k - self.top).clamp_max(80.0).exp() * self.far_mask)
 
-    def bias(self, far_weight: Tensor) -> Tensor:
+    def bias(self, far: _Part) -> Tensor:
         """Per kv head: the median over queries of log(exact far mass / the features' far mass)."""
-        exact, ours = self.far_weight.sum(-1), far_weight.sum(-1)
+        exact, ours = self.far.normaliser, far.normaliser
         ratio = torch.where((exact > 0) & (ours > 0), exact.log() - ours.log(), torch.nan)
         return ratio.transpose(0, 1).flatten(1).nanmedian(dim=1).values.nan_to_num()
 
-    def error(self, far_weight: Tensor) -> Tensor:
-        """Per kv head: ‖output - exact output‖² / ‖exact output‖² over real tokens."""
-        difference = ((self._output(far_weight) - self.target) * self.rows).square()
-        return difference.sum((0, 2, 3, 4)) / (self.target * self.rows).square().sum((0, 2, 3, 4)).clamp_min(1e-30)
+    def error(self, far: _Part, bias: Tensor) -> Tensor:
+        """Per kv head: ‖output - exact output‖² / ‖exact output‖² over real tokens, the features times exp(bias)."""
+        factor = bias.exp()[:, None, None, None]
+        output = self._output(_Part(far.numerator * factor, far.normaliser * factor))
+        return (output - self.target).square().sum((0, 2, 3, 4)) / self.target.square().sum((0, 2, 3, 4))
 
 
 @torch.no_grad()
@@ -187,13 +197,13 @@ def _search_layer(fm: FeatureMap, search: _Search) -> HeadChoice:
             query_map=None if query_map is None else query_map * scale,
             key_map=None if key_map is None else key_map * scale,
         )
-        weight = search.feature_weight(scaled)
-        none = weight.new_zeros(fm.num_kv_heads)
+        far = search.features(scaled)
+        none = far.normaliser.new_zeros(fm.num_kv_heads)
         biases = [none]
         if fm.far_bias is not None:
-            matched = search.bias(weight)
+            matched = search.bias(far)
             biases += [matched + offset for offset in BIAS_OFFSETS]
-        tried += [(scale, bias, search.error(weight * bias.exp()[:, None, None, None])) for bias in biases]
+        tried += [(scale, bias, search.error(far, bias)) for bias in biases]
     errors = torch.stack([error for _, _, error in tried])
     best, groups = errors.argmin(0), torch.arange(fm.num_kv_heads)
     chosen = torch.tensor([tried[i][0] for i in best])
@@ -201,7 +211,7 @@ def _search_layer(fm: FeatureMap, search: _Search) -> HeadChoice:
     fm.scale_(chosen)
     if fm.far_bias is not None:
         fm.far_bias.copy_(bias)
-    only_exact = search.error(torch.zeros_like(search.far_weight))
+    only_exact = search.error(search.far, none - torch.inf)
     columns = (chosen, bias, errors[best, groups].sqrt(), errors[0].sqrt(), only_exact.sqrt())
     return HeadChoice(fm.layer, *(column.tolist() for column in columns))
 

@@ -83,7 +83,8 @@ def load_documents(sources: Sequence[str], limit: int = 20_000) -> list[str]:
         if source == PYDOC:
             documents += pydoc_documents()
             continue
-        matches = sorted(glob.glob(str(Path(source).expanduser()), recursive=True))
+        path = Path(source).expanduser()  # a file's own name may hold the characters of a glob
+        matches = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
         files = [Path(match) for match in matches if Path(match).is_file()]
         if files:
             documents += [read_file(path) for path in files]

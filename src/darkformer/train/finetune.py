@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ConfigError, NonFiniteError, TrainConfig
 from ..hf.convert import dark_layers
+from ..hf.load import without_bars
 
 #: Projections of queries, keys and values, by the names transformers' families use (fused ones included).
 QKV = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(weight|bias)$")
@@ -109,6 +110,8 @@ class _Steps(TrainerCallback):
             hook()
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        elif state.global_step % args.save_steps:
+            control.should_save = False  # Trainer saves after the last step too; the caller of finetune saves the model
 
 
 @contextlib.contextmanager
@@ -155,9 +158,32 @@ def _arguments(budget: TrainConfig, out: Path) -> TrainingArguments:
     )
 
 
+def _step_of(checkpoint: str) -> int:
+    return int(checkpoint.rsplit("-", 1)[1])
+
+
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
     ids = torch.stack(list(rows))
     return {"input_ids": ids, "labels": ids}
+
+
+@contextlib.contextmanager
+def _learning(model: Any, chosen: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block only `chosen` learn; afterwards flags, config and mode are as a caller expects them."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off, and save_pretrained would keep that
+    ids = {id(p) for p in chosen}
+    try:
+        for p in before:
+            p.requires_grad_(id(p) in ids)
+        yield
+    finally:
+        for p, flag in before.items():
+            p.requires_grad_(flag)
+            p.grad = None
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.eval()
 
 
 def finetune(
@@ -189,13 +215,8 @@ def finetune(
     if budget.train == "none" or budget.steps == 0:
         return []
     own, added = trainable_parameters(model, budget.train)
-    chosen = {id(p) for p in own + added}
-    before = {p: p.requires_grad for p in model.parameters()}
-    use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off, and save_pretrained would keep that
     steps = _Steps(on_step, after_step or {})
-    for p in before:
-        p.requires_grad_(id(p) in chosen)
-    try:
+    with _learning(model, own + added):
         trainer = _Trainer(
             budget,
             own,
@@ -208,15 +229,11 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = get_last_checkpoint(str(out)) if resume and Path(out).is_dir() else None
-        with _gentle_interrupt(steps):
+        if checkpoint and _step_of(checkpoint) >= budget.steps:
+            trainer._load_from_checkpoint(checkpoint)  # `train` would take one step too many before it looks
+            return []
+        with _gentle_interrupt(steps), without_bars():
             trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        for p, flag in before.items():
-            p.requires_grad_(flag)
-            p.grad = None
-        if use_cache is not None:
-            model.config.use_cache = use_cache
-        model.eval()
-    if steps.interrupted and trainer.state.global_step < budget.steps:
+    if steps.interrupted:  # also in the last step: whoever called would go on with the next piece of work
         raise Interrupted(f"interrupted at step {trainer.state.global_step} of {budget.steps}; resume continues there.")
     return steps.losses

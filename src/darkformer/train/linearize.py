@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import DarkConfig, TrainConfig
 from ..hf.convert import convert
-from ..hf.load import load_model, load_tokenizer
+from ..hf.load import load_model, load_tokenizer, save_model
 from .calibrate import calibrate
 from .data import load_documents, split_documents, token_blocks
 from .evaluate import evaluate
@@ -110,8 +110,7 @@ def linearize(
     losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
     if losses:
         scores["finetuned"] = scored(model, validation, budget, reporter, "finetuned")
-    model.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
+    save_model(model, tokenizer, out / "model")
     record = {
         **settings, "environment": environment(), "scores": scores, "losses": losses, "calibration": choices,
         "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),

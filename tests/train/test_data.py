@@ -1,0 +1,164 @@
+"""Text sources, their refusals, the split and the token blocks."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from darkformer import InputError, MissingExtraError
+from darkformer.train import data
+from darkformer.train.data import load_documents, pydoc_documents, read_file, split_documents, token_blocks
+
+
+def test_files_and_globs_in_order(tmp_path: Path) -> None:
+    for name, text in [("b.txt", "second"), ("a.txt", "first"), ("c.md", "third é")]:
+        (tmp_path / name).write_text(text, "utf-8")
+    assert load_documents([str(tmp_path / "*.txt"), str(tmp_path / "c.md")]) == ["first", "second", "third é"]
+
+
+def test_recursive_globs(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.txt").write_text("found", "utf-8")
+    assert load_documents([str(tmp_path / "**" / "*.txt")]) == ["found"]
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("at home", "utf-8")
+    assert load_documents(["~/a.txt"]) == ["at home"]
+
+
+def test_a_name_with_the_characters_of_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("text", "utf-8")
+    assert load_documents([str(tmp_path / "a[1].txt")]) == ["text"]
+
+
+def test_pydoc_is_there_and_always_the_same() -> None:
+    documents = pydoc_documents()
+    assert documents == pydoc_documents() == load_documents(["pydoc"])
+    assert len(documents) > 50
+    assert sum(map(len, documents)) > 300_000
+    assert any('The "with" statement' in document for document in documents)
+
+
+class TestRefusals:
+    def test_bytes_that_are_not_utf8(self, tmp_path: Path) -> None:
+        file = tmp_path / "latin.txt"
+        file.write_bytes("naïf".encode("latin-1"))
+        with pytest.raises(InputError, match=r"latin\.txt: byte 0xef at offset 2 is not UTF-8 .* iconv"):
+            read_file(file)
+        with pytest.raises(InputError, match="offset 2"):
+            load_documents([str(file)])
+
+    def test_a_file_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(self: Path) -> bytes:
+            raise PermissionError(13, "Permission denied")
+
+        (tmp_path / "a.txt").write_text("text", "utf-8")
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(InputError, match=r"a\.txt: cannot be read: Permission denied"):
+            load_documents([str(tmp_path / "a.txt")])
+
+    @pytest.mark.parametrize("name", ["missing.txt", "*.log", "sub"])
+    def test_no_match(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "sub").mkdir()
+        with pytest.raises(InputError, match="no file matches"):
+            load_documents([str(tmp_path / name)])
+
+    @pytest.mark.parametrize("text", ["", " \n\t\n"])
+    def test_nothing_in_the_files(self, text: str, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text(text, "utf-8")
+        with pytest.raises(InputError, match=r"a\.txt: no text found"):
+            load_documents([str(tmp_path / "a.txt")])
+
+    def test_no_source(self) -> None:
+        with pytest.raises(InputError, match=r"\(none\): no text found"):
+            load_documents([])
+
+    def test_a_dataset_that_cannot_be_loaded(self) -> None:
+        with pytest.raises(InputError, match=r"--data no/such: matches no file, and as a dataset's name"):
+            load_documents(["no/such"])
+
+    def test_datasets_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(MissingExtraError, match=r"pip install 'darkformer\[train\]'"):
+            load_documents(["no/such"])
+
+
+class TestDatasets:
+    """The path of a data set's name, with a stream from memory in the hub's place."""
+
+    @staticmethod
+    def _serve(monkeypatch: pytest.MonkeyPatch, column: str) -> list[tuple[object, ...]]:
+        import datasets
+
+        calls: list[tuple[object, ...]] = []
+
+        def load_dataset(*args: object, **options: object) -> datasets.IterableDataset:
+            calls.append((*args, options))
+            rows = datasets.Dataset.from_dict({column: [f"document {i}" for i in range(9)]})
+            return rows.to_iterable_dataset()
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    def test_rows_are_streamed_up_to_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = self._serve(monkeypatch, "text")
+        assert load_documents(["allenai/c4:en"], limit=4) == [f"document {i}" for i in range(4)]
+        assert calls == [("allenai/c4", "en", {"split": "train", "streaming": True})]
+
+    def test_without_a_subset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = self._serve(monkeypatch, "text")
+        assert len(load_documents(["corpus"])) == 9
+        assert calls[0][:2] == ("corpus", None)
+
+    def test_without_a_text_column(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._serve(monkeypatch, "content")
+        with pytest.raises(InputError, match=r"no 'text' column \(columns: content\)"):
+            load_documents(["corpus"])
+
+
+class TestSplit:
+    @pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 16, 100])
+    def test_every_document_is_on_one_side(self, count: int) -> None:
+        documents = [f"document {i}" for i in range(count)]
+        training, held = split_documents(documents)
+        assert Counter(training + held) == Counter(documents)
+        assert len(held) == max(1, count // 8)
+        assert (training, held) == split_documents(list(documents))
+
+    def test_the_same_text_twice_is_not_on_both_sides(self) -> None:
+        # As `--data a.txt 'docs/*.txt'` gives it, and as two of Python's own topics are.
+        for documents in ([f"document {i % 5}" for i in range(40)], pydoc_documents()):
+            training, held = split_documents(documents)
+            assert set(training).isdisjoint(held)
+            assert set(training) | set(held) == set(documents)
+
+    def test_a_single_document_is_cut(self) -> None:
+        text = "".join(map(str, range(1000)))
+        (training,), (held,) = split_documents([text])
+        assert training + held == text
+        assert 0.09 < len(held) / len(text) < 0.11
+
+
+class TestTokenBlocks:
+    def test_blocks_and_ends_of_text(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        blocks = token_blocks(tokenizer, ["one two three", "four five six one"], seq_len=4)
+        assert blocks.dtype == torch.int64
+        assert blocks.tolist() == [[2, 3, 4, 0], [5, 6, 1, 2]]  # the last end of text fills no block
+
+    def test_without_an_end_of_text(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        class Endless:
+            eos_token_id = None
+
+            def __call__(self, *args: object, **options: object) -> object:
+                return tokenizer(*args, **options)
+
+        assert token_blocks(Endless(), ["one", "two"], seq_len=2).tolist() == [[2, 3]]
+
+    def test_too_short_says_by_how_much(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(InputError, match="the text has 6 tokens, one sequence needs 7"):
+            token_blocks(tokenizer, ["one two", "three four"], seq_len=7)
+        assert token_blocks(tokenizer, ["one two", "three four"], seq_len=6).shape == (1, 6)
