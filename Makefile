@@ -22,7 +22,7 @@ demo: $(STAMP) ## linearize SmolLM2-135M and compare; pass options with ARGS="â€
 	@$(BIN)/darkformer demo $(ARGS)
 
 test: lint ## lint, then the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(BIN)/python -m ruff check .

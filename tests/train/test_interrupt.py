@@ -109,9 +109,14 @@ class TestResume:
 
 
 class TestControlC:
-    def test_the_last_step_is_simply_finished(self, tmp_path: Path) -> None:
-        losses = finetune(linear("llama"), BLOCKS, _budget(), tmp_path, on_step=_at(8, _control_c))
-        assert len(losses) == 8
+    def test_in_the_last_step_it_is_not_lost(self, tmp_path: Path) -> None:
+        # Too late to stop anything, but the caller must hear of it, and no step may be repeated.
+        whole, resumed = linear("llama"), linear("llama")
+        finetune(whole, BLOCKS, _budget(), tmp_path / "whole")
+        with pytest.raises(Interrupted, match="interrupted at step 8 of 8"):
+            finetune(linear("llama"), BLOCKS, _budget(), tmp_path / "cut", on_step=_at(8, _control_c))
+        assert finetune(resumed, BLOCKS, _budget(), tmp_path / "cut", resume=True) == []
+        assert _same_weights(resumed, whole)
 
     def test_the_second_one_does_not_wait(self, tmp_path: Path) -> None:
         def impatient() -> None:

@@ -25,18 +25,21 @@ class RichReporter:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self._progress: Progress | None = None
-        self._whole: tuple[TaskID, float] | None = None  # task, work done before the current stage
+        self._whole: tuple[TaskID, float] | None = None  # task, work of the next stage
 
     @contextlib.contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
         with self._bars() as progress:
             task = progress.add_task(title, total=total)
-            base = 0.0 if self._whole is None else progress.tasks[self._whole[0]].completed
+            work = 0.0 if self._whole is None else self._whole[1]  # a stage inside this one may weigh something else
+            before = 0
 
             def advance(done: int, total: int) -> None:
+                nonlocal before
                 progress.update(task, completed=done, total=total)
                 if self._whole is not None:
-                    progress.update(self._whole[0], completed=base + self._whole[1] * done / max(total, 1))
+                    progress.advance(self._whole[0], work * (done - before) / max(total, 1))
+                before = done
 
             try:
                 yield advance

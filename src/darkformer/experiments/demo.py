@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import DarkConfig, TrainConfig, option
+from ..config import ConfigError, DarkConfig, TrainConfig, option
 from ..cost import kv_cache_bytes, state_bytes
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
 from ..train.data import PYDOC
@@ -76,6 +76,11 @@ class Demo:
     def __init__(
         self, demo: DemoConfig, default: DarkConfig, budget: TrainConfig, out: Path, reporter: RichReporter
     ) -> None:
+        if budget.train == "geometry":
+            raise ConfigError(
+                "train='geometry': the demo trains softmax and Performer alike, and they have no geometry. "
+                "Use all, qkv or none here; darkformer linearize trains the geometry of one model."
+            )
         self.demo, self.budget, self.out, self.reporter = demo, budget, out, reporter
         self.variants = variants(default)
         self.model_name = demo.model or str(demo_model_path())

