@@ -1,6 +1,6 @@
 """Peak memory and time of forward + backward of `chunked` against the length: is it linear?
 
-    python benchmarks/memory.py --lengths 4096 16384 65536 --out benchmarks/records/memory.json
+    python benchmarks/memory.py --lengths 4096 16384 65536 --threads 1 --out benchmarks/records/memory.json
 
 One fresh process a row, because a process's high-water mark never falls. Linux only (it reads /proc/self).
 """
@@ -121,6 +121,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536], help="Tokens L of the rows.")
     parser.add_argument("--windows", type=int, nargs="+", default=[0, 64], help="Exact windows W of the rows.")
     parser.add_argument("--repeats", type=int, default=5, help="Timed runs of a row (3 from 32k tokens on).")
+    parser.add_argument("--threads", type=int, help="Threads of every row; 1 is steady on a shared machine.")
     parser.add_argument("--out", type=Path, help="Where to write the record (JSON); without it, print only.")
     parser.add_argument("--row", type=int, nargs=3, metavar=("L", "W", "RUNS"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -128,6 +129,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.row:  # the fresh process of one row
         print(json.dumps(measure(*options.row)))
         return
@@ -138,7 +141,8 @@ def main() -> None:
     for window in options.windows:
         for length in options.lengths:
             repeats = min(options.repeats, 3) if length >= 32768 else options.repeats
-            command = [sys.executable, __file__, "--row", str(length), str(window), str(repeats)]
+            command = [sys.executable, __file__, "--row", *map(str, (length, window, repeats))]
+            command += ["--threads", str(torch.get_num_threads())]
             row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             rows.append(row)
             both = row["forward_backward_seconds"]

@@ -1,4 +1,4 @@
-"""The README is true: its code runs, its numbers are the record's, its file tree is the tree, its names are all names."""
+"""The README is true: its code runs, its numbers are the record's, its file tree is the tree, all names are in it."""
 
 from __future__ import annotations
 

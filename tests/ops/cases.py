@@ -149,8 +149,8 @@ def differences(actual: Solution, expected: Solution) -> dict[str, float]:
     """Relative error of every tensor.
 
     A gradient may be zero in exact arithmetic (all but the values' when a query sees one key, because the weight
-    cancels in the normaliser). It is then a sum of terms of about `size` that cancel, so its rounding is measured against
-    `FLOOR`·`size`: with the tolerance 1e-9 that is 1e-12 of the terms, 4 digits above float64's rounding.
+    cancels in the normaliser). It is then a sum of terms of about `size` that cancel, so its rounding is measured
+    against `FLOOR`·`size`: with the tolerance 1e-9 that is 1e-12 of the terms, 4 digits above float64's rounding.
     """
     assert actual.tensors.keys() == expected.tensors.keys()
     errors = {}

@@ -26,7 +26,7 @@ class FeatureParameters(NamedTuple):
     key_center: Tensor | None  # (G, d) c, in units of k̃
     far_bias: Tensor | None  # (G,)
     config: DarkConfig
-    head_dim: int
+    layer: int
 
 
 def _gaussian(parameters: FeatureParameters, x: Tensor, linear: Tensor | None, center: Tensor | None) -> Tensor:
@@ -68,15 +68,15 @@ def _hash_uniform(counter: Tensor) -> Tensor:
 
 
 def _random(salt: int) -> Callable[[FeatureParameters, Tensor, Tensor], Tensor]:
-    """exp(N(0, 1)) features that depend on (seed, head, position, feature), never on the token."""
+    """exp(N(0, 1)) features that depend on (seed, layer, head, position, feature), never on the token."""
 
     def log_features(parameters: FeatureParameters, x: Tensor, positions: Tensor) -> Tensor:
         heads = torch.arange(x.shape[1], device=x.device)[:, None, None]
         index = torch.arange(parameters.config.num_features, device=x.device)
         counter = ((positions[:, None, :, None] * 1024 + heads) * 65536 + index) * 2 + salt
-        return torch.special.ndtri(_hash_uniform(counter + parameters.config.seed * 0x9E3779B97F4A7C1 % (1 << 62))).to(
-            x.dtype
-        )
+        return torch.special.ndtri(
+            _hash_uniform(counter + (parameters.config.seed * 4099 + parameters.layer) * 0x9E3779B97F4A7C1 % (1 << 62))
+        ).to(x.dtype)
 
     return log_features
 
@@ -224,7 +224,7 @@ class FeatureMap(nn.Module):
             key_center=cast(self.key_center),
             far_bias=cast(self.far_bias),
             config=self.config,
-            head_dim=self.head_dim,
+            layer=self.layer,
         )
 
     def covariance(self) -> Tensor:

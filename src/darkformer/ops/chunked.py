@@ -9,6 +9,7 @@ Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabilise
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,35 @@ class Pass(NamedTuple):
     compute: torch.dtype
 
 
+class Piece(NamedTuple):
+    """The T tokens of one super-chunk, and the P keys and values before its keys."""
+
+    query: Tensor  # (B, G, R, T, d)
+    key_before: Tensor  # (B, G, P, d)
+    key: Tensor  # (B, G, T, d)
+    value_before: Tensor
+    value: Tensor
+
+
+def pieces(p: Pass, span: int) -> Iterator[Piece]:
+    """Cuts a pass into super-chunks of `span` tokens.
+
+    Split, not sliced: the gradient of one slice is a tensor of zeros as long as the sequence, so that a backward pass
+    over all slices would take quadratic time.
+    """
+    prefix = p.key.shape[2] - p.query.shape[3]
+
+    def cut(x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        before, rest = x.split([prefix, x.shape[2] - prefix], dim=2)
+        for piece in rest.split(span, dim=2):
+            yield before, piece
+            long = piece if piece.shape[2] >= prefix else torch.cat([before, piece], dim=2)
+            before = long[:, :, long.shape[2] - prefix :]
+
+    for query, key, value in zip(p.query.split(span, dim=3), cut(p.key), cut(p.value), strict=True):
+        yield Piece(query, *key, *value)
+
+
 def chunk_length(window: int, length: int) -> int:
     """Chunk size: 64, longer under a long window (the band costs chunk + window), shorter for short inputs."""
     chunk = 64
@@ -79,16 +109,19 @@ class _Block:
         self.p, self.window, self.chunk = p, window, chunk
         self.prefix = p.key.shape[2] - p.query.shape[3]
 
-    def __call__(self, start: int, stop: int, *sums: Tensor) -> tuple[Tensor, ...]:
-        """Tokens start…stop: (output (B, G, R, T, d_v), log-normaliser (B, G, R, T), values, total, scale)."""
-        p, before = self.p, Sums(*sums)
+    def __call__(self, start: int, stop: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tokens start…stop: (output (B, G, R, T, d_v), log-normaliser (B, G, R, T), values, total, scale).
+
+        `tensors` are the fields of `Piece`, then those of the `Sums` before it.
+        """
+        p, piece, before = self.p, Piece(*tensors[:5]), Sums(*tensors[5:])
         C, T = self.chunk, stop - start
         N, heads = T // C, p.query.shape[2]
         root = p.scaling**0.5
-        q = p.query[:, :, :, start:stop].to(p.compute) * root
+        q = piece.query.to(p.compute) * root
         q = q.unflatten(3, (N, C)).transpose(2, 3).flatten(3, 4)  # (B, G, N, R·C, d)
-        keys = p.key[:, :, start : stop + self.prefix].to(p.compute) * root
-        values = p.value[:, :, start : stop + self.prefix].to(p.compute)
+        keys = torch.cat([piece.key_before, piece.key], dim=2).to(p.compute) * root
+        values = torch.cat([piece.value_before, piece.value], dim=2).to(p.compute)
 
         terms, after, visible = [], before, self._far_count(start, stop, before).unflatten(1, (N, C)) > 0
         if p.parameters.config.feature_count:
@@ -209,8 +242,8 @@ def _run(p: Pass, sums: Sums, window: int) -> tuple[Tensor, Tensor, Sums]:
     total, span = length + padding, max(SUPER, chunk)
     recompute = torch.is_grad_enabled() and p.query.shape[0] * total > KEEP
     outputs, normalisers = [], []
-    for start in range(0, total, span):
-        arguments = (start, min(start + span, total), *sums)
+    for start, piece in zip(range(0, total, span), pieces(p, span), strict=True):
+        arguments = (start, min(start + span, total), *piece, *sums)
         if recompute:
             result = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -1,0 +1,58 @@
+"""Work and memory grow linearly with the length, forward and backward: counted in elements, not timed."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from darkformer import attention
+from darkformer.ops import chunked
+
+from .cases import Case, make_inputs, make_map
+
+
+class Count(TorchDispatchMode):
+    """Elements of everything that operators produce, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            outputs = result if isinstance(result, tuple | list) else (result,)
+            self.elements += sum(x.numel() for x in outputs if isinstance(x, Tensor))
+        return result
+
+
+def elements(case: Case, backend: str) -> int:
+    inputs = [x.requires_grad_() for x in make_inputs(case)]
+    made = make_map(case)
+    with Count() as count:
+        attention(*inputs, made, is_causal=case.mode != "bidirectional", backend=backend).sum().backward()
+    return count.elements
+
+
+def growth(case: Case, backend: str) -> float:
+    """Factor of the elements from 4,096 to 8,192 tokens, in 32 and 64 super-chunks (reference: 256 and 512 tokens)."""
+    short = 256 if backend == "reference" else 4096
+    few, many = (elements(Case(**vars(case) | {"length": n}), backend) for n in (short, 2 * short))
+    return many / few
+
+
+SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "features": 4, "dim": 4, "value_dim": 4}
+
+
+@pytest.mark.parametrize("mode", ["cold", "bidirectional"])
+@pytest.mark.parametrize("window", [0, 16, 200])
+def test_chunked_is_linear(window: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "SUPER", 128)
+    monkeypatch.setattr(chunked, "KEEP", 0)
+    assert growth(Case(window=window, sinks=2, mode=mode, **SMALL), "chunked") < 2.02
+
+
+def test_the_reference_is_quadratic() -> None:
+    """Negative control of the count."""
+    assert growth(Case(window=0, sinks=2, **SMALL), "reference") > 3.5
