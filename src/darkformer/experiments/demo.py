@@ -56,9 +56,9 @@ def variants(default: DarkConfig) -> tuple[Variant, ...]:
         Variant("softmax", "softmax", None),
         Variant("performer", "Performer, paper form", replace(paper, method="performer")),
         Variant("dark-paper", "DARK, paper form", paper),
-        Variant("default", "DARK default: both parts", default),
-        Variant("exact-part", "DARK default: exact part only", replace(default, method="local")),
-        Variant("features-only", "DARK default: features only", replace(default, window=0, sinks=0)),
+        Variant("default", "default, both parts", default),
+        Variant("exact-part", "default, exact part", replace(default, method="local")),
+        Variant("features-only", "default, features", replace(default, window=0, sinks=0)),
     )
 
 
@@ -155,7 +155,7 @@ class Demo:
         shutil.rmtree(self.out / "checkpoints" / variant.name, ignore_errors=True)
         after = row["after"]
         reporter.say(
-            f"  {title:<32} loss {after['loss']:.3f}  accuracy {after['accuracy']:.1%}  {row['seconds']:.0f} s"
+            f"  {title:<22} loss {after['loss']:.3f}  accuracy {after['accuracy']:.1%}  {row['seconds']:.0f} s"
         )
         return row
 

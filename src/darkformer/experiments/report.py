@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -15,8 +16,7 @@ from rich.table import Table
 from ..plots import accuracy_against_step, error_heat_map
 
 COLUMNS = (
-    "attention", "loss", "perplexity", "accuracy", "of softmax", "untrained accuracy",
-    "state at 8k", "of KV cache", "seconds",
+    "attention", "loss", "ppl", "acc.", "of softmax", "MB at 8k", "of KV cache", "s",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def table_rows(record: Mapping[str, Any]) -> list[list[str]]:
     softmax = _row(record, "softmax")
     reference = softmax["after"]["accuracy"]
     untouched = {**softmax, "title": "softmax, as it is", "after": softmax["before"], "seconds": None}
-    finetuned = {**softmax, "title": "softmax, finetuned alike"}
+    finetuned = {**softmax, "title": "softmax, finetuned"}
     rows = []
     for row in (untouched, finetuned, *(r for r in record["rows"] if r["name"] != "softmax")):
         after = row["after"]
@@ -46,8 +46,7 @@ def table_rows(record: Mapping[str, Any]) -> list[list[str]]:
                 f"{after['perplexity']:.2f}",
                 f"{after['accuracy']:.1%}",
                 f"{after['accuracy'] / reference:.1%}",
-                f"{row['before']['accuracy']:.1%}",
-                f"{row['state_bytes'] / 1e6:.1f} MB",
+                f"{row['state_bytes'] / 1e6:.1f}",
                 f"{row['state_bytes'] / row['kv_cache_bytes']:.1%}",
                 "" if row["seconds"] is None else f"{row['seconds']:.0f}",
             ]
@@ -61,11 +60,13 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     softmax = _row(record, "softmax")
     tokens, cache = softmax["after"]["tokens"], softmax["kv_cache_bytes"]
     return [
+        "'default' is the library's own form: both parts, the exact window and sinks alone, the features alone.",
         f"Each variant: {budget['steps']} steps of {budget['batch_size']} × {budget['seq_len']} tokens, train="
         f"{budget['train']}, same batches and seed {budget['seed']}; scores on {tokens} held-out tokens "
         "(documents never seen in training).",
         "'of softmax' is the share of the finetuned softmax model's accuracy, so adapting to the text earns no credit.",
-        f"State and key/value cache ({cache / 1e6:.1f} MB at {record['cache_tokens']:,} tokens): one sequence, fp32.",
+        f"ppl: perplexity; acc.: next-token accuracy; MB at 8k: state or key/value cache ({cache / 1e6:.1f} MB), one "
+        f"sequence at {record['cache_tokens']:,} tokens in float32; s: seconds.",
         f"Far-field recovery, features beside the exact part: {far_field_recovery(record, 'before'):+.0%} after "
         f"calibration, {far_field_recovery(record):+.0%} after finetuning (0 %: they add nothing; 100 %: softmax).",
     ]
@@ -79,9 +80,10 @@ def markdown_table(record: Mapping[str, Any]) -> str:
 
 def print_demo(record: Mapping[str, Any], console: Console) -> None:
     """The table, its notes, and both continuations of the prompt side by side."""
-    table = Table(title=f"{record['model']} on {', '.join(record['data'])}, m = {record['config']['num_features']}")
+    title = f"{record['model']} on {', '.join(record['data'])}, m = {record['config']['num_features']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for cells in table_rows(record):
         table.add_row(*cells, style="bold" if "both parts" in cells[0] else "")
     console.print(table)
@@ -96,7 +98,7 @@ def print_demo(record: Mapping[str, Any], console: Console) -> None:
 
 def _generation_panel(row: Mapping[str, Any]) -> Panel:
     done = row["generation"]
-    title = "softmax, as it is" if row["name"] == "softmax" else "DARK default, finetuned"
+    title = "softmax, as it is" if row["name"] == "softmax" else "default, finetuned"
     cost = f"{done['tokens_per_second']:.1f} tokens/s, {done['cache_bytes'] / 1e6:.1f} MB"
     return Panel(f"[bold]{done['prompt']}[/bold]{done['text']}", title=title, subtitle=cost)
 
@@ -151,7 +153,7 @@ def write_report(record: Mapping[str, Any], out: Path) -> Path:
             figures=figures,
             generations=[
                 ("softmax, as it is", softmax["generation"]),
-                ("DARK default, finetuned", default["generation"]),
+                ("default, finetuned", default["generation"]),
             ],
             settings={name: record[name] for name in ("config", "budget", "data")},
         ),

@@ -22,7 +22,7 @@ from .record import RUN_FILE, environment, open_run, read_json, write_json
 from .report import Reporter, Silent
 
 #: Tokens of the calibration pass, and of the held-out text that scores are measured on.
-CALIBRATION_TOKENS, EVALUATION_TOKENS = 5120, 8192
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 4096, 8192
 
 
 def calibration_batches(blocks: Tensor) -> list[Tensor]:
