@@ -9,7 +9,7 @@ import pytest
 
 import darkformer.config
 from darkformer import ConfigError, DarkConfig, DarkformerError, TrainConfig
-from darkformer.config import DRAWS, DTYPES, METHODS, TRAIN_GROUPS, field_help
+from darkformer.config import DRAWS, DTYPES, METHODS, PROPOSALS, TRAIN_GROUPS, field_help
 
 NAN, INFINITY = float("nan"), float("inf")
 CONFIGS = [DarkConfig, TrainConfig]
@@ -19,14 +19,15 @@ CONFIGS = [DarkConfig, TrainConfig]
     ("field", "values", "rule"),
     [
         ("method", ["softmax", "", None, 3], "is unknown: choose one of dark, performer"),
-        ("draw", ["sobol", None], "is unknown: choose one of orthogonal, iid"),
+        ("draw", ["halton", None], "is unknown: choose one of orthogonal, iid, simplex, sobol"),
+        ("proposal", ["best", None], "is unknown: choose one of isotropic, oprf, optimal, theorem32"),
         ("num_features", [0, -1, 1.5, "8", None, True], "must be an integer of at least 1"),
         ("window", [-1, 0.5, None, False], "must be an integer of at least 0"),
         ("sinks", [-1, 2.0, None, True], "must be an integer of at least 0"),
         ("seed", [-1, 0.0, None], "must be an integer of at least 0"),
         *(
             (name, [0, 1, None, "yes"], "must be True or False")
-            for name in ("center", "balance", "tied", "cold_start", "far_bias", "convert_sliding")
+            for name in ("center", "balance", "tied", "proposal_weights", "cold_start", "far_bias", "convert_sliding")
         ),
     ],
 )
@@ -89,7 +90,8 @@ def test_paper_form() -> None:
     paper = DarkConfig.paper()
     assert paper == DarkConfig(
         method="dark", num_features=128, window=0, sinks=0, center=False, balance=False, tied=True,
-        draw="orthogonal", cold_start=False, far_bias=False, convert_sliding=False, seed=0,
+        draw="orthogonal", proposal="isotropic", proposal_weights=True, cold_start=False, far_bias=False,
+        convert_sliding=False, seed=0,
     )  # fmt: skip
     assert DarkConfig.paper(64, method="performer", seed=3).to_dict() == paper.to_dict() | {
         "num_features": 64,
@@ -102,7 +104,7 @@ def test_paper_form() -> None:
 def test_defaults_are_the_documented_ones() -> None:
     assert DarkConfig() == DarkConfig(
         method="dark", num_features=128, window=64, sinks=4, center=True, balance=True, tied=True,
-        draw="orthogonal", seed=0,
+        draw="orthogonal", proposal="isotropic", proposal_weights=True, seed=0,
     )  # fmt: skip
 
 
@@ -119,6 +121,12 @@ def test_from_dict_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match="window=-1"):
         DarkConfig.from_dict({"window": -1})
     assert DarkConfig.from_dict({}) == DarkConfig()  # fields an older version did not write take their defaults
+
+
+def test_configurations_saved_before_there_were_proposals() -> None:
+    old = DarkConfig(num_features=9, draw="iid").to_dict()
+    del old["proposal"], old["proposal_weights"]
+    assert DarkConfig.from_dict(old) == DarkConfig(num_features=9, draw="iid", proposal="isotropic")
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -142,6 +150,7 @@ def test_every_field_has_its_help(config: type) -> None:
     [
         (DarkConfig, "method", METHODS),
         (DarkConfig, "draw", DRAWS),
+        (DarkConfig, "proposal", PROPOSALS),
         (TrainConfig, "train", TRAIN_GROUPS),
         (TrainConfig, "dtype", DTYPES),
     ],

@@ -45,6 +45,8 @@ Center = Annotated[bool, _dark("center", "--center/--no-center")]
 Balance = Annotated[bool, _dark("balance", "--balance/--no-balance")]
 Tied = Annotated[bool, _dark("tied", "--tied/--untied")]
 Draw = Annotated[str, _dark("draw", "--draw")]
+Proposal = Annotated[str, _dark("proposal", "--proposal")]
+ProposalWeights = Annotated[bool, _dark("proposal_weights", "--proposal-weights/--no-proposal-weights")]
 ColdStart = Annotated[bool, _dark("cold_start", "--cold-start/--no-cold-start")]
 FarBias = Annotated[bool, _dark("far_bias", "--far-bias/--no-far-bias")]
 ConvertSliding = Annotated[bool, _dark("convert_sliding", "--convert-sliding/--keep-sliding")]
@@ -85,6 +87,8 @@ def linearize(
     balance: Balance = DARK.balance,
     tied: Tied = DARK.tied,
     draw: Draw = DARK.draw,
+    proposal: Proposal = DARK.proposal,
+    proposal_weights: ProposalWeights = DARK.proposal_weights,
     cold_start: ColdStart = DARK.cold_start,
     far_bias: FarBias = DARK.far_bias,
     convert_sliding: ConvertSliding = DARK.convert_sliding,
@@ -111,8 +115,9 @@ def linearize(
         config = DarkConfig.paper(features, method=method, draw=draw, seed=seed, convert_sliding=convert_sliding)
     else:
         config = DarkConfig(
-            method, features, window, sinks, center, balance, tied, draw, cold_start, far_bias, convert_sliding, seed
-        )
+            method, features, window, sinks, center, balance, tied, draw, proposal, proposal_weights, cold_start,
+            far_bias, convert_sliding, seed,
+        )  # fmt: skip
     budget = TrainConfig(
         train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size,
         save_every=save_every, dtype=dtype, seed=seed,

@@ -51,6 +51,14 @@ METHODS: dict[str, str] = {
 DRAWS: dict[str, str] = {
     "orthogonal": "blocks of Haar-orthogonal directions with chi-distributed norms",
     "iid": "independent Gaussian rows",
+    "simplex": "blocks of randomly rotated regular simplices with chi-distributed norms (SimRF of FAVOR++)",
+    "sobol": "scrambled Sobol' points through the normal quantile",
+}
+PROPOSALS: dict[str, str] = {
+    "isotropic": "ω ~ N(0, I) (FAVOR+)",
+    "oprf": "the best multiple of I (OPRF of FAVOR++)",
+    "optimal": "the best Gaussian for the measured second moments; always exists",
+    "theorem32": "the paper's (I+2Λ)(I-2Λ)⁻¹; exists while every eigenvalue of Λ is below ½",
 }
 TRAIN_GROUPS: dict[str, str] = {
     "all": "every weight of the model",
@@ -112,6 +120,10 @@ class DarkConfig:
     balance: bool = option(True, "Transform queries by A and keys by its inverse transpose so their covariances match.")
     tied: bool = option(True, "One geometry M for queries and keys (the paper). False: one for each.")
     draw: str = option("orthogonal", f"How the projection is drawn. {_choices(DRAWS)}.")
+    proposal: str = option("isotropic", f"Distribution of the projection, set by calibrate. {_choices(PROPOSALS)}.")
+    proposal_weights: bool = option(
+        True, "Weigh the proposal's draws so that the features stay unbiased. False: its covariance joins Σ (DARK)."
+    )
     cold_start: bool = option(True, "Let calibration choose the starting scale of M per head by measured output error.")
     far_bias: bool = option(True, "A trained log-weight per head of the features against the exact window and sinks.")
     convert_sliding: bool = option(False, "Also convert layers that already attend through a sliding window.")
@@ -120,11 +132,12 @@ class DarkConfig:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("draw", self.draw, DRAWS)
+        _check_choice("proposal", self.proposal, PROPOSALS)
         _check_integer("num_features", self.num_features, 1)
         _check_integer("window", self.window, 0)
         _check_integer("sinks", self.sinks, 0)
         _check_integer("seed", self.seed, 0)
-        for name in ("center", "balance", "tied", "cold_start", "far_bias", "convert_sliding"):
+        for name in ("center", "balance", "tied", "proposal_weights", "cold_start", "far_bias", "convert_sliding"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False.")
         if self.method == "local" and self.window == 0:
@@ -134,8 +147,9 @@ class DarkConfig:
     def paper(cls, num_features: int = 128, **changes: Any) -> DarkConfig:
         """Exactly the paper's form: no window, no sinks, no change of variables, M started at the identity."""
         form: dict[str, Any] = dict(
-            window=0, sinks=0, center=False, balance=False, tied=True, cold_start=False, far_bias=False
-        )
+            window=0, sinks=0, center=False, balance=False, tied=True, proposal="isotropic", cold_start=False,
+            far_bias=False,
+        )  # fmt: skip
         return cls(num_features=num_features, **{**form, **changes})
 
     @property

@@ -11,6 +11,7 @@ from tolerances import relative_error
 from torch import Tensor
 
 from darkformer import DarkConfig, FeatureMap, attention, feature_map
+from darkformer.features.draws import DRAW_FUNCTIONS
 from darkformer.features.maps import key_log_features, query_log_features
 
 DRAWS, FEATURES, DIM, PAIRS = 3000, 6, 4, 8
@@ -68,7 +69,7 @@ def z_scores(made: FeatureMap, expected: Tensor) -> Tensor:
     return (estimates.mean(0) - expected) / (estimates.std(0) / DRAWS**0.5)
 
 
-@pytest.fixture(params=["iid", "orthogonal"])
+@pytest.fixture(params=sorted(DRAW_FUNCTIONS))
 def draw(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -139,6 +140,17 @@ def test_orthogonal_rows_vary_less() -> None:
         spread[name] = (log_query + key_log_features(parameters, key, positions)).exp().sum(-1)[0].var(0)
     assert (spread["orthogonal"] < spread["iid"]).float().mean() > 0.8
     assert spread["orthogonal"].sum() < 0.9 * spread["iid"].sum()
+
+
+@pytest.mark.parametrize("name", ["simplex", "sobol"])
+def test_other_structured_draws_vary_less_than_independent_ones(name: str) -> None:
+    query, key = (x.expand(1, DRAWS, -1, -1) for x in pairs())
+    spread = {}
+    for draw in ("iid", name):
+        parameters, positions = make(draw, "performer").parameters_for(torch.float64), torch.arange(PAIRS)[None]
+        log_query = query_log_features(parameters, query, positions)
+        spread[draw] = (log_query + key_log_features(parameters, key, positions)).exp().sum(-1)[0].var(0)
+    assert spread[name].sum() < 0.9 * spread["iid"].sum()
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])

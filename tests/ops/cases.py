@@ -38,19 +38,23 @@ class Case:
     value_dim: int = 5
     scale: float = 1.0
     far_bias: bool = True
+    proposal: str = "isotropic"
+    proposal_weights: bool = True
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
         return (
             f"{self.method}-{tied}-L{self.length}-W{self.window}-S{self.sinks}-G{self.kv_heads}"
             f"-{self.padding}-{self.mode}-{self.draw}"
+            + (f"-{self.proposal}-{self.proposal_weights}" if self.proposal != "isotropic" else "")
         )
 
     @property
     def config(self) -> DarkConfig:
         return DarkConfig(
             method=self.method, num_features=self.features, window=self.window, sinks=self.sinks,
-            tied=self.tied, draw=self.draw, far_bias=self.far_bias,
+            tied=self.tied, draw=self.draw, far_bias=self.far_bias, proposal=self.proposal,
+            proposal_weights=self.proposal_weights,
         )  # fmt: skip
 
     @property
@@ -66,6 +70,9 @@ def make_map(case: Case, dtype: torch.dtype = torch.float64) -> FeatureMap:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype))
+    if made.proposal_root is not None:
+        root = torch.randn(case.kv_heads, case.dim, case.dim, generator=generator, dtype=torch.float64)
+        made.propose_(torch.eye(case.dim, dtype=torch.float64) + 0.2 * root @ root.mT)
     return made
 
 

@@ -1,6 +1,7 @@
 """Every fast path against the quadratic oracle: output, state and every gradient, in float64 (issue 2, point 3)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -73,6 +74,25 @@ def test_dark(case: Case) -> None:
 @pytest.mark.parametrize("case", [case_of(row) for row in covering(METHOD_AXES, impossible)], ids=str)
 def test_every_method(case: Case) -> None:
     assert not above(differences(solve(case, case.fast), solve(case, "reference")), PARITY)
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(length=65, window=16, sinks=4, mode="warm", padding="interior", proposal="optimal"),
+        Case(length=64, mode="bidirectional", padding="left", tied=False, proposal="oprf"),
+        Case(length=63, window=1, padding="right", method="performer", draw="simplex", proposal="optimal"),
+        Case(length=65, kv_heads=1, method="lfk", draw="sobol", proposal="theorem32"),
+    ],
+    ids=str,
+)
+def test_proposals(case: Case, weights: bool) -> None:
+    case = replace(case, proposal_weights=weights)
+    found, want = solve(case, "chunked"), solve(case, "reference")
+    assert not above(differences(found, want), PARITY)
+    isotropic = solve(replace(case, proposal="isotropic"), "reference")
+    assert relative_error(want.tensors["output"], isotropic.tensors["output"]) > 1e-3  # the proposal does something
 
 
 BOTH = Case(length=65, window=16, sinks=4, tied=False, mode="warm", padding="interior")

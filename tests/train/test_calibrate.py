@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darkformer import (
+    ConfigError,
     ConversionError,
     DarkConfig,
     FeatureMap,
@@ -20,6 +21,7 @@ from darkformer import (
     dark_layers,
 )
 from darkformer.features.maps import key_log_features, query_log_features
+from darkformer.features.proposals import oprf_covariance, optimal_covariance
 from darkformer.features.transforms import regularise
 from darkformer.ops.attention import attention
 from darkformer.train.calibrate import SCALES, Moments
@@ -179,8 +181,11 @@ class TestSearch:
             DarkConfig(method="constant", num_features=16, window=4, sinks=2),
             DarkConfig(num_features=16, window=4, sinks=2, cold_start=False),
             DarkConfig(num_features=16, window=4, sinks=2, far_bias=False),
+            DarkConfig(num_features=16, window=4, sinks=2, proposal="optimal"),
+            DarkConfig(num_features=16, window=4, sinks=2, proposal="oprf", proposal_weights=False, center=False),
+            DarkConfig(method="performer", num_features=16, window=4, sinks=2, proposal="optimal", balance=False),
         ],
-        ids=lambda c: f"{c.method}-w{c.window}-{c.tied}-{c.center}-{c.cold_start}-{c.far_bias}",
+        ids=lambda c: f"{c.method}-w{c.window}-{c.tied}-{c.center}-{c.cold_start}-{c.far_bias}-{c.proposal}",
     )
     @pytest.mark.parametrize("padded", [False, True])
     def test_the_measured_error_is_the_operators(self, config: DarkConfig, padded: bool) -> None:
@@ -221,6 +226,72 @@ class TestSearch:
         model = _converted(DarkConfig(method="constant", num_features=16, window=4, sinks=2))
         far_bias = [b for choice in calibrate(model, BATCHES) for b in choice.far_bias]
         assert len(set(far_bias)) == 6
+
+
+class TestProposals:
+    @pytest.mark.parametrize("center", [True, False])
+    @pytest.mark.parametrize("weights", [True, False])
+    @pytest.mark.parametrize("proposal", ["oprf", "optimal"])
+    def test_the_proposal_is_that_of_the_chosen_scale(self, proposal: str, weights: bool, center: bool) -> None:
+        """Σ* of E[zzᵀ] over all pairs of the features' own inputs: scaled, balanced, centred."""
+        config = DarkConfig(
+            num_features=16, window=4, sinks=2, proposal=proposal, proposal_weights=weights, center=center
+        )
+        model = _converted(config)
+        calls = captured(model, BATCHES[:2])
+        choices = calibrate(model, BATCHES)
+        for layer, fm in enumerate(dark_layers(model)):
+            queries = torch.cat([queries_of(call) for call in calls[layer]], dim=1)
+            keys = torch.cat([keys_of(call, sinks=2) for call in calls[layer]], dim=1)
+            if center:
+                queries, keys = queries - queries.mean(1, True), keys - keys.mean(1, True)
+            maps = fm.geometry.double() @ fm.query_balance.double(), fm.geometry.double() @ fm.key_balance.double()
+            queries, keys = queries @ maps[0].mT, keys @ maps[1].mT
+            pairs = torch.stack([_pairs(q, k) for q, k in zip(queries, keys, strict=True)])
+            function = {"oprf": oprf_covariance, "optimal": optimal_covariance}[proposal]
+            root = fm.proposal_root.double()
+            assert relative_error(root @ root, function(pairs)) <= 1e-4
+            assert relative_error(root, torch.eye(8).expand(2, -1, -1)) > 0.01
+        assert len({s for choice in choices for s in choice.scale}) > 1  # scales differ, so the rule was tested
+
+    def test_without_a_search_it_is_that_of_scale_one(self) -> None:
+        model = _converted(DarkConfig(num_features=16, cold_start=False, far_bias=False, proposal="optimal"))
+        assert calibrate(model, BATCHES) == []
+        assert all(fm.proposal_root.sub(torch.eye(8)).abs().max() > 0.01 for fm in dark_layers(model))
+
+    def test_theorem32_names_layer_and_heads(self) -> None:
+        config = DarkConfig(num_features=16, window=4, sinks=2, proposal="theorem32")
+        model = _converted(config)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.k_proj.weight.mul_(1000)
+        with pytest.raises(
+            ConfigError, match=r"layer 1: proposal='theorem32' .* at scale 0\.25 .* not: head 0: .*head 1"
+        ):
+            calibrate(model, BATCHES)
+
+    def test_theorem32_takes_a_scale_that_is_cold_enough(self) -> None:
+        model = _converted(DarkConfig(num_features=16, window=4, sinks=2, proposal="theorem32"))
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.k_proj.weight.mul_(8)
+        choices = calibrate(model, BATCHES)
+        for fm in dark_layers(model):
+            root = fm.proposal_root.double()
+            assert root.isfinite().all() and (torch.linalg.eigvalsh(root) >= 1 - 1e-5).all()
+        config = DarkConfig(num_features=16, window=4, sinks=2, proposal="theorem32", cold_start=False)
+        with pytest.raises(ConfigError, match=r"at scale 1\.0 these are not"):
+            hot = _converted(config)
+            with torch.no_grad():
+                for layer in hot.model.layers:
+                    layer.self_attn.k_proj.weight.mul_(8)
+            calibrate(hot, BATCHES)
+        assert max(s for choice in choices for s in choice.scale) < 1
+
+
+def _pairs(query: Tensor, key: Tensor) -> Tensor:
+    """E[(q + k)(q + k)ᵀ] over all pairs of rows, plainly."""
+    totals = [(row + key).T @ (row + key) / len(key) for row in query]
+    return torch.stack(totals).mean(0)
 
 
 def _output_error(got: Tensor, expected: Tensor, mask: Tensor) -> Tensor:

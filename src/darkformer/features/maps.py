@@ -5,6 +5,7 @@ exp(ℓ_q)·exp(ℓ_k) summed over the features estimates exp(q̃ᵀk̃) (with M
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, DarkConfig
 from .draws import draw_projection
+from .proposals import log_weight
+from .transforms import symmetric_power
 
 
 class FeatureParameters(NamedTuple):
@@ -25,6 +28,7 @@ class FeatureParameters(NamedTuple):
     query_center: Tensor | None  # (G, d) b, in units of q̃
     key_center: Tensor | None  # (G, d) c, in units of k̃
     far_bias: Tensor | None  # (G,)
+    log_weight: Tensor | None  # (G, m) log p_I(ω)/ψ(ω) of a weighted proposal, half of it for each side
     config: DarkConfig
     layer: int
 
@@ -35,7 +39,8 @@ def _gaussian(parameters: FeatureParameters, x: Tensor, linear: Tensor | None, c
     if center is not None:
         x = x - center[:, None, :]
     y = x if linear is None else x @ linear.mT
-    return y @ parameters.projection.mT - 0.5 * y.square().sum(-1, keepdim=True)
+    features = y @ parameters.projection.mT - 0.5 * y.square().sum(-1, keepdim=True)
+    return features if parameters.log_weight is None else features + 0.5 * parameters.log_weight[:, None, :]
 
 
 def _gaussian_query(parameters: FeatureParameters, x: Tensor, positions: Tensor) -> Tensor:
@@ -129,6 +134,8 @@ class FeatureMap(nn.Module):
         query_center, key_center (G, d): b and c, in units of √s·q and √s·k.
         query_balance, key_balance (G, d, d): A and B (calibration sets B = A⁻ᵀ).
         far_bias (G,): log-weight of the features against the exact part.
+        proposal_root (G, r, r): Σ*^½ of the proposal the rows of Ω are drawn from, a buffer; absent for `isotropic`,
+            the identity until `propose_`.
 
     Raises:
         ConfigError: head counts that do not divide, or dimensions below 1.
@@ -142,6 +149,7 @@ class FeatureMap(nn.Module):
     key_balance: nn.Parameter | None
     far_bias: nn.Parameter | None
     projection: Tensor | None
+    proposal_root: Tensor | None
 
     def __init__(self, config: DarkConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, layer: int = 0) -> None:
         super().__init__()
@@ -169,6 +177,8 @@ class FeatureMap(nn.Module):
         biased = config.far_bias and config.feature_count > 0 and config.window + config.sinks > 0
         self._own("far_bias", torch.zeros(num_kv_heads, dtype=torch.float32), biased)
         self._make_projection(gaussian)
+        proposed = gaussian and config.proposal != "isotropic"
+        self.register_buffer("proposal_root", eye.clone() if proposed else None)
 
     def _own(self, name: str, start: Tensor, present: bool) -> None:
         self.register_parameter(name, nn.Parameter(start.clone()) if present else None)
@@ -206,26 +216,43 @@ class FeatureMap(nn.Module):
 
     def parameters_for(self, dtype: torch.dtype) -> FeatureParameters:
         """The layer's `FeatureParameters` in `dtype` (float32 or float64), differentiable."""
+        weighted = self.proposal_root is not None and self.config.proposal_weights
 
-        def product(geometry: Tensor | None, balance: Tensor | None) -> Tensor | None:
-            if geometry is None or balance is None:
-                return balance if geometry is None else geometry
-            return geometry @ balance
+        def product(*factors: Tensor | None) -> Tensor | None:
+            given = [factor.to(dtype) for factor in factors if factor is not None]
+            return functools.reduce(torch.matmul, given) if given else None
 
         def cast(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(dtype)
 
         key_geometry = self.geometry if self.key_geometry is None else self.key_geometry
+        root, projection = cast(self.proposal_root), cast(self.projection)
+        # ωᵀRy with ω ~ N(0, I) is a draw of N(0, Σ*). With weights only the draw is R's; without them R is part of M.
+        unweighted = None if weighted else root
         return FeatureParameters(
-            query_map=cast(product(self.geometry, self.query_balance)),
-            key_map=cast(product(key_geometry, self.key_balance)),
-            projection=cast(self.projection),
+            query_map=product(unweighted, self.geometry, self.query_balance),
+            key_map=product(unweighted, key_geometry, self.key_balance),
+            projection=product(projection, root) if weighted else projection,
             query_center=cast(self.query_center),
             key_center=cast(self.key_center),
             far_bias=cast(self.far_bias),
+            log_weight=log_weight(projection, root)
+            if weighted and projection is not None and root is not None
+            else None,
             config=self.config,
             layer=self.layer,
         )
+
+    @torch.no_grad()
+    def propose_(self, covariance: Tensor) -> None:
+        """Sets the proposal N(0, Σ*) of the rows of Ω, Σ* = `covariance` (G, r, r) in the maps' coordinates. In place.
+
+        Raises:
+            ConfigError: the configuration's proposal is `isotropic`, or the method draws nothing.
+        """
+        if self.proposal_root is None:
+            raise ConfigError(f"proposal={self.config.proposal!r} with method={self.config.method!r} has none to set.")
+        self.proposal_root.copy_(symmetric_power(covariance.double(), 0.5))
 
     def covariance(self) -> Tensor:
         """Σ = MᵀM of the paper, (G, d, d): the identity where the method has no geometry."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import InputError
+from ..config import ConfigError, InputError
 
 
 def symmetric_power(matrix: Tensor, power: float, floor: float = 0.0) -> Tensor:
@@ -59,3 +59,29 @@ def balance(query_covariance: Tensor, key_covariance: Tensor) -> Balance:
     squared = inverse_root @ symmetric_power(root @ key_covariance @ root, 0.5) @ inverse_root
     squared = 0.5 * (squared + squared.mT)
     return Balance(symmetric_power(squared, 0.5).to(dtype), symmetric_power(squared, -0.5).to(dtype))
+
+
+def whitening(covariance: Tensor, temperature: str) -> Tensor:
+    """M that makes M·x isotropic for x with this covariance Λ (Proposition C.1), at a temperature named explicitly.
+
+    M = c·Λ^-½ is one geometry for queries and keys, so the kernel becomes exp(c²·qᵀΛ⁻¹k): not softmax's, but one of
+    temperature c^-2. `literal`: c = 1, M·x has the identity for its covariance, and logits a standard
+    deviation of √d. `preserve`: c⁴ = tr(Λ²)/d keeps E[(qᵀk)²] of independent q, k with covariance Λ.
+
+    Args:
+        covariance: Λ (…, d, d), regularised by `regularise`. temperature: "literal" or "preserve".
+
+    Returns:
+        (…, d, d), symmetric, in the input's dtype.
+
+    Raises:
+        ConfigError: another temperature. InputError: a head without any variance.
+    """
+    if temperature not in ("literal", "preserve"):
+        raise ConfigError(f"temperature={temperature!r} is unknown: choose literal or preserve.")
+    regular = regularise(covariance.double())
+    root = symmetric_power(regular, -0.5)
+    if temperature == "preserve":
+        mean_square = regular.square().sum((-2, -1)) / regular.shape[-1]
+        root = root * mean_square.pow(0.25)[..., None, None]
+    return root.to(covariance.dtype)

@@ -1,4 +1,4 @@
-"""Closed-form calibration of a converted model: centres, balance, and the starting scale of each head.
+"""Closed-form calibration of a converted model: centres, balance, proposal, and the starting scale of each head.
 
 Statistics come from one pass of the *softmax* model; queries and keys are never stored, only their moments.
 """
@@ -12,8 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import ConversionError, InputError
+from ..config import ConfigError, ConversionError, InputError
 from ..features.maps import FeatureMap, FeatureParameters, key_log_features, query_log_features
+from ..features.proposals import (
+    PairMoments,
+    inadmissible,
+    pair_moments,
+    proposal_covariance,
+    shared_covariance,
+)
 from ..features.transforms import balance
 from ..hf.convert import dark_layers, observing
 from .evaluate import Progress
@@ -73,7 +80,7 @@ class HeadChoice:
     scale: list[float]
     far_bias: list[float]
     error: list[float]  # relative error of the attention output at the choice
-    error_unscaled: list[float]  # the same at scale 1 without bias
+    error_unscaled: list[float]  # the same at scale 1 without bias (isotropic if the proposal does not exist there)
     error_exact_part: list[float]  # the same without any features
 
 
@@ -126,6 +133,59 @@ def _set_transforms(fm: FeatureMap, moments: Moments) -> None:
         pair = balance(moments.covariance("query", centered), moments.covariance("key", centered))
         fm.query_balance.copy_(pair.query)
         fm.key_balance.copy_(pair.key)
+
+
+def _feature_moments(fm: FeatureMap, moments: Moments) -> PairMoments:
+    """Moments of queries and keys as the features see them at scale 1 (M = I): centred, balanced."""
+    sides = []
+    for side, center, map_ in (
+        ("query", fm.query_center, fm.query_balance),
+        ("key", fm.key_center, fm.key_balance),
+    ):
+        mean, second = moments.mean(side), moments.covariance(side, center is not None)
+        if center is not None:
+            mean = torch.zeros_like(mean)
+        if map_ is not None:
+            linear = map_.detach().double().cpu()
+            mean, second = (linear @ mean[..., None])[..., 0], linear @ second @ linear.mT
+        sides.append((second, mean))
+    (query, query_mean), (key, key_mean) = sides
+    return pair_moments(query, key, query_mean, key_mean)
+
+
+class _Proposals:
+    """Sets one layer's proposal for any scale of its heads."""
+
+    def __init__(self, fm: FeatureMap, moments: Moments) -> None:
+        self.fm, self.moments = fm, _feature_moments(fm, moments)
+
+    def exists(self, scale: Tensor) -> Tensor:
+        """(G,) bool, for scale (G,)."""
+        if self.fm.config.proposal != "theorem32":
+            return torch.ones(self.fm.num_kv_heads, dtype=torch.bool)
+        scaled = self.moments.scaled(scale)
+        return torch.tensor([not bad for bad in inadmissible(shared_covariance(scaled.query, scaled.key))])
+
+    def set_(self, scale: Tensor) -> None:
+        """The proposal at scale (G,), isotropic where it does not exist."""
+        shrunk = torch.where(self.exists(scale), scale, 0.0)  # every proposal of zero moments is the identity
+        self.fm.propose_(proposal_covariance(self.fm.config.proposal, self.moments.scaled(shrunk)))
+
+    def check(self, coldest: float) -> None:
+        """Raises ConfigError for heads without a proposal even at the coldest scale that may be chosen."""
+        scaled = self.moments.scaled(torch.full((self.fm.num_kv_heads,), coldest))
+        bad = (
+            inadmissible(shared_covariance(scaled.query, scaled.key)) if self.fm.config.proposal == "theorem32" else []
+        )
+        if any(bad):
+            shown = "; ".join(
+                f"head {g}: {', '.join(f'{v:.3g}' for v in row[::-1])}" for g, row in enumerate(bad) if row
+            )
+            raise ConfigError(
+                f"layer {self.fm.layer}: proposal='theorem32' needs every eigenvalue of Λ below 1/2; "
+                f"at scale {coldest} these are not: {shown}. "
+                "proposal='optimal' exists for every Λ; cold_start=True and balance=True help."
+            )
 
 
 class _Part(NamedTuple):
@@ -186,43 +246,85 @@ class _Search:
         return (output - self.target).square().sum((0, 2, 3, 4)) / self.target.square().sum((0, 2, 3, 4))
 
 
-@torch.no_grad()
-def _search_layer(fm: FeatureMap, search: _Search) -> HeadChoice:
+class _Try(NamedTuple):
+    """One candidate of the line search; all per kv head."""
+
+    scale: float
+    bias: Tensor
+    error: Tensor
+    allowed: Tensor
+
+
+def _scales(fm: FeatureMap) -> tuple[float, ...]:
+    return SCALES if fm.scalable and fm.config.cold_start else SCALES[:1]
+
+
+def _try_scale(fm: FeatureMap, search: _Search, proposals: _Proposals | None, scale: float) -> list[_Try]:
+    """Every bias at one scale of the maps, with the proposal that belongs to this scale."""
+    allowed = torch.ones(fm.num_kv_heads, dtype=torch.bool)
+    if proposals is not None:
+        every = torch.full((fm.num_kv_heads,), scale)
+        allowed = proposals.exists(every)
+        proposals.set_(every)
     start = fm.parameters_for(torch.float32)
-    query_map, key_map = start.query_map, start.key_map
-    tried: list[tuple[float, Tensor, Tensor]] = []  # scale, bias (G,), error (G,)
-    for scale in SCALES if fm.scalable and fm.config.cold_start else SCALES[:1]:
-        scaled = start._replace(
-            far_bias=None,
-            query_map=None if query_map is None else query_map * scale,
-            key_map=None if key_map is None else key_map * scale,
-        )
-        far = search.features(scaled)
-        none = far.normaliser.new_zeros(fm.num_kv_heads)
-        biases = [none]
-        if fm.far_bias is not None:
-            matched = search.bias(far)
-            biases += [matched + offset for offset in BIAS_OFFSETS]
-        tried += [(scale, bias, search.error(far, bias)) for bias in biases]
-    errors = torch.stack([error for _, _, error in tried]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
-    best, groups = errors.argmin(0), torch.arange(fm.num_kv_heads)
-    chosen = torch.tensor([tried[i][0] for i in best])
-    bias = torch.stack([bias for _, bias, _ in tried])[best, groups]
+    scaled = start._replace(
+        far_bias=None,
+        query_map=None if start.query_map is None else start.query_map * scale,
+        key_map=None if start.key_map is None else start.key_map * scale,
+    )
+    far = search.features(scaled)
+    biases = [far.normaliser.new_zeros(fm.num_kv_heads)]
+    if fm.far_bias is not None:
+        matched = search.bias(far)
+        biases += [matched + offset for offset in BIAS_OFFSETS]
+    return [_Try(scale, bias, search.error(far, bias), allowed) for bias in biases]
+
+
+@torch.no_grad()
+def _search_layer(fm: FeatureMap, search: _Search, proposals: _Proposals | None) -> HeadChoice:
+    tried = [candidate for scale in _scales(fm) for candidate in _try_scale(fm, search, proposals, scale)]
+    errors = torch.stack([t.error for t in tried]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
+    allowed = torch.stack([t.allowed for t in tried]).to(errors.device)
+    best, groups = errors.masked_fill(~allowed, torch.inf).argmin(0), torch.arange(fm.num_kv_heads)
+    # If every error is infinite argmin takes the first, which may not be allowed.
+    best = torch.where(allowed[best, groups], best, allowed.int().argmax(0))
+    chosen = torch.tensor([tried[i].scale for i in best])
+    bias = torch.stack([t.bias for t in tried])[best, groups]
     fm.scale_(chosen)
+    if proposals is not None:
+        proposals.set_(chosen)
     if fm.far_bias is not None:
         fm.far_bias.copy_(bias)
-    only_exact = search.error(search.far, none - torch.inf)
+    only_exact = search.error(search.far, torch.full_like(bias, -torch.inf))
     columns = (chosen, bias, errors[best, groups].sqrt(), errors[0].sqrt(), only_exact.sqrt())
     return HeadChoice(fm.layer, *(column.tolist() for column in columns))
 
 
+def _set_closed_forms(
+    model: nn.Module, layers: list[FeatureMap], batches: list[Any], tick: Any
+) -> dict[int, _Proposals]:
+    """Centres, balance and proposals (at scale 1) of the layers that have any; the proposals by the layer's id."""
+    gaussian = [
+        fm for fm in layers if any(x is not None for x in (fm.query_center, fm.query_balance, fm.proposal_root))
+    ]
+    proposals: dict[int, _Proposals] = {}
+    moments = _collect(model, batches, tick) if gaussian else {}
+    for fm in gaussian:
+        _set_transforms(fm, moments[fm.layer])
+        if fm.proposal_root is not None:
+            proposals[id(fm)] = proposal = _Proposals(fm, moments[fm.layer])
+            proposal.check(_scales(fm)[-1])
+            proposal.set_(torch.ones(fm.num_kv_heads))
+    return proposals
+
+
 def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None) -> list[HeadChoice]:
-    """Sets centres, balance, scale and bias of every converted layer from the softmax model's own queries and keys.
+    """Sets centres, balance, proposal, scale and bias of every layer from the softmax model's own queries and keys.
 
     One pass over `batches`. All but the last give the moments, from which centres and balance follow in closed form;
     on the last, held back, a line search over `SCALES` picks each head's scale by the measured error of the attention
     output (bias² + variance), and with it the bias of the features against the exact part, from a few offsets around
-    the median log-ratio of far masses.
+    the median log-ratio of far masses. The proposal follows the scale: its moments are those of the scaled inputs.
     M starts at scale × identity: an earlier calibration or training of M is forgotten.
     What the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`) is left alone;
     `DarkConfig.paper()` turns everything off, so there this does nothing.
@@ -236,6 +338,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
 
     Raises:
         ConversionError: the model is not converted. InputError: too few tokens, or a batch that is none.
+        ConfigError: `theorem32` has no proposal for a head at any scale that may be chosen (names layer and head).
     """
     layers = list(dark_layers(model))
     if not layers:
@@ -255,17 +358,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
     model.eval()
     for fm in layers:
         fm.reset_geometry_()
-    gaussian = [fm for fm in layers if fm.query_center is not None or fm.query_balance is not None]
-    if gaussian:
-        moments = _collect(model, every[:-1] or every, tick)
-        for fm in gaussian:
-            _set_transforms(fm, moments[fm.layer])
+    proposals = _set_closed_forms(model, layers, every[:-1] or every, tick)
     choices: list[HeadChoice] = []
     searched = {id(fm) for fm in layers if fm.far_bias is not None or (fm.config.cold_start and fm.scalable)}
 
     def observer(fm: FeatureMap, *captured: Any) -> None:
         if id(fm) in searched:
-            choices.append(_search_layer(fm, _Search(fm, *captured[:-1])))
+            choices.append(_search_layer(fm, _Search(fm, *captured[:-1]), proposals.get(id(fm))))
 
     if searched:
         with observing(model, observer):
