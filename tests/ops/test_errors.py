@@ -153,6 +153,11 @@ def test_state_of_another_layer(other: Case, field: str) -> None:
         call(initial_state=state_of(other))
 
 
+def test_a_windows_keys_are_not_dropped_by_a_map_without_one() -> None:
+    with pytest.raises(InputError, match=r"initial_state\.recent_key"):
+        call(case=replace(CASE, window=0), initial_state=state_of(replace(CASE, window=4)))
+
+
 def test_exact_refuses_a_constant_size_state() -> None:
     with pytest.raises(InputError, match=r"initial_state\.feature_values"):
         call(case=replace(CASE, method="exact"), initial_state=state_of(CASE))

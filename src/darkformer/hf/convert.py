@@ -37,7 +37,7 @@ def _is_sliding(module: Any) -> bool:
     return getattr(module.config, "sliding_window", None) is not None
 
 
-def _convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, Any]]:
+def check_convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, Any]]:
     """Attention modules this configuration converts, by name.
 
     Raises:
@@ -106,7 +106,7 @@ def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
         raise ConversionError(
             f"{type(model).__name__} is converted already: call darkformer.revert(model) before converting it again."
         )
-    chosen = _convertible(model, config)
+    chosen = check_convertible(model, config)
     model.__dict__["dark_previous"] = model.config._attn_implementation
     for _, module in chosen:
         _attach(module, config)
@@ -116,7 +116,7 @@ def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
 def attach_saved(model: PreTrainedModel) -> None:
     """Gives a model under construction the feature maps its config speaks of; their weights are loaded afterwards."""
     config = DarkConfig.from_dict(dict(model.config.darkformer))
-    for _, module in _convertible(model, config):
+    for _, module in check_convertible(model, config):
         if getattr(module, "dark", None) is None:
             _attach(module, config)
 

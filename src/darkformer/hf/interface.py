@@ -104,6 +104,25 @@ def _check_restart(position_ids: Tensor | None, mask: Tensor | None) -> None:
         raise ConversionError(PACKED)
 
 
+def _check_arguments(feature_map: FeatureMap, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuses what a converted layer cannot follow.
+
+    Raises:
+        ConversionError: masks that are not padding, packed documents, terms added to the logits besides q·k.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ConversionError(
+            f"layer {feature_map.layer} got an attention mask of shape {tuple(attention_mask.shape)}: a converted "
+            "layer takes padding masks (batch, tokens) only."
+        )
+    if extra := [name for name in ("s_aux", "softcap", "position_bias") if kwargs.get(name) is not None]:
+        raise ConversionError(
+            f"layer {feature_map.layer} is given {' and '.join(extra)}: learned sinks, soft-capped logits and position "
+            "biases change the softmax in a way the features cannot follow, so this model cannot be converted."
+        )
+    _check_restart(kwargs.get("position_ids"), attention_mask)
+
+
 def dark_attention(
     module: nn.Module,
     query: Tensor,
@@ -116,7 +135,8 @@ def dark_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (B, H, L, d) after rotary embedding → (B, L, H, d_v).
 
-    Modules without a feature map (sliding-window layers that stay) go to torch's softmax attention.
+    Modules without a feature map (sliding-window layers that stay) go to torch's softmax attention. Attention dropout
+    is not applied at converted layers: there is no probability per key to drop.
 
     Raises:
         ConversionError: a 4-D mask at a converted layer. NonFiniteError: NaN or infinity, with the layer's number.
@@ -130,12 +150,7 @@ def dark_attention(
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     cache: DarkCacheLayer | None = module.__dict__.pop("dark_cache", None)
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ConversionError(
-            f"layer {feature_map.layer} got an attention mask of shape {tuple(attention_mask.shape)}: a converted "
-            "layer takes padding masks (batch, tokens) only."
-        )
-    _check_restart(kwargs.get("position_ids"), attention_mask)
+    _check_arguments(feature_map, attention_mask, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast the rotary embedding leaves queries and keys in float32 beside half-precision values.
     dtype, value = value.dtype, value.to(query.dtype)
@@ -168,7 +183,7 @@ def dark_attention(
 def take_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`."""
     module.__dict__.pop("dark_cache", None)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # the latter: GPT-NeoX
     if cache is not None and module.dark.config.method != "exact" and "dark_observer" not in module.__dict__:
         module.__dict__["dark_cache"] = own_layer(cache, module.layer_idx)
 

@@ -127,7 +127,7 @@ def _pose(
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     state = AttentionState.empty(feature_map.config, key, value, batch=batch, compute=compute)
     if initial_state is not None:
-        state = check_state(initial_state, state)
+        state = check_state(initial_state, state, feature_map.config)
     problem = Problem(
         query=query.unflatten(1, (groups, heads // groups)),
         key=key,

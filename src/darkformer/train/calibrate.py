@@ -325,7 +325,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
     on the last, held back, a line search over `SCALES` picks each head's scale by the measured error of the attention
     output (bias² + variance), and with it the bias of the features against the exact part, from a few offsets around
     the median log-ratio of far masses. The proposal follows the scale: its moments are those of the scaled inputs.
-    M starts at scale × identity: an earlier calibration or training of M is forgotten.
+    With `cold_start` M starts at scale × identity: an earlier calibration or training of M is forgotten.
     What the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`) is left alone;
     `DarkConfig.paper()` turns everything off, so there this does nothing.
 
@@ -357,7 +357,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
     was_training = model.training
     model.eval()
     for fm in layers:
-        fm.reset_geometry_()
+        if fm.config.cold_start:
+            fm.reset_geometry_()
     proposals = _set_closed_forms(model, layers, every[:-1] or every, tick)
     choices: list[HeadChoice] = []
     searched = {id(fm) for fm in layers if fm.far_bias is not None or (fm.config.cold_start and fm.scalable)}

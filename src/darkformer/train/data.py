@@ -113,7 +113,7 @@ def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     return [d for i, d in enumerate(documents) if i not in held], [documents[i] for i in held]
 
 
-def token_blocks(tokenizer: Any, documents: Iterable[str], seq_len: int) -> Tensor:
+def token_blocks(tokenizer: Any, documents: Iterable[str], seq_len: int, part: str = "the") -> Tensor:
     """Tokens of all documents, an end-of-text token after each, cut into blocks.
 
     Returns:
@@ -129,6 +129,6 @@ def token_blocks(tokenizer: Any, documents: Iterable[str], seq_len: int) -> Tens
             ids.append(tokenizer.eos_token_id)
     if len(ids) < seq_len:
         raise InputError(
-            f"the text has {len(ids)} tokens, one sequence needs {seq_len}: give more text or a smaller --seq-len."
+            f"{part} text has {len(ids)} tokens, one sequence needs {seq_len}: give more text or a smaller --seq-len."
         )
     return torch.tensor(ids[: len(ids) // seq_len * seq_len]).view(-1, seq_len)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import ConfigError, NonFiniteError, TrainConfig
@@ -97,13 +97,10 @@ class _Steps(TrainerCallback):
 
     def __init__(self, on_step: StepHook | None, after_step: Mapping[int, Callable[[], None]]) -> None:
         self.on_step, self.after_step, self.interrupted = on_step, after_step, False
-        self.losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
-            if self.on_step:
-                self.on_step(state.global_step, logs["loss"])
+        if self.on_step and logs and "loss" in logs:
+            self.on_step(state.global_step, logs["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if hook := self.after_step.get(state.global_step):
@@ -186,6 +183,10 @@ def _learning(model: Any, chosen: list[nn.Parameter]) -> Iterator[None]:
         model.eval()
 
 
+def _losses(state: TrainerState) -> list[float]:
+    return [entry["loss"] for entry in state.log_history if "loss" in entry]
+
+
 def finetune(
     model: Any,
     blocks: Tensor,
@@ -206,7 +207,7 @@ def finetune(
         after_step: what to call once those steps are done (an evaluation, say).
 
     Returns:
-        The loss of each step taken by this call.
+        The loss of each step, those before an interruption included.
 
     Raises:
         ConfigError: nothing to train. NonFiniteError: loss, queries, keys or values stopped being finite (names the
@@ -231,11 +232,11 @@ def finetune(
         checkpoint = get_last_checkpoint(str(out)) if resume and Path(out).is_dir() else None
         if checkpoint and _step_of(checkpoint) >= budget.steps:
             trainer._load_from_checkpoint(checkpoint)  # `train` would take one step too many before it looks
-            return []
+            return _losses(TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")))
         with _gentle_interrupt(steps), without_bars():
             trainer.train(resume_from_checkpoint=checkpoint)
             if steps.interrupted and not (Path(out) / f"checkpoint-{trainer.state.global_step}").is_dir():
                 trainer._save_checkpoint(model, trial=None)  # Ctrl-C came after the last step's own chance to save
     if steps.interrupted:  # also in the last step: whoever called would go on with the next piece of work
         raise Interrupted(f"interrupted at step {trainer.state.global_step} of {budget.steps}; resume continues there.")
-    return steps.losses
+    return _losses(trainer.state)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import DarkConfig, TrainConfig
-from ..hf.convert import convert
+from ..config import DarkConfig, RunFolderError, TrainConfig
+from ..hf.convert import check_convertible, convert
 from ..hf.load import load_model, load_tokenizer, save_model
 from .calibrate import calibrate
 from .data import load_documents, split_documents, token_blocks
@@ -62,7 +62,10 @@ def load_text(sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, s
         train, validation = load_documents(sources), load_documents(held_out)
     else:
         train, validation = split_documents(load_documents(sources))
-    return token_blocks(tokenizer, train, seq_len), token_blocks(tokenizer, validation, seq_len)
+    return (
+        token_blocks(tokenizer, train, seq_len, "the training"),
+        token_blocks(tokenizer, validation, seq_len, "the held-out"),
+    )
 
 
 def linearize(
@@ -92,6 +95,8 @@ def linearize(
         DarkformerError: bad input, a folder that holds another run, a diverging loss.
     """
     out, reporter = Path(out), reporter or Silent()
+    if resume and overwrite:
+        raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
     started = time.perf_counter()
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
@@ -100,15 +105,16 @@ def linearize(
     tokenizer = load_tokenizer(model_name)
     blocks, validation = load_text(data, held_out, tokenizer, budget.seq_len)
     validation = validation[: max(1, EVALUATION_TOKENS // budget.seq_len)]
+    model = load_model(model_name)
+    check_convertible(model, config)  # before the folder is claimed
     if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
         reporter.say(f"{out} is finished: nothing left to do.")
         return read_json(out / "record.json")
-    model = load_model(model_name)
     scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
     choices = calibrated(model, config, blocks, reporter, config.method)
     scores["converted"] = scored(model, validation, budget, reporter, "converted")
     losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
-    if losses:
+    if budget.steps and budget.train != "none":
         scores["finetuned"] = scored(model, validation, budget, reporter, "finetuned")
     save_model(model, tokenizer, out / "model")
     record = {

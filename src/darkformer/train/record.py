@@ -33,6 +33,8 @@ def _commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    if git("ls-files", "--error-unmatch", str(Path(__file__).resolve())) is None:
+        return None  # installed inside somebody else's repository
     commit = git("rev-parse", "--short=12", "HEAD")
     return None if commit is None else commit + ("+changes" if git("status", "--porcelain", "-uno") else "")
 
