@@ -24,7 +24,7 @@ from .problem import LOG_ZERO, AttentionState, Problem, next_buffers
 #: Tokens of one super-chunk: what is in memory at once (and recomputed in the backward pass).
 SUPER = 1024
 #: Tokens whose intermediate values may stay in memory for the backward pass without recomputation.
-KEEP = 2048
+KEEP = 512
 #: Normalisers below this are recomputed in the log domain. Far above the smallest number, so that what a row does see
 #: has kept all its digits when it is larger.
 UNDERFLOW = {torch.float32: 1e-18, torch.float64: 1e-150}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import re
 import signal
@@ -237,6 +238,10 @@ def finetune(
             trainer.train(resume_from_checkpoint=checkpoint)
             if steps.interrupted and not (Path(out) / f"checkpoint-{trainer.state.global_step}").is_dir():
                 trainer._save_checkpoint(model, trial=None)  # Ctrl-C came after the last step's own chance to save
+    losses = _losses(trainer.state)
+    interrupted_at = trainer.state.global_step
+    del trainer
+    gc.collect()  # a Trainer is full of reference cycles, and its optimizer's state is twice the model
     if steps.interrupted:  # also in the last step: whoever called would go on with the next piece of work
-        raise Interrupted(f"interrupted at step {trainer.state.global_step} of {budget.steps}; resume continues there.")
-    return _losses(trainer.state)
+        raise Interrupted(f"interrupted at step {interrupted_at} of {budget.steps}; resume continues there.")
+    return losses

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -47,8 +48,18 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def _peak_memory() -> int | None:
+    """Resident high-water mark of this process; None where the system does not tell."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def environment() -> dict[str, Any]:
-    """Versions, commit, device and date of a record."""
+    """Versions, commit, device, date and the process's peak memory so far, for a record."""
     versions = {"darkformer": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -63,6 +74,7 @@ def environment() -> dict[str, Any]:
         "device": device,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "peak_memory_bytes": _peak_memory(),
     }
 
 
