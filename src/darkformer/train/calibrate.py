@@ -159,12 +159,16 @@ class _Proposals:
     def __init__(self, fm: FeatureMap, moments: Moments) -> None:
         self.fm, self.moments = fm, _feature_moments(fm, moments)
 
+    def _bad(self, scale: Tensor) -> list[list[float]]:
+        """Per head the eigenvalues that Theorem 3.2 refuses at scale (G,); none for the other proposals."""
+        if self.fm.config.proposal != "theorem32":
+            return [[] for _ in range(self.fm.num_kv_heads)]
+        scaled = self.moments.scaled(scale)
+        return inadmissible(shared_covariance(scaled.query, scaled.key))
+
     def exists(self, scale: Tensor) -> Tensor:
         """(G,) bool, for scale (G,)."""
-        if self.fm.config.proposal != "theorem32":
-            return torch.ones(self.fm.num_kv_heads, dtype=torch.bool)
-        scaled = self.moments.scaled(scale)
-        return torch.tensor([not bad for bad in inadmissible(shared_covariance(scaled.query, scaled.key))])
+        return torch.tensor([not bad for bad in self._bad(scale)])
 
     def set_(self, scale: Tensor) -> None:
         """The proposal at scale (G,), isotropic where it does not exist."""
@@ -173,10 +177,7 @@ class _Proposals:
 
     def check(self, coldest: float) -> None:
         """Raises ConfigError for heads without a proposal even at the coldest scale that may be chosen."""
-        scaled = self.moments.scaled(torch.full((self.fm.num_kv_heads,), coldest))
-        bad = (
-            inadmissible(shared_covariance(scaled.query, scaled.key)) if self.fm.config.proposal == "theorem32" else []
-        )
+        bad = self._bad(torch.full((self.fm.num_kv_heads,), coldest))
         if any(bad):
             shown = "; ".join(
                 f"head {g}: {', '.join(f'{v:.3g}' for v in row[::-1])}" for g, row in enumerate(bad) if row
