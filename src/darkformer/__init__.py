@@ -28,6 +28,7 @@ from .ops.problem import AttentionState
 if TYPE_CHECKING:
     from .hf.convert import convert, dark_layers, revert
     from .hf.load import load_model
+    from .hf.saved_cache import load_cache, save_cache
     from .train.calibrate import calibrate
     from .train.finetune import finetune
 
@@ -35,7 +36,9 @@ _LAZY = {
     "convert": "hf.convert",
     "revert": "hf.convert",
     "dark_layers": "hf.convert",
+    "load_cache": "hf.saved_cache",
     "load_model": "hf.load",
+    "save_cache": "hf.saved_cache",
     "calibrate": "train.calibrate",
     "finetune": "train.finetune",
 }
@@ -59,8 +62,10 @@ __all__ = [
     "dark_layers",
     "feature_map",
     "finetune",
+    "load_cache",
     "load_model",
     "revert",
+    "save_cache",
 ]
 
 

@@ -111,7 +111,8 @@ def _attach(module: Any, config: DarkConfig) -> None:
     module.config.darkformer = config.to_dict()
 
 
-def _converted_modules(model: nn.Module) -> list[Any]:
+def converted_modules(model: nn.Module) -> list[Any]:
+    """The attention modules that have a feature map, first layer first."""
     return [module for _, module in _attention_modules(model) if isinstance(getattr(module, "dark", None), FeatureMap)]
 
 
@@ -165,7 +166,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ConversionError: the model is not converted.
     """
-    converted = _converted_modules(model)
+    converted = converted_modules(model)
     if not converted:
         raise ConversionError(f"{type(model).__name__} is not converted: there is nothing to revert.")
     for module in converted:
@@ -180,7 +181,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Within the block the model computes softmax attention and shows every converted layer's q, k, v to `observer`."""
-    modules = _converted_modules(model)
+    modules = converted_modules(model)
     try:
         for module in modules:
             module.__dict__["dark_observer"] = observer
