@@ -1,5 +1,6 @@
 """One suite over every family: a new family is a new row of `families.FAMILIES` and is tested by all of this."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darkformer import ConversionError, DarkConfig, convert, dark_layers
-from hf.families import DECODERS, FAMILIES, converted, left_mask, linear, logits, positions, streamed, tiny, tokens
+from hf.families import (
+    DECODERS,
+    FAMILIES,
+    converted,
+    left_mask,
+    linear,
+    logits,
+    positions,
+    streamed,
+    table,
+    tiny,
+    tokens,
+)
 
 #: bfloat16 rounds to 2^-9, and three layers of products add their roundings up: softmax is off by as much. A mixture
 #: of experts may choose another expert for a token, so it is measured where the choice is the same.
@@ -207,3 +220,19 @@ def test_a_soft_cap_is_announced_once_and_applied() -> None:
         if hasattr(module, "attn_logit_softcapping"):
             module.attn_logit_softcapping = None
     assert relative_error(logits(model, ids), wanted) > 1e-2
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_tests_own_table() -> None:
+    assert PAGE.split("<!-- families -->")[1].strip() == table()
+
+
+def test_the_pages_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    names: dict[str, Tensor] = {}
+    exec(compile(block, "families.md", "exec"), names)
+    expected = names["model"].generate(names["question"], max_new_tokens=5, do_sample=False)
+    assert torch.equal(names["answer"], expected)

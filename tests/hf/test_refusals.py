@@ -125,6 +125,12 @@ def test_statistics_of_packed_documents() -> None:
         model(tokens(1, 20), position_ids=RESTART, use_cache=False)
 
 
+def test_statistics_of_an_encoder() -> None:
+    model = linear("bert")
+    with pytest.raises(ConversionError, match="layer 0 is bidirectional: calib"), observing(model, lambda *_: None):
+        model(tokens(1, 20))
+
+
 def test_positions_at_pads_are_free() -> None:
     # `generate` numbers left pads 1, other callers 0 or a running count: a fall at a pad is no restart.
     model, ids, mask = linear("llama"), tokens(1, 20), left_mask([6], 20)

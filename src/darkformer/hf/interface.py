@@ -102,6 +102,11 @@ def _exact(
     if observer is not None:
         if documents is not None:
             raise ConversionError("statistics are taken from rows of one document each: give no packed documents.")
+        if not is_causal:
+            raise ConversionError(
+                f"layer {feature_map.layer} is bidirectional: calibration and diagnosis measure causal attention only. "
+                "Use or train this encoder as darkformer.convert leaves it."
+            )
         with _naming(feature_map):  # statistics of NaN would be refused later, without the layer's name
             check_finite(query=query, key=key, value=value)
         observer(feature_map, query, key, value, mask, scaling, output)
