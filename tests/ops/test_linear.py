@@ -49,7 +49,6 @@ SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "features": 4, "dim": 4, "value_
 @pytest.mark.parametrize("window", [0, 16, 200])
 def test_chunked_is_linear(window: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "SUPER", 128)
-    monkeypatch.setattr(chunked, "KEEP", 0)
     assert growth(Case(window=window, sinks=2, mode=mode, **SMALL), "chunked") < 2.02
 
 

@@ -10,6 +10,7 @@ from tolerances import PARITY, relative_error
 
 from darkformer.config import METHODS
 from darkformer.ops import chunked
+from darkformer.ops.super_chunks import SuperChunks
 
 from .cases import Case, Pair, above, all_pairs, covering, differences, make_map, pairs, solve
 
@@ -151,16 +152,16 @@ SUPER_CASES = [
 ]
 
 
-@pytest.mark.parametrize("keep", [0, 10**9], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("span", [64, 256])
 @pytest.mark.parametrize("case", SUPER_CASES, ids=str)
-def test_several_super_chunks(case: Case, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state handed from one super-chunk to the next, with and without recomputation in the backward pass."""
-    monkeypatch.setattr(chunked, "SUPER", 64)
-    monkeypatch.setattr(chunked, "KEEP", keep)
-    calls = []
-    checkpoint = chunked.checkpoint
-    monkeypatch.setattr(chunked, "checkpoint", lambda *a, **k: calls.append(a[1:3]) or checkpoint(*a, **k))
+def test_several_super_chunks(case: Case, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state handed from one super-chunk to the next, forward and backward, the last one short."""
+    monkeypatch.setattr(chunked, "SUPER", span)
+    monkeypatch.setattr(chunked, "ROWS", 10**9)
+    starts = []
+    begin = SuperChunks.begin
+    monkeypatch.setattr(SuperChunks, "begin", lambda self, *a: starts.append(a) or begin(self, *a))
     found = solve(case, "chunked")
     directions = 2 if case.mode == "bidirectional" else 1
-    assert len(calls) == (directions * -(-case.length // 64) if keep == 0 else 0)
+    assert len(starts) == 2 * directions * -(-case.length // span)
     assert not above(differences(found, solve(case, "reference")), PARITY)
