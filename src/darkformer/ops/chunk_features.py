@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,17 +55,43 @@ def forms(parameters: FeatureParameters) -> tuple[Form, Form]:
 
 
 class Scratch:
-    """Named buffers that grow once and are used again; what they hold is undefined."""
+    """Named buffers that grow once and are used again; what they hold is undefined.
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
+    A run borrows one and gives it back: fresh memory costs the system more time than the arithmetic of a short sequence.
+    """
+
+    #: Bytes above which a scratch is not kept for the next run.
+    KEEP = 64 * 2**20
+    _idle: ClassVar[dict[tuple[torch.dtype, torch.device], list[Scratch]]] = {}
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.kind = (dtype, device)
         self._flat: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size, flat = math.prod(shape), self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = self._like.new_empty(size)
+            flat = self._flat[name] = torch.empty(size, dtype=self.kind[0], device=self.kind[1])
         return flat[:size].view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(flat.nbytes for flat in self._flat.values())
+
+    @classmethod
+    def borrow(cls, dtype: torch.dtype, device: torch.device) -> Scratch:
+        """An idle scratch, or a new one; safe in threads, because taking one off a list is one step."""
+        try:
+            return cls._idle[dtype, device].pop()
+        except (KeyError, IndexError):
+            return cls(dtype, device)
+
+    def give_back(self) -> None:
+        """The next run may have it; one at most is kept of a kind."""
+        idle = self._idle.setdefault(self.kind, [])
+        if not idle and self.nbytes <= self.KEEP:
+            idle.append(self)
 
 
 class Features(NamedTuple):
@@ -73,7 +99,7 @@ class Features(NamedTuple):
 
     weight: Tensor  # (BG, T, m)
     row: Tensor  # (BG, T, 1)
-    mapped: Tensor  # (BG, T, r) y; the input where there is no map
+    mapped: Tensor  # (BG, T, r) y; the input where there is no map, and where the row is not wanted
 
 
 class Side:
@@ -89,6 +115,18 @@ class Side:
         self.omega_mT = None if self.omega is None else (self.omega * LOG2E).mT
         self.needs = {name: x is not None for name, x in form._asdict().items()}
         self.gradients: dict[str, Tensor] = {}
+        self.fused: Tensor | None = None
+
+    def drop_row(self) -> None:
+        """From here on `values` gives row 0 and one product with ΩM: for queries that see features only.
+
+        A factor common to a query's features then cancels in its normaliser.
+        """
+        if self.omega_mT is not None:
+            self.fused = self.omega_mT if self.map is None else torch.bmm(self.map.mT, self.omega_mT)
+            if self.offset is not None:
+                shift = torch.bmm(self.offset[:, None], self.omega_mT)[:, 0] / LOG2E
+                self.const = -shift if self.const is None else self.const - shift
 
     def constant(self, like: Tensor) -> Tensor:
         """`const` to base 2, (BG, 1, m) or a zero of `like`'s kind."""
@@ -102,13 +140,10 @@ class Side:
             free = self.parameters._replace(far_bias=None)
             table = self.table(free, x.view(self.batch, -1, tokens, dim), positions).flatten(0, 1) * LOG2E
             return Features(table, x.new_zeros(groups, tokens, 1), x)
-        y = x
-        if self.map is not None:
-            y = torch.bmm(x, self.map.mT, out=self.scratch(name + " y", groups, tokens, self.map.shape[1]))
-            if self.offset is not None:
-                y.sub_(self.offset[:, None])
-        elif self.offset is not None:
-            y = torch.sub(x, self.offset[:, None], out=self.scratch(name + " y", groups, tokens, dim))
+        if self.fused is not None:
+            weight = torch.bmm(x, self.fused, out=self.scratch(name, groups, tokens, self.fused.shape[2]))
+            return Features(weight, x.new_zeros(groups, tokens, 1), x)
+        y = self.mapped(x, name)
         weight = torch.bmm(y, self.omega_mT, out=self.scratch(name, groups, tokens, self.omega.shape[1]))
         square = torch.mul(y, y, out=self.scratch("square", *y.shape))
         row = square.sum(-1, keepdim=True).mul_(-0.5 * LOG2E)
@@ -116,6 +151,16 @@ class Side:
             product = torch.mul(x, self.linear[:, None], out=self.scratch("square", *x.shape))
             row.add_(product.sum(-1, keepdim=True), alpha=LOG2E)
         return Features(weight, row, y)
+
+    def mapped(self, x: Tensor, name: str) -> Tensor:
+        """y = map·x̃ - offset, (BG, T, r)."""
+        if self.map is None and self.offset is None:
+            return x
+        out = self.scratch(name + " y", *x.shape[:2], x.shape[2] if self.map is None else self.map.shape[1])
+        if self.map is None:
+            return torch.sub(x, self.offset[:, None], out=out)  # type: ignore[index]
+        torch.bmm(x, self.map.mT, out=out)
+        return out if self.offset is None else out.sub_(self.offset[:, None])
 
     def _accumulate(self, name: str, gradient: Tensor) -> None:
         if name in self.gradients:
@@ -129,6 +174,8 @@ class Side:
             self._accumulate("const", change.sum(1))
         if self.omega is None:
             return
+        if self.fused is not None:
+            y = self.mapped(x, self.role)
         total = change.sum(-1, keepdim=True)
         dy = torch.bmm(change, self.omega, out=self.scratch("dy", *y.shape)).addcmul_(total, y, value=-1)
         if self.needs["omega"]:

@@ -63,6 +63,7 @@ class Forward(SuperChunks):
                 sums.values.copy_(self.after_values[:, -1])
                 sums.total.copy_(self.after_total[:, -1])
                 sums = sums._replace(scale=self.scale[:, -1].clone())
+        self.buffer.give_back()
         return kept, sums
 
     def _step(self, kept: Kept, sums: Sums) -> None:
@@ -166,6 +167,7 @@ class Backward(SuperChunks):
             self.begin(index, start)
             self._step()
         self._finish_sinks()
+        self.buffer.give_back()
         return Tensors(
             self.dq, self.dk.to(t.key.dtype), self.dv.to(t.value.dtype),
             self.dk_before.to(t.key_before.dtype), self.dv_before.to(t.value_before.dtype),

@@ -136,6 +136,7 @@ def _forward_pass(problem: Problem) -> tuple[Tensors, Frame]:
         output=problem.query.dtype if problem.is_causal else state.feature_sum.dtype,
         chunk=chunk,
         span=span_length(chunk, problem.query.shape[:3].numel()),
+        row_matters=window + sinks > 0 or not problem.is_causal,
     )
     tensors = Tensors(
         problem.query, problem.key, problem.value, state.recent_key, state.recent_value,

@@ -52,6 +52,7 @@ class Frame(NamedTuple):
     output: torch.dtype
     chunk: int
     span: int  # tokens of a super-chunk
+    row_matters: bool  # whether anything but features shares the queries' normaliser
 
 
 class Exact(NamedTuple):
@@ -127,9 +128,11 @@ class SuperChunks:
         self.value_dim, self.m = tensors.value.shape[-1], tensors.total.shape[-1]
         self.pairs, self.prefix = self.batch * self.groups, tensors.key_before.shape[2]
         self.root, self.chunk = frame.scaling**0.5, frame.chunk
-        self.buffer = Scratch(torch.empty(0, dtype=frame.compute, device=tensors.query.device))
+        self.buffer = Scratch.borrow(frame.compute, tensors.query.device)
         self.query_side = Side(query_form, frame.parameters, self.batch, "query", self.buffer)
         self.key_side = Side(key_form, frame.parameters, self.batch, "key", self.buffer)
+        if not frame.row_matters:
+            self.query_side.drop_row()
         self.key_const = self.key_side.constant(self.buffer("none", 0))
         # Empty sums keep LOG_ZERO itself: masked keys have it too, so nothing decays.
         scale = frame.scale.flatten(0, 1)
