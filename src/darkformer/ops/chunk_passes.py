@@ -68,34 +68,38 @@ class Forward(SuperChunks):
 
     def _step(self, kept: Kept, sums: Sums) -> None:
         numerator, normaliser, top = self._fast()
-        threshold = UNDERFLOW[top.dtype]
-        seen = self.flags(self.frame.visible, self.tokens).view(self.batch, 1, self.count, 1, self.chunk, 1)
-        seen = seen.expand(-1, self.groups, -1, self.heads, -1, -1).reshape(normaliser.shape)
-        bad = (normaliser < threshold) & seen
-        found = bool(self.m) and bool(bad.any())
-        note(self.heads * self.pairs * self.real, bad.squeeze(-1) if found else None)
-        if found:
-            at = bad.flatten(1).any(-1).nonzero().squeeze(1)
-            kept.underflowed[self.index] = at
-            near = self._exact_of(at)
-            corrected = log_domain_chunks(
-                bad.squeeze(-1)[at], self.chunk_terms(at, sums.values, sums.total), near
-            )
-            for fast, slow in zip((numerator, normaliser, top), corrected, strict=True):
-                fast[at] = slow
-        dead = ~seen | (normaliser == 0)  # a NaN is not dead: the public door reports it
-        anything_dead = bool(dead.any())
-        if anything_dead:
+        dead, rows = None, self.heads * self.pairs * self.real
+        if self.all_see[self.index] and normaliser.amin() >= UNDERFLOW[top.dtype]:
+            note(rows, None)
+        else:
+            dead = self._rescue(kept, sums, (numerator, normaliser, top), rows)
             normaliser.masked_fill_(dead, 1)
         numerator.div_(normaliser)
         top.add_(normaliser.log2_())
-        if anything_dead:
+        if dead is not None:
             numerator.masked_fill_(dead, 0)
             top.masked_fill_(dead, LOG_ZERO)
         here = slice(self.start, self.start + self.real)
         split = (self.batch, self.groups, self.count, self.heads, self.chunk, -1)
         drain(kept.output[:, :, :, here], numerator.view(split))
         drain(kept.log_normaliser[:, :, :, here, None], top.view(split))
+
+    def _rescue(self, kept: Kept, sums: Sums, fast: tuple[Tensor, Tensor, Tensor], rows: int) -> Tensor:
+        """Recomputes chunks with underflowed rows into `fast`; which rows (P·N, R·C, 1) see nothing."""
+        normaliser = fast[1]
+        seen = self.flags(self.frame.visible, self.tokens).view(self.batch, 1, self.count, 1, self.chunk, 1)
+        seen = seen.expand(-1, self.groups, -1, self.heads, -1, -1).reshape(normaliser.shape)
+        bad = (normaliser < UNDERFLOW[normaliser.dtype]) & seen
+        found = bool(self.m) and bool(bad.any())
+        note(rows, bad.squeeze(-1) if found else None)
+        if found:
+            at = bad.flatten(1).any(-1).nonzero().squeeze(1)
+            kept.underflowed[self.index] = at
+            terms = self.chunk_terms(at, sums.values, sums.total)
+            slow = log_domain_chunks(bad.squeeze(-1)[at], terms, self._exact_of(at))
+            for old, new in zip(fast, slow, strict=True):
+                old[at] = new
+        return ~seen | (normaliser == 0)  # a NaN is not dead: the public door reports it
 
     def _exact_of(self, at: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Logits and values of the exact terms of chunks `at`, computed again."""

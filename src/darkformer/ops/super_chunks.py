@@ -139,6 +139,7 @@ class SuperChunks:
         self.start_scale = torch.where(scale < LOG_ZERO / 2, scale, scale * LOG2E)
         self.far_clean, self.sinks_clean = self._clean(frame.far_valid), self._clean(frame.sink_valid.all(-1))
         self.near_clean = self._clean(frame.near_valid, self.prefix)
+        self.all_see = self._clean(frame.visible)
         self.sink_key, self.sink_value = self._sinks()
         self.band = self._band_bias() if frame.window > frame.nearest else None
 
@@ -190,7 +191,9 @@ class SuperChunks:
         self.q.mul_(self.root)
 
     def positions(self, positions: Tensor, heads: int) -> Tensor:
-        """(B, L) → (B, N·R·C) of this super-chunk."""
+        """(B, L) → (B, N·R·C) of this super-chunk; untouched where no feature looks at positions."""
+        if self.query_side.omega is not None:
+            return positions
         here = torch.nn.functional.pad(positions[:, self.start : self.start + self.real], (0, self.tokens - self.real))
         return here.unflatten(1, (self.count, 1, self.chunk)).expand(-1, -1, heads, -1).flatten(1)
 
@@ -228,10 +231,10 @@ class SuperChunks:
         after = self.buffer("after", self.pairs, N, self.m, self.value_dim)
         torch.bmm(self.ek.mT, self.v.view(-1, C, self.value_dim), out=after.view(-1, self.m, self.value_dim))
         after_total = self.ek.sum(1).view(self.pairs, N, self.m)
-        for n in range(N):
-            earlier, earlier_total = (after[:, n - 1], after_total[:, n - 1]) if n else (values, total)
-            after[:, n].addcmul_(earlier, decay[:, n, :, None])
-            after_total[:, n].addcmul_(earlier_total, decay[:, n])
+        earlier, earlier_total = values, total
+        for here, here_total, fading in zip(after.unbind(1), after_total.unbind(1), decay.unbind(1), strict=True):
+            earlier = here.addcmul_(earlier, fading[..., None])
+            earlier_total = here_total.addcmul_(earlier_total, fading)
         past = self.buffer("past", self.pairs, N, self.m, self.value_dim)
         past_total = torch.cat([total[:, None], after_total[:, :-1]], dim=1).mul_(decay)
         torch.mul(values, decay[:, 0, :, None], out=past[:, 0])
