@@ -1,8 +1,8 @@
 """Log-features of super-chunks in reused memory, and their gradients by hand.
 
 Every Gaussian method is one affine form of the scaled token x̃ = √s·x (see `features/maps.py`):
-ℓ = Ωy - ½‖y‖² + linearᵀx̃ + const with y = map·x̃ - offset. The form's tensors are made by ordinary torch from M, balance,
-centres, bias and weights, so their gradients reach these through autograd.
+ℓ = Ωy - ½‖y‖² + linearᵀx̃ + const with y = map·x̃ - offset. The form's tensors are made by ordinary torch from M,
+balance, centres, bias and weights, so their gradients reach these through autograd.
 Logarithms are to base 2 here: 2^x is three times as fast as e^x in torch on a CPU and as accurate.
 """
 
@@ -21,7 +21,7 @@ LOG2E = math.log2(math.e)
 
 
 class Form(NamedTuple):
-    """The small tensors of one side's log-features; None where a term is absent. `omega` None: they depend on no token."""
+    """The small tensors of one side's log-features; None where absent. `omega` None: they depend on no token."""
 
     map: Tensor | None  # (G, r, d); None is the identity
     offset: Tensor | None  # (G, r)
@@ -57,7 +57,7 @@ def forms(parameters: FeatureParameters) -> tuple[Form, Form]:
 class Scratch:
     """Named buffers that grow once and are used again; what they hold is undefined.
 
-    A run borrows one and gives it back: fresh memory costs the system more time than the arithmetic of a short sequence.
+    A run borrows one and gives it back: fresh memory costs the system more time than a short sequence's arithmetic.
     """
 
     #: Bytes above which a scratch is not kept for the next run.

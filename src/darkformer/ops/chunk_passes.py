@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunk_features import LOG2E, Form
+from .chunk_features import LOG2E
 from .log_domain import log_domain_chunks, log_domain_gradients, note
 from .problem import LOG_ZERO
-from .super_chunks import Frame, SuperChunks, Tensors, add_rows, drain
+from .super_chunks import SuperChunks, Tensors, add_rows, drain
 
 #: Normalisers below this are recomputed in the log domain. Far above the smallest number, so that what a row does see
 #: has kept all its digits when it is larger.

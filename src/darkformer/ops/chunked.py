@@ -1,9 +1,9 @@
 """Linear-time attention in plain torch, on any device.
 
 A causal pass walks over super-chunks in reused memory (`chunk_passes`): the near keys exactly (window band, sinks), the
-far keys through their features, quadratic inside a chunk and through the running state before it. Far keys are the keys
-`window` positions back, so "far" is ordinary causal linear attention. A bidirectional call is two such passes, the second
-one backwards, merged by their log-normalisers.
+far keys through their features, quadratic inside a chunk and through the running state before it. Far keys are the
+keys `window` positions back, so "far" is ordinary causal linear attention. A bidirectional call is two such passes,
+the second one backwards, merged by their log-normalisers.
 Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabiliser described in `chunk_passes`.
 """
 
@@ -66,7 +66,13 @@ class _Chunked(torch.autograd.Function):
         *given, output, log_normaliser = ctx.saved_tensors
         tensors, query, key = _unpack(given)
         run = Backward(tensors, ctx.frame, query, key)
-        needed = dict(zip(Tensors._fields + tuple("q " + n for n in Form._fields) + tuple("k " + n for n in Form._fields), ctx.needs_input_grad[2:], strict=True))
+        needed = dict(
+            zip(
+                Tensors._fields + tuple("q " + n for n in Form._fields) + tuple("k " + n for n in Form._fields),
+                ctx.needs_input_grad[2:],
+                strict=True,
+            )
+        )
         for side, prefix in ((run.query_side, "q "), (run.key_side, "k ")):
             side.needs = {name: needed[prefix + name] for name in Form._fields}
         kept = Kept(output, log_normaliser, ctx.starts, ctx.underflowed)

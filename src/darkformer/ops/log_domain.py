@@ -22,10 +22,10 @@ SLICE = 1 << 21
 
 @dataclass
 class LogDomainCount:
-    """How often the safe path was taken. Rows: (batch, query head, token). The backward pass takes it for the same rows.
+    """How often the safe path was taken; the backward pass takes it for the same rows.
 
     Attributes:
-        underflowed_rows: rows whose normaliser underflowed.
+        underflowed_rows: rows (batch, query head, token) whose normaliser underflowed.
         recomputed_rows: rows of all the chunks with such a row; this is what is paid for.
         rows: all rows of the super-chunks seen.
     """
@@ -86,9 +86,7 @@ class ChunkTerms(NamedTuple):
             yield slice(i, i + step), key <= token[i : i + step, None]
 
 
-def log_domain_chunks(
-    bad: Tensor, far: ChunkTerms, near: list[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def log_domain_chunks(bad: Tensor, far: ChunkTerms, near: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Numerator (K, R·C, d_v), normaliser and subtracted maximum (K, R·C, 1) of K chunks.
 
     Each far weight is log Σ_features exp(ℓ_q + ℓ_k): no maximum is shared with a key the query does not see. The sums

@@ -1,7 +1,7 @@
 """What the forward and the backward pass of `chunked` share: super-chunks of a sequence in reused memory.
 
-Shapes: P = B·G pairs of a batch row and a kv head, N chunks of C tokens; queries (P, N·R·C, …) with the R query heads of a
-group inside each chunk, keys (P, N·C, …). Names in comments: eq = 2^(ℓ_q + μ - …), ek = 2^(ℓ_k - μ).
+Shapes: P = B·G pairs of a batch row and a kv head, N chunks of C tokens; queries (P, N·R·C, …) with the R query heads
+of a group inside each chunk, keys (P, N·C, …). Names in comments: eq = 2^(ℓ_q + μ - …), ek = 2^(ℓ_k - μ).
 """
 
 from __future__ import annotations
