@@ -52,18 +52,20 @@ def print_bench(record: dict[str, Any], console: Console) -> None:
         f"(float32 / bfloat16), exp {machine['exps_per_second'] / 1e9:.1f} G/s, "
         f"memory {machine['bytes_per_second'] / 1e9:.0f} GB/s"
     )
-    table = Table("shape", "W", "dtype", "direction", "path", "tokens", "ms", "IQR", "× softmax", "of bound", "MB")
     for shape, dtype, direction, rows in families(record["points"]):
+        title = f"{shape.name}, window {shape.window}: {direction}, {dtype}"
+        table = Table("path", title=title, title_justify="left")
+        for name in ("tokens", "ms", "IQR", "× softmax", "of bound", "MB"):
+            table.add_column(name, justify="right")
         softmax = {row["length"]: row["median"] for row in rows if row["path"] == "sdpa"}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["length"]):
             ratio = softmax.get(row["length"], float("nan")) / row["median"]
             memory = row["peak_scratch_bytes"]
             table.add_row(
-                shape.name, str(shape.window), dtype, direction, row["path"], str(row["length"]),
-                f"{1e3 * row['median']:.2f}", f"{1e3 * row['iqr']:.2f}", f"{ratio:.2f}",
-                f"{row['fraction_of_bound']:.2f}", "–" if memory is None else f"{memory / 2**20:.0f}",
+                row["path"], str(row["length"]), f"{1e3 * row['median']:.2f}", f"{1e3 * row['iqr']:.2f}",
+                f"{ratio:.2f}", f"{row['fraction_of_bound']:.2f}", "–" if memory is None else f"{memory / 2**20:.0f}",
             )  # fmt: skip
-    console.print(table)
+        console.print(table)
     for row in record["crossover"]:
         where = "not reached" if row["tokens"] is None else f"{row['tokens']:.0f} tokens"
         shape = row["shape"]

@@ -87,6 +87,11 @@ class Scratch:
         except (KeyError, IndexError):
             return cls(dtype, device)
 
+    @classmethod
+    def release(cls) -> None:
+        """Gives the memory of all idle scratches back to the system."""
+        cls._idle.clear()
+
     def give_back(self) -> None:
         """The next run may have it; one at most is kept of a kind."""
         idle = self._idle.setdefault(self.kind, [])
