@@ -4,7 +4,8 @@ Forward, with eq = exp(ℓ_q + μ - top), ek = exp(ℓ_k - μ), μ the running m
 out = (tril(eq ekᵀ) v + eq S + exact part) / (the same with 1 for v). Backward, with eq = exp(ℓ_q + μ - log n):
 dL/da_tj = w_tj (dO_t·v_j - D_t), D_t = dO_t·O_t - dL/d(log n_t), so with U = Σ_later eq dOᵀ and y = Σ_later eq D
 dℓ_q = eq (G ek + S dO - D z), dℓ_k = ek (Gᵀ eq + U v - y), dv = tril(eq ekᵀ)ᵀ dO + U ek, G = tril(dO vᵀ - D).
-Only inputs, output, log-normaliser and the sums before every super-chunk are kept for it: all else is computed again.
+Only inputs, output, log-normaliser and the sums before at most `STARTS` super-chunks are kept for it: all else is
+computed again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .super_chunks import SuperChunks, Tensors, add_rows, drain
 #: Normalisers below this are recomputed in the log domain. Far above the smallest number, so that what a row does see
 #: has kept all its digits when it is larger.
 UNDERFLOW = {torch.float32: 1e-18, torch.float64: 1e-150}
+#: Super-chunks before which the sums are kept for the backward pass, evenly spread; those between are summed again.
+STARTS = 32
 
 
 class Sums(NamedTuple):
@@ -37,7 +40,8 @@ class Kept(NamedTuple):
 
     output: Tensor  # (B, G, R, L, d_v)
     log_normaliser: Tensor  # (B, G, R, L), to base 2; LOG_ZERO where a query sees nothing
-    starts: list[Sums]  # before every super-chunk; empty unless asked for
+    starts: list[Sums]  # before every `stride`-th super-chunk; empty unless asked for
+    stride: int
     underflowed: dict[int, Tensor]  # super-chunk → its chunks (of P·N) that took the log domain
 
 
@@ -49,10 +53,10 @@ class Forward(SuperChunks):
         t, frame = self.tensors, self.frame
         output = t.query.new_empty(*t.query.shape[:-1], self.value_dim, dtype=frame.output)
         log_normaliser = t.query.new_empty(t.query.shape[:-1], dtype=frame.compute)
-        kept = Kept(output, log_normaliser, [], {})
+        kept = Kept(output, log_normaliser, [], -(-len(self.starts()) // STARTS), {})
         sums = Sums(t.values.flatten(0, 1).clone(), t.total.flatten(0, 1).clone(), self.start_scale)
         for index, start in enumerate(self.starts()):
-            if keep:
+            if keep and index % kept.stride == 0:
                 kept.starts.append(Sums(*(x.clone() for x in sums)))
             self.begin(index, start)
             self.load_query()
@@ -167,9 +171,14 @@ class Backward(SuperChunks):
         self.later = t.total.new_zeros(shape) if sums[0] is None else sums[0].reshape(shape).clone()  # U
         # y, whose sign in a sum's own gradient is the other one
         self.later_total = t.total.new_zeros(shape[:2]) if sums[1] is None else -sums[1].reshape(shape[:2])
-        for index, start in reversed(list(enumerate(self.starts()))):
-            self.begin(index, start)
-            self._step()
+        every = list(enumerate(self.starts()))
+        for first in reversed(range(0, len(every), kept.stride)):
+            group = every[first : first + kept.stride]
+            before = self._sums_before(group)
+            for index, start in reversed(group):
+                self.begin(index, start)
+                self.sums = before.pop()
+                self._step()
         self._finish_sinks()
         self.buffer.give_back()
         return Tensors(
@@ -178,6 +187,19 @@ class Backward(SuperChunks):
             self.d_old_key.to(t.sink_key.dtype), self.d_old_value.to(t.sink_value.dtype),
             self.later.view_as(t.values), self.later_total.neg_().view_as(t.total),
         )  # fmt: skip
+
+    def _sums_before(self, group: list[tuple[int, int]]) -> list[Sums]:
+        """The sums before each super-chunk of a group, of which the first was kept."""
+        found = [self.kept.starts[group[0][0] // self.kept.stride]]
+        for index, start in group[:-1]:
+            if self.m:
+                self.begin(index, start)
+                self.load_far(*found[-1])
+                after = (self.after_values[:, -1], self.after_total[:, -1], self.scale[:, -1])
+                found.append(Sums(*(x.clone() for x in after)))
+            else:
+                found.append(found[0])
+        return found
 
     def _finish_sinks(self) -> None:
         """Sinks are tokens of this call or of the state."""
@@ -256,7 +278,7 @@ class Backward(SuperChunks):
     def _far(self, change: Tensor, shift: Tensor, log_normaliser: Tensor, dq: Tensor) -> None:
         """Adds the far part's gradients; `later` and `later_total` move to before this super-chunk."""
         chunks, width, C, m = self.pairs * self.count, self.heads * self.chunk, self.chunk, self.m
-        start = self.kept.starts[self.index]
+        start = self.sums
         self.load_far(*start)
         query = self.query_features()
         at = self.kept.underflowed.get(self.index)

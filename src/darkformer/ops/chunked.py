@@ -42,7 +42,7 @@ def span_length(chunk: int, heads: int) -> int:
 
 
 class _Chunked(torch.autograd.Function):
-    """One direction. Saves inputs, output, log-normaliser and the sums before each super-chunk; recomputes the rest."""
+    """One direction. Saves inputs, output, log-normaliser and sums before some super-chunks; recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, frame: Frame, keep: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
@@ -54,7 +54,7 @@ class _Chunked(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if keep:
             ctx.save_for_backward(*given, kept.output, kept.log_normaliser)
-            ctx.frame, ctx.starts, ctx.underflowed = frame, kept.starts, kept.underflowed
+            ctx.frame, ctx.starts, ctx.stride, ctx.underflowed = frame, kept.starts, kept.stride, kept.underflowed
         ctx.mark_non_differentiable(scale)
         shape = tensors.values.shape
         return kept.output, kept.log_normaliser, sums.values.view(shape), sums.total.view(shape[:-1]), scale
@@ -75,7 +75,7 @@ class _Chunked(torch.autograd.Function):
         )
         for side, prefix in ((run.query_side, "q "), (run.key_side, "k ")):
             side.needs = {name: needed[prefix + name] for name in Form._fields}
-        kept = Kept(output, log_normaliser, ctx.starts, ctx.underflowed)
+        kept = Kept(output, log_normaliser, ctx.starts, ctx.stride, ctx.underflowed)
         found = run.run(kept, change, log_change, [values, total])
         return None, None, *found, *run.query_side.form_gradients(), *run.key_side.form_gradients()
 
@@ -90,6 +90,8 @@ def _apply(tensors: Tensors, frame: Frame) -> tuple[Tensor, Tensor, Sums]:
     query, key = forms(frame.parameters)
     given = (*tensors, *query, *key)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    if keep:  # the gradient of the weights is a difference from the output: bfloat16's rounding would show in it
+        frame = frame._replace(output=frame.compute)
     output, log_normaliser, *sums = _Chunked.apply(frame, keep, *given)
     return output, log_normaliser / LOG2E, Sums(*sums)
 
@@ -184,8 +186,8 @@ def chunked(problem: Problem) -> tuple[Tensor, AttentionState]:
     """Attention in time and memory linear in L, forward and backward.
 
     Returns:
-        output (B, G, R, L, d_v), in the query's dtype if causal, else in the compute dtype, zero at pads, and the
-        state after the last token.
+        output (B, G, R, L, d_v), in the compute dtype, or in the query's where nothing needs a gradient, zero at pads,
+        and the state after the last token.
     """
     tensors, frame = _forward_pass(problem)
     output, log_normaliser, after = _apply(tensors, frame)
