@@ -261,12 +261,12 @@ class Backward(SuperChunks):
             self.d_sink_value.add_(dv)
             return
         N, C, P = self.count, self.chunk, self.prefix
-        for what, before, whole, found in (
-            ("k", self.dk_before, self.dk, dk.mul_(self.root)),
-            ("v", self.dv_before, self.dv, dv),
+        for before, whole, found in (
+            (self.dk_before, self.dk, dk.mul_(self.root)),
+            (self.dv_before, self.dv, dv),
         ):
             # Every block of C columns of the band touches each key once.
-            flat = self.buffer(f"band d{what} flat", self.pairs, self.tokens + P + C, found.shape[-1]).zero_()
+            flat = self.buffer("band flat", self.pairs, self.tokens + P + C, found.shape[-1]).zero_()
             split = found.view(self.pairs, N, P + C, -1)
             for low in range(0, P + C, C):
                 high = min(low + C, P + C)

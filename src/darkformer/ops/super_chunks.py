@@ -257,7 +257,7 @@ class SuperChunks:
         if self.band is not None:
             both = []
             for name, before, x in (("band k", t.key_before, t.key), ("band v", t.value_before, t.value)):
-                flat = self.buffer(name + " flat", self.pairs, self.tokens + P, x.shape[-1])
+                flat = self.buffer("band flat", self.pairs, self.tokens + P, x.shape[-1])
                 source = rows(before, x, self.start, self.start + self.real + P)
                 split = flat.unflatten(0, (self.batch, self.groups))
                 split[:, :, : self.real + P].copy_(source)
