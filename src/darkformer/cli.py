@@ -18,6 +18,8 @@ except ModuleNotFoundError as error:  # pragma: no cover - exercised in a bare e
         f"the command line needs {error.name!r}, which is not installed: pip install 'darkformer[all]'."
     ) from error
 
+from .cli_bench import register as register_bench
+
 DARK, TRAIN, DEMO = DarkConfig(), TrainConfig(), DemoConfig()
 console = Console()
 errors = Console(stderr=True, highlight=False, markup=False)  # messages may hold brackets
@@ -262,6 +264,9 @@ def demo(
     console.print(
         f"Report: {out / 'report.html'}   record: {out / 'record.json'}   model: {out / 'model'}", markup=False
     )
+
+
+register_bench(app, console)
 
 
 def main() -> None:

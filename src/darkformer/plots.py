@@ -59,6 +59,86 @@ def error_heat_map(choices: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
+def _curves(record: Mapping[str, Any]) -> dict[tuple[str, str], dict[tuple[str, int], list[Mapping[str, Any]]]]:
+    """(dtype, direction) → (path, window) → rows by length, of the shape measured at most lengths."""
+    points = record["points"]
+    names = [row["shape"]["name"] for row in points]
+    main = max(set(names), key=lambda name: len({r["length"] for r in points if r["shape"]["name"] == name}))
+    panels: dict[tuple[str, str], dict[tuple[str, int], list[Mapping[str, Any]]]] = {}
+    for row in sorted(points, key=lambda row: row["length"]):
+        if row["shape"]["name"] == main:
+            panel = panels.setdefault((row["dtype"], row["direction"]), {})
+            panel.setdefault((row["path"], row["shape"]["window"]), []).append(row)
+    return panels
+
+
+def _panels(record: Mapping[str, Any]) -> tuple[Any, list[tuple[Any, tuple[str, str], dict[Any, Any]]]]:
+    curves = _curves(record)
+    columns = 2 if len(curves) > 1 else 1
+    height = -(-len(curves) // columns)
+    figure, grid = plt.subplots(
+        height, columns, figsize=(6 * columns, 4 * height), constrained_layout=True, squeeze=False
+    )
+    for axes in grid.flat[len(curves) :]:
+        axes.set_visible(False)
+    found = list(zip(grid.flat, curves, curves.values(), strict=False))
+    for axes, (dtype, direction), _ in found:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        axes.set_title(f"{direction}, {dtype}", fontsize=10)
+        axes.grid(alpha=0.3)
+    return figure, found
+
+
+def _label(path: str, window: int) -> str:
+    return "softmax (torch)" if path == "sdpa" else f"{path}, window {window}"
+
+
+def time_against_length(record: Mapping[str, Any], path: Path) -> Path:
+    """Seconds of every path against tokens, log-log, with each linear path's lower bound dotted in its colour.
+
+    Args:
+        record: what `darkformer bench` writes.
+    """
+    figure, panels = _panels(record)
+    for axes, _, curves in panels:
+        for color, ((name, window), rows) in zip(COLORS, curves.items(), strict=False):
+            lengths = [row["length"] for row in rows]
+            axes.plot(lengths, [row["median"] for row in rows], marker="o", color=color, label=_label(name, window))
+            if name in ("chunked", "native"):
+                axes.plot(lengths, [row["bound_seconds"] for row in rows], linestyle=":", color=color)
+        axes.set_ylabel("seconds (dotted: lower bound)")
+        axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def speed_up_against_length(record: Mapping[str, Any], path: Path) -> Path:
+    """Speed-up over torch's softmax against tokens, log-log; a vertical line where a path crosses 1.
+
+    Args:
+        record: what `darkformer bench` writes, with its `crossover`.
+    """
+    figure, panels = _panels(record)
+    for axes, (dtype, direction), curves in panels:
+        softmax = {row["length"]: row["median"] for row in curves.get(("sdpa", 0), [])}
+        for color, ((name, window), rows) in zip(COLORS, curves.items(), strict=False):
+            kept = [row for row in rows if name != "sdpa" and row["length"] in softmax]
+            if not kept:
+                continue
+            gains = [softmax[row["length"]] / row["median"] for row in kept]
+            axes.plot([row["length"] for row in kept], gains, marker="o", color=color, label=_label(name, window))
+            same = {"dtype": dtype, "direction": direction, "path": name, "shape": kept[0]["shape"]}
+            for crossing in record.get("crossover", []):
+                if crossing["tokens"] and all(crossing[key] == value for key, value in same.items()):
+                    axes.axvline(crossing["tokens"], color=color, linewidth=1, linestyle="--")
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set_ylabel("times as fast as softmax (dashed: crossover)")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
