@@ -13,6 +13,8 @@ from ..config import ConfigError, InputError, NonFiniteError
 from ..features.maps import FeatureMap
 from .chunked import chunked
 from .exact import exact
+from .native import native
+from .native import why_not as _why_not_native
 from .problem import AttentionState, Problem, check_state, compact, gather_tokens
 from .recurrent import recurrent
 from .reference import reference
@@ -50,6 +52,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("exact", _why_not_exact, exact),
         Backend("recurrent", _why_not_recurrent, recurrent),
+        Backend("native", _why_not_native, native),
         Backend("chunked", _why_not_chunked, chunked),
         Backend("reference", lambda problem: None, reference),
     )
