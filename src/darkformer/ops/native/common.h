@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <functional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -44,6 +45,9 @@ class Scratch {
  public:
   ~Scratch() { for (auto& b : blocks) free(b.p); }
   void reset() { block = used = 0; }
+  // What is taken after a mark is given back together.
+  std::pair<size_t, size_t> mark() const { return {block, used}; }
+  void release(std::pair<size_t, size_t> m) { block = m.first, used = m.second; }
   float* take(size_t n) {
     size_t bytes = (n * sizeof(float) + 127) / 64 * 64;
     while (block < blocks.size() && used + bytes > blocks[block].size) block++, used = 0;
@@ -62,6 +66,19 @@ static inline Scratch& scratch() {
   static thread_local Scratch s;
   return s;
 }
+
+// Operands packed into scratch: of a matrix or of its transpose, as left or as right factor (see kernels.h).
+template <bool BF> struct Pack {
+  static float* take(size_t n) { return scratch().take(n); }
+  static Lhs l(const float* a, long ld, int rows, int k) { return lhs<BF>(a, ld, rows, k, BF ? take(rows * k / 2) : nullptr); }
+  static Lhs lt(const float* a, long ld, int rows, int k) {
+    return lhs_t<BF>(a, ld, rows, k, BF ? take(rows * k / 2) : nullptr, BF ? take(rows * k) : nullptr);
+  }
+  static Rhs r(const float* a, long ld, int k, int cols) { return rhs<BF>(a, ld, k, cols, BF ? take(k / 2 * cols) : nullptr); }
+  static Rhs rt(const float* a, long ld, int cols, int k) {
+    return rhs_t<BF>(a, ld, cols, k, take((BF ? up16(k / 2) : k) * cols), BF ? take(up16(k / 2) * cols) : nullptr);
+  }
+};
 
 // Calls body(0 … slots-1), each once, on up to `slots` threads: torch's own pool where there is one.
 static void parallel(const Call& call, int slots, const std::function<void(int)>& body) {

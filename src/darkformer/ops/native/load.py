@@ -120,3 +120,32 @@ def forward(inputs: Inputs, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tenso
     library().darkformer_forward(ctypes.byref(call))
     del alive
     return out, lse, values, total, scale
+
+
+def backward(
+    inputs: Inputs,
+    sizes: Sizes,
+    scale_after: Tensor,
+    output: Tensor,
+    log_normaliser: Tensor,
+    grad_output: Tensor,
+    grad_values: Tensor,
+    grad_total: Tensor,
+) -> list[Tensor]:
+    """Gradients of all inputs but scale, lengths and count, in the order of `Inputs`."""
+
+    def like(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    names = ("dq", "dk", "dvalue", "dwq", "doffq", "dwk", "doffk", "dvalues", "dtotal")
+    results = {name: like(x) for name, x in zip(names, inputs[:9], strict=True)}
+    names = ("d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v")
+    results |= {name: like(x).zero_() for name, x in zip(names, inputs[10:14], strict=True)}
+    given = {
+        "out": output, "lse": log_normaliser, "scale_out": scale_after,
+        "grad_out": grad_output.to(output.dtype), "grad_values": grad_values, "grad_total": grad_total,
+    }  # fmt: skip
+    call, alive = _call(inputs, sizes, **results, **{name: x.contiguous() for name, x in given.items()})
+    library().darkformer_backward(ctypes.byref(call))
+    del alive
+    return list(results.values())
