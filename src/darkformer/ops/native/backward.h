@@ -98,36 +98,52 @@ template <bool BF> struct QueryPass : Walker<BF> {
     for (int r = 0; r < s.R; r++) {
       const auto mark = scratch().mark();
       rows.queries(Q, r, t0, n, np);
-      deltas(a, r);
       cotangents(rows, sh, r, t0, n, np, DO, lse, delta);
+      std::fill(delta, delta + np, 0.0f);
       const Lhs q = P::l(Q, s.dp, np, s.dp), grad = P::l(DO, s.dvp, np, s.dvp);
       std::fill(dX, dX + np * s.dp, 0.0f);
-      if (far) far_part(a, F + (size_t)r * np * s.mr, Q, grad, delta, vt, ek, state, dX);
+      float *Fr = F + (size_t)r * np * s.mr, *X = P::take(np * a.ncp), *Y = P::take(np * a.ncp);
+      float *SX = P::take(np * s.sp), *SY = P::take(np * s.sp), *G = P::take(np * s.mp), *Z = P::take(np * s.mp), *mass = P::take(np);
+      const int lo = a.start - a.base;
+      // δ_t = Σ_j a_tj do_t·v_j from the same rounded numbers as what it is subtracted from, not from the rounded output.
+      // Both sums are divided by Σ_j a_tj, which is 1 up to the rounding that this takes away.
+      std::fill(mass, mass + np, 0.0f);
+      if (far) far_sums(a, Fr, grad, delta, mass, vt, ek, state, G, Z);
       if (a.near) {
-        const int lo = a.start - a.base;
-        const Band out{.out_lo = lo + 1, .out_hi = lo + s.W}, sum{.k_lo = lo + 1, .k_hi = lo + s.W};
-        float *X = P::take(np * a.ncp), *Y = P::take(np * a.ncp);
+        const Band out{.out_lo = lo + 1, .out_hi = lo + s.W};
         gemm<BF>(np, a.ncp, s.dp, q, near_kt.p, near_kt.ld, X, a.ncp, false, out);
         gemm<BF>(np, a.ncp, s.dvp, grad, near_vt.p, near_vt.ld, Y, a.ncp, false, out);
         for (int t = 0; t < np; t++) {
           const int first = std::max({0, t + 1 + lo, a.lowest - a.base}), last = t < n ? t + s.W + lo : -1, tile = t & ~(MR - 1);
-          soft_row(X + (size_t)t * a.ncp, Y + (size_t)t * a.ncp, std::max(0, tile + lo + 1) & ~15,
-                   std::min(a.ncp, up16(tile + MR + lo + s.W + 1)), first, last, lse[t], delta[t]);
+          soft_row(X + (size_t)t * a.ncp, Y + (size_t)t * a.ncp, down(tile + lo + 1),
+                   std::min(a.ncp, up(tile + MR + lo + s.W)), first, last, lse[t], delta[t], mass[t]);
+        }
+      }
+      if (s.S) {
+        gemm<BF>(np, s.sp, s.dp, q, sink_kt.p, sink_kt.ld, SX, s.sp, false);
+        gemm<BF>(np, s.sp, s.dvp, grad, sink_vt.p, sink_vt.ld, SY, s.sp, false);
+        for (int t = 0; t < np; t++) {
+          const int seen = t < n ? (int)std::min<int64_t>(s.S, rows.count + t0 + t + 1) : 0;
+          soft_row(SX + t * s.sp, SY + t * s.sp, 0, s.sp, 0, seen - 1, lse[t], delta[t], mass[t]);
+        }
+      }
+      for (int t = 0; t < n; t++) sh.delta[rows.head(r) + t0 + t] = delta[t] /= mass[t] > 0 ? mass[t] : 1;
+      if (far) far_part(a, Fr, Q, delta, G, Z, dX);
+      if (a.near) {
+        const Band sum{.k_lo = lo + 1, .k_hi = lo + s.W};
+        for (int t = 0; t < np; t++) {
+          const int tile = t & ~(MR - 1);
+          logit_row(X + (size_t)t * a.ncp, Y + (size_t)t * a.ncp, down(tile + lo + 1),
+                    std::min(a.ncp, up(tile + MR + lo + s.W)), delta[t]);
         }
         gemm<BF>(np, s.dp, a.ncp, P::l(Y, a.ncp, np, a.ncp), near_k.p, near_k.ld, dX, s.dp, true, sum);
       }
       if (s.S) {
-        float *X = P::take(np * s.sp), *Y = P::take(np * s.sp);
-        gemm<BF>(np, s.sp, s.dp, q, sink_kt.p, sink_kt.ld, X, s.sp, false);
-        gemm<BF>(np, s.sp, s.dvp, grad, sink_vt.p, sink_vt.ld, Y, s.sp, false);
-        for (int t = 0; t < np; t++) {
-          const int seen = t < n ? (int)std::min<int64_t>(s.S, rows.count + t0 + t + 1) : 0;
-          soft_row(X + t * s.sp, Y + t * s.sp, 0, s.sp, 0, seen - 1, lse[t], delta[t]);
-        }
-        gemm<BF>(np, s.dp, s.sp, P::l(Y, s.sp, np, s.sp), sink_k.p, sink_k.ld, dX, s.dp, true);
+        for (int t = 0; t < np; t++) logit_row(SX + t * s.sp, SY + t * s.sp, 0, s.sp, delta[t]);
+        gemm<BF>(np, s.dp, s.sp, P::l(SY, s.sp, np, s.sp), sink_k.p, sink_k.ld, dX, s.dp, true);
         const Rhs qr = P::r(Q, s.dp, np, s.dp), gr = P::r(DO, s.dvp, np, s.dvp);
-        gemm<BF>(s.sp, s.dp, np, P::lt(Y, s.sp, s.sp, np), qr.p, qr.ld, dSK, s.dp, true);
-        gemm<BF>(s.sp, s.dvp, np, P::lt(X, s.sp, s.sp, np), gr.p, gr.ld, dSV, s.dvp, true);
+        gemm<BF>(s.sp, s.dp, np, P::lt(SY, s.sp, s.sp, np), qr.p, qr.ld, dSK, s.dp, true);
+        gemm<BF>(s.sp, s.dvp, np, P::lt(SX, s.sp, s.sp, np), gr.p, gr.ld, dSV, s.dvp, true);
       }
       for (int t = 0; t < n; t++) store_row(c.dq, (rows.head(r) + t0 + t) * s.d, dX + (size_t)t * s.dp, s.d, c.bf16);
       scratch().release(mark);
@@ -136,28 +152,23 @@ template <bool BF> struct QueryPass : Walker<BF> {
     return true;
   }
 
-  // X = weights, Y = gradient of the logits, on the columns lo … end-1 of which first … last are seen.
-  void soft_row(float* X, float* Y, int lo, int end, int first, int last, float lse, float delta) const {
+  // X: logits become weights, 0 where not seen (columns first … last of lo … end-1 are). Y: do·v.
+  void soft_row(float* X, const float* Y, int lo, int end, int first, int last, float lse, float& delta, float& mass) const {
     for (int j = lo; j < std::min(first, end); j++) X[j] = LOG_ZERO;
     for (int j = std::max(lo, last + 1); j < end; j++) X[j] = LOG_ZERO;
-    const vf scaling = all((float)c.scaling), l = all(lse), dl = all(delta);
+    const vf scaling = all((float)c.scaling), l = all(last < 0 ? -LOG_ZERO : lse);
+    vf sum = all(0), weight = all(0);
     for (int j = lo; j < end; j += VL) {
       const vf p = vexp(load(X + j) * scaling - l);
       store(X + j, p);
-      store(Y + j, last < 0 ? all(0) : p * (load(Y + j) - dl) * scaling);
+      sum = fma(p, load(Y + j), sum);
+      weight += p;
     }
+    delta += hsum(sum), mass += hsum(weight);
   }
-
-  void deltas(const Span& a, int r) {
-    float *x = P::take(s.dvp), *y = P::take(s.dvp);
-    for (int t = a.t0; t < a.t0 + a.n; t++) {
-      const long at = rows.head(r) + t;
-      load_row(x, c.grad_out, at * s.dv, s.dv, s.dvp, c.bf16);
-      load_row(y, c.out, at * s.dv, s.dv, s.dvp, c.bf16);
-      vf sum = all(0);
-      for (int j = 0; j < s.dvp; j += VL) sum = fma(load(x + j), load(y + j), sum);
-      sh.delta[at] = hsum(sum);
-    }
+  // Y: gradient of the logits.
+  void logit_row(const float* X, float* Y, int lo, int end, float delta) const {
+    for (int j = lo; j < end; j += VL) store(Y + j, load(X + j) * (load(Y + j) - all(delta)) * all((float)c.scaling));
   }
 
   // F (np×mr): e^{ℓq + scale - lse} and y. False where that would overflow.
@@ -182,19 +193,39 @@ template <bool BF> struct QueryPass : Walker<BF> {
     return fits;
   }
 
-  void far_part(const Span& a, float* F, float* Q, Lhs grad, const float* delta, Rhs vt, Rhs ek, Rhs state, float* dX) {
+  // G, Z (np×mp): Σ_j e^{ℓk_ji - scale_i} do_t·v_j and the same with 1 for do_t·v_j, over the far keys of row t.
+  void far_sums(const Span& a, const float* F, Lhs grad, float* delta, float* mass, Rhs vt, Rhs ek, Rhs state, float* G, float* Z) {
     const int np = a.np;
-    float *G = P::take(np * s.mp), *B = P::take(np * np);
+    float* B = P::take(np * np);
     gemm<BF>(np, s.mp, s.dvp, grad, state.p, state.ld, G, s.mp, false);
     gemm<BF>(np, np, s.dvp, grad, vt.p, vt.ld, B, np, false, {.out_hi = 0});
-    zero_above_diagonal(B, np, delta);
+    zero_above_diagonal(B, np, nullptr);
     gemm<BF>(np, s.mp, np, P::l(B, np, np, np), ek.p, ek.ld, G, s.mp, true, {.k_hi = 0});
+    transpose(FK, np, s.mp, np, Z, s.mp);
+    const float* before = sums.total;
+    for (int t = 0; t < np; t++) {
+      float* z = Z + (size_t)t * s.mp;
+      vf sum = all(0), weight = all(0);
+      for (int i = 0; i < s.mp; i += VL) {
+        const vf e = load(F + (size_t)t * s.mr + i), total = load(z + i) + load(before + i);
+        store(z + i, total);
+        sum = fma(e, load(G + (size_t)t * s.mp + i), sum);
+        weight = fma(e, total, weight);
+      }
+      delta[t] += hsum(sum), mass[t] += hsum(weight);
+      before = z;
+    }
+  }
+
+  // E = e ⊙ (G - δ·Z), the gradient of the log-features, and -Σ_i E·y behind it.
+  void far_part(const Span& a, float* F, float* Q, const float* delta, const float* G, const float* Z, float* dX) {
+    const int np = a.np;
     for (int t = 0; t < np; t++) {
       float* f = F + (size_t)t * s.mr;
       const vf d = all(delta[t]);
       vf sum = all(0);
       for (int i = 0; i < s.mp; i += VL) {
-        const vf e = load(f + i) * (load(G + (size_t)t * s.mp + i) - d * load(sums.total + i));
+        const vf e = load(f + i) * (load(G + (size_t)t * s.mp + i) - d * load(Z + (size_t)t * s.mp + i));
         store(f + i, e);
         sum += e;
       }
@@ -202,7 +233,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
       for (int i = s.mp; i < s.mr; i += VL) store(f + i, minus * load(f + i));
       for (int i = 0; i < s.mr; i += VL) store(dw.offq.data() + i, load(dw.offq.data() + i) - load(f + i));
     }
-    gemm<BF>(np, s.dp, s.mr, P::l(F, s.mr, np, s.mr), qmap.back.p, qmap.back.ld, dX, s.dp, true);
+    gemm<false>(np, s.dp, s.mr, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true);
     const Rhs f = P::r(F, s.mr, np, s.mr);
     gemm<BF>(s.dp, s.mr, np, P::lt(Q, s.dp, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
   }
@@ -402,7 +433,7 @@ template <bool BF> struct KeyPass {
       gemm<BF>(np, ncp, s.dvp, v, gt.p, gt.ld, Y, ncp, false, out);
       const vf scaling = all((float)c.scaling);
       for (int i = 0; i < np; i++) {
-        const int tile = i & ~(MR - 1), lo = std::max(0, tile - from) & ~15, end = std::min(ncp, up16(tile + MR + s.W - from));
+        const int tile = i & ~(MR - 1), lo = down(tile - from), end = std::min(ncp, up(tile + MR + s.W - 1 - from));
         const bool real = i < a.n && a.start + i >= a.lowest && a.start + i < rows.length;
         const int first = std::max(0, i - from), last = real ? i + s.W - 1 - from : -1;
         float *x = X + (size_t)i * ncp, *y = Y + (size_t)i * ncp;

@@ -58,6 +58,9 @@ class Scratch {
     }
     float* p = (float*)(blocks[block].p + used);
     used += bytes;
+#ifdef POISON  // in tests: what is read before it is written spoils the result
+    memset((void*)p, 0xff, bytes);
+#endif
     return p;
   }
 };

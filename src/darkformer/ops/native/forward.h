@@ -309,7 +309,7 @@ template <bool BF> struct Forward : Walker<BF> {
   }
   // exp(x - high) on the columns first … last, 0 on the others of the row's tile.
   vf band_exp(float* x, int tile, const Span& a, int first, int last, vf high) const {
-    const int lo = std::max(0, tile + a.start - a.base + 1) & ~15, end = std::min(a.ncp, up16(tile + MR + a.start - a.base + s.W + 1));
+    const int lo = down(tile + a.start - a.base + 1), end = std::min(a.ncp, up(tile + MR + a.start - a.base + s.W));
     vf sum = all(0);
     for (int j = lo; j < std::min(first, end); j++) x[j] = LOG_ZERO;
     for (int j = std::max(lo, last + 1); j < end; j++) x[j] = LOG_ZERO;

@@ -150,6 +150,9 @@ static inline vf vexp(vf x) {
 }
 
 static inline int up16(int n) { return (n + 15) & ~15; }
+// The vectors that a tile's band touches: gemm computes these columns and no others.
+static inline int down(int n) { return n > 0 ? n & ~(VL - 1) : 0; }
+static inline int up(int n) { return (n + VL - 1) & ~(VL - 1); }
 constexpr int FAR_AWAY = 1 << 29;
 
 // Which part of a product is wanted. Rows come in tiles of MR; the band is given relative to the row.
