@@ -114,8 +114,12 @@ def next_buffers(problem: Problem) -> dict[str, Tensor]:
     fresh = (slots >= 0) & (slots < problem.lengths[:, None])
     for name, new in (("key", problem.key), ("value", problem.value)):
         old = getattr(state, f"recent_{name}").to(new.dtype)
-        every = torch.cat([old, new], dim=2)
-        recent = gather_tokens(every, index.clamp_min(0)) if keep else every[:, :, :0]
+        # All that can still be needed of `new`: with the whole of it a short window would cost a copy of every key.
+        late = new if problem.padded else new[:, :, max(0, length - keep) :]
+        first = length - late.shape[2]
+        every = torch.cat([old, late], dim=2) if keep else old
+        at = torch.where(index < window, index, index - first).clamp_min(0)
+        recent = gather_tokens(every, at) if keep else every
         result[f"recent_{name}"] = recent.masked_fill((index < 0)[:, None, :, None], 0) if keep else recent
         sink = getattr(state, f"sink_{name}").to(new.dtype)
         if sinks and length:

@@ -225,10 +225,10 @@ template <bool BF> struct Forward : Walker<BF> {
         gemm<BF>(a.np, a.np, s.mp, e, far_features.p, far_features.ld, SC, a.np, false, {.out_hi = 0});
         for (int t = 0; t < a.np; t++) {
           float* x = SC + t * a.np;
-          float sum = 0;
-          for (int j = 0; j <= t; j++) sum += x[j];
-          for (int j = t + 1; j < a.np; j++) x[j] = 0;
-          norm[t] += sum;
+          std::fill(x + t + 1, x + a.np, 0.0f);
+          vf sum = all(0);
+          for (int j = 0; j <= t; j += VL) sum += load(x + j);
+          norm[t] += hsum(sum);
         }
         gemm<BF>(a.np, s.dvp, s.mp, e, state.p, state.ld, O, s.dvp, false);
         gemm<BF>(a.np, s.dvp, a.np, lhs<BF>(SC, a.np, a.np, a.np, SCA), far_values.p, far_values.ld, O, s.dvp, true, {.k_hi = 0});
@@ -266,10 +266,7 @@ template <bool BF> struct Forward : Walker<BF> {
       const int lo = a.start - a.base;
       gemm<BF>(a.np, a.ncp, s.dp, q, near_keys.p, near_keys.ld, NL, a.ncp, false, {.out_lo = lo + 1, .out_hi = lo + s.W});
       for (int t = 0; t < a.np; t++) {
-        float* x = NL + (size_t)t * a.ncp;
-        float high = LOG_ZERO;
-        for (int j = first(a, t), end = last(a, t); j <= end; j++) x[j] *= (float)c.scaling, high = std::max(high, x[j]);
-        top[t] = std::max(top[t], high);
+        top[t] = std::max(top[t], band_logits(NL + (size_t)t * a.ncp, t & ~(MR - 1), a, first(a, t), last(a, t)));
       }
     }
     if (s.S) {
@@ -298,7 +295,7 @@ template <bool BF> struct Forward : Walker<BF> {
           store(f, e);
           sum = fma(e, load(sums.total + i), sum);
         }
-      if (a.near) sum += band_exp(NL + (size_t)t * a.ncp, t & ~(MR - 1), a, first(a, t), last(a, t), high);
+      if (a.near) sum += band_exp(NL + (size_t)t * a.ncp, t & ~(MR - 1), a, high);
       norm[t] = hsum(sum);
       for (int j = 0, seen = sinks_seen(a, t); j < s.sp; j++) {
         float* x = SL + t * s.sp + j;
@@ -307,14 +304,26 @@ template <bool BF> struct Forward : Walker<BF> {
       }
     }
   }
-  // exp(x - high) on the columns first … last, 0 on the others of the row's tile.
-  vf band_exp(float* x, int tile, const Span& a, int first, int last, vf high) const {
-    const int lo = down(tile + a.start - a.base + 1), end = std::min(a.ncp, up(tile + MR + a.start - a.base + s.W));
-    vf sum = all(0);
-    for (int j = lo; j < std::min(first, end); j++) x[j] = LOG_ZERO;
-    for (int j = std::max(lo, last + 1); j < end; j++) x[j] = LOG_ZERO;
+  // The columns that gemm computed for the rows of a tile.
+  int from(const Span& a, int tile) const { return down(tile + a.start - a.base + 1); }
+  int to(const Span& a, int tile) const { return std::min(a.ncp, up(tile + MR + a.start - a.base + s.W)); }
+  // Scales the columns first … last and masks the tile's others; returns the maximum.
+  float band_logits(float* x, int tile, const Span& a, int first, int last) const {
+    const int lo = from(a, tile), end = to(a, tile);
+    if (first > lo) std::fill(x + lo, x + std::min(first, end), LOG_ZERO);
+    if (last + 1 < end) std::fill(x + std::max(lo, last + 1), x + end, LOG_ZERO);
+    vf high = all(LOG_ZERO);
     for (int j = lo; j < end; j += VL) {
-      vf e = vexp(load(x + j) - high);
+      const vf l = load(x + j) * all((float)c.scaling);
+      store(x + j, l);
+      high = vmax(high, l);
+    }
+    return last < 0 ? LOG_ZERO : hmax(high);
+  }
+  vf band_exp(float* x, int tile, const Span& a, vf high) const {
+    vf sum = all(0);
+    for (int j = from(a, tile), end = to(a, tile); j < end; j += VL) {
+      const vf e = vexp(load(x + j) - high);
       store(x + j, e);
       sum += e;
     }

@@ -31,13 +31,22 @@ static inline __m512i bf16_bits(vf x) {  // round to nearest even, in the low ha
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
   return _mm512_srli_epi32(_mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
 }
+#if defined(__AVX512BF16__)
+static inline void to_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+// Two bfloat16 in one unit: `low` first.
+static inline vf pair_bf16(vf low, vf high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low)));
+}
+#else
 static inline void to_bf16(uint16_t* p, vf x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(x)));
 }
-// Two bfloat16 in one unit: `low` first.
 static inline vf pair_bf16(vf low, vf high) {
   return _mm512_castsi512_ps(_mm512_or_si512(bf16_bits(low), _mm512_slli_epi32(bf16_bits(high), 16)));
 }
+#endif
 static inline vf round_bf16(vf x) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(x), 16)); }
 static inline void transpose_block(const float* a, long lda, float* b, long ldb) {
   __m512 r[16], t[16];

@@ -126,7 +126,6 @@ def backward(
     inputs: Inputs,
     sizes: Sizes,
     scale_after: Tensor,
-    output: Tensor,
     log_normaliser: Tensor,
     grad_output: Tensor,
     grad_values: Tensor,
@@ -142,8 +141,8 @@ def backward(
     names = ("d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v")
     results |= {name: like(x).zero_() for name, x in zip(names, inputs[10:14], strict=True)}
     given = {
-        "out": output, "lse": log_normaliser, "scale_out": scale_after,
-        "grad_out": grad_output.to(output.dtype), "grad_values": grad_values, "grad_total": grad_total,
+        "lse": log_normaliser, "scale_out": scale_after,
+        "grad_out": grad_output.to(inputs.query.dtype), "grad_values": grad_values, "grad_total": grad_total,
     }  # fmt: skip
     call, alive = _call(inputs, sizes, **results, **{name: x.contiguous() for name, x in given.items()})
     library().darkformer_backward(ctypes.byref(call))

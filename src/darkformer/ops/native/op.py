@@ -45,7 +45,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     "darkformer::attention_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"({_TENSORS}, int features, float scaling, Tensor scale_after, Tensor output, Tensor log_normaliser, "
+    schema=f"({_TENSORS}, int features, float scaling, Tensor scale_after, Tensor log_normaliser, "
     "Tensor grad_output, Tensor grad_values, Tensor grad_total) -> Tensor[]",
 )
 def backward_op(*arguments: Any) -> list[Tensor]:
@@ -58,15 +58,15 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, lse, _, _, scale = output
-    ctx.save_for_backward(*inputs[:COUNT], scale, out, lse)
+    _, lse, _, _, scale = output
+    ctx.save_for_backward(*inputs[:COUNT], scale, lse)
     ctx.sizes = inputs[COUNT:]
     ctx.mark_non_differentiable(lse, scale)
 
 
 def _backward(ctx: Any, grad_output: Tensor, _: Any, grad_values: Tensor, grad_total: Tensor, __: Any) -> tuple[Any, ...]:
-    *saved, scale, out, lse = ctx.saved_tensors
-    found = backward_op(*saved, *ctx.sizes, scale, out, lse, grad_output, grad_values, grad_total)
+    *saved, scale, lse = ctx.saved_tensors
+    found = backward_op(*saved, *ctx.sizes, scale, lse, grad_output, grad_values, grad_total)
     gradients: list[Tensor | None] = [None] * (COUNT + 2)
     for i, gradient in zip(DIFFERENTIABLE, found, strict=True):
         gradients[i] = gradient

@@ -42,7 +42,7 @@ def _native(problem: Problem, grad: Tensor) -> list[Tensor]:
     sizes = Sizes(problem.config.feature_count, problem.scaling)
     output, lse, values, total, scale = load.forward(inputs, sizes)
     gradients = load.backward(
-        inputs, sizes, scale, output, lse, grad.to(output.dtype), torch.zeros_like(values), torch.zeros_like(total)
+        inputs, sizes, scale, lse, grad.to(output.dtype), torch.zeros_like(values), torch.zeros_like(total)
     )
     return [output, *gradients[:3]]
 
