@@ -17,6 +17,7 @@ from tolerances import float32_error, relative_error
 from torch import Tensor
 
 from darkformer import AttentionState, ConfigError, DarkConfig, attention, feature_map
+from darkformer.ops import attention as attention_module
 from darkformer.ops import native
 from darkformer.ops.attention import BACKENDS
 from darkformer.ops.native import load, selftest
@@ -82,7 +83,9 @@ def solve(case: Case, backend: str, low: torch.dtype) -> tuple[dict[str, Tensor]
     return {n: t.detach() for n, t in found.items()}, float(sum(t.detach().double().abs().sum() for t in terms))
 
 
-def errors(case: Case, low: torch.dtype = torch.float32, backend: str = "native") -> dict[str, float]:
+def errors(
+    case: Case, low: torch.dtype = torch.float32, backend: str = "native", limit: float | None = None
+) -> dict[str, float]:
     """Every error above the tolerance. In bfloat16 a gradient that cancels is measured against its terms."""
     (found, _), (wanted, size) = solve(case, backend, low), solve(case, "reference", low)
     assert found.keys() == wanted.keys()
@@ -94,7 +97,7 @@ def errors(case: Case, low: torch.dtype = torch.float32, backend: str = "native"
             got, want = got.clamp_min(-1e6), want.clamp_min(-1e6)
         floor = FLOOR * size * (1 if low == torch.float32 else 20) if name.startswith("gradient") else 0.0
         error = relative_error(got, want, floor)
-        if not error <= ERROR[low]:
+        if not error <= (ERROR[low] if limit is None else limit):
             above[name] = error
     return above
 
@@ -158,8 +161,13 @@ def test_segments(case: Case, count: int) -> None:
     ids=str,
 )  # fmt: skip
 def test_methods_and_sizes(case: Case) -> None:
+    # The moved parameters of `make_map` give log-features of hundreds at d = 72 and thousands at d = 256, which float32
+    # carries to 1e-5 and 1e-3: what is left is measured against `chunked`, which rounds in the same places.
     case = replace(case, length=90, scale=min(1.0, 16 / case.dim), mode="warm")
-    assert not errors(case)
+    if wrong := errors(case):
+        assert case.dim >= 72
+        rounding = max(errors(case, backend="chunked", limit=0.0).values())
+        assert max(wrong.values()) <= 8 * rounding
 
 
 @needs_native
@@ -169,7 +177,9 @@ def test_large_logits(std: int, window: int, sinks: int) -> None:
     """As tests/ops/test_stability.py; without window and sinks chunks are cut from some logits on, never otherwise."""
     from .test_stability import solve as gradients
 
-    made = feature_map(DarkConfig(num_features=64, window=window, sinks=sinks), num_heads=2, num_kv_heads=1, head_dim=64)
+    made = feature_map(
+        DarkConfig(num_features=64, window=window, sinks=sinks), num_heads=2, num_kv_heads=1, head_dim=64
+    )
     query, key, value = (torch.randn(1, heads, 256, 64) for heads in (2, 1, 1))
     inputs = [query * std**0.5, key * std**0.5, value]
     before = native.splits()
@@ -218,7 +228,9 @@ def test_any_strides() -> None:
         assert torch.equal(found, want)
         found.sum().backward()  # an expanded gradient
     one = [x[:1, :1].expand(2, heads, -1, -1) for x, heads in zip(inputs, (6, 2, 2), strict=True)]
-    assert torch.equal(attention(*one, made, backend="native"), attention(*map(torch.clone, one), made, backend="native"))
+    assert torch.equal(
+        attention(*one, made, backend="native"), attention(*map(torch.clone, one), made, backend="native")
+    )
 
 
 @needs_native
@@ -331,7 +343,9 @@ def test_without_a_compiler_chunked_works(environment: dict[str, str], says: str
     run = subprocess.run([sys.executable, "-c", FALLBACK], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert says in run.stdout
-    assert run.stderr.count("not available") == (0 if "DARKFORMER_NATIVE" in environment.keys() - os.environ.keys() else 1)
+    assert run.stderr.count("not available") == (
+        0 if "DARKFORMER_NATIVE" in environment.keys() - os.environ.keys() else 1
+    )
     assert not list(tmp_path.glob("**/*.so"))
 
 
@@ -347,9 +361,33 @@ def test_a_broken_cache_is_replaced_or_refused(tmp_path: Path) -> None:
 
 
 @needs_native
-def test_avx2_gives_the_same_numbers(tmp_path: Path) -> None:
-    """The narrower instruction set, built and self-tested in a process of its own."""
-    code = "from darkformer.ops import native; print(native.unavailable())"
-    environment = {**os.environ, "DARKFORMER_NATIVE_ISA": "avx2"}
+@pytest.mark.parametrize("isa", ["avx2", ""], ids=["avx2", "widest"])
+def test_nothing_is_read_before_it_is_written(isa: str) -> None:
+    """Built with scratch memory full of NaN, also for the narrower instruction set: the self-test and some cases."""
+    code = (
+        "import torch; from darkformer.ops import native; assert native.unavailable() is None, native.unavailable()\n"
+        "from ops.test_native import Case, SIZES, errors\n"
+        "for low in (torch.float32, torch.bfloat16):\n"
+        "    for window in (0, 5, 64, 100):\n"
+        "        case = Case(length=130, window=window, sinks=3, mode='warm', padding='left', **SIZES)\n"
+        "        assert not errors(case, low), (low, window)\n"
+        "print('clean')"
+    )
+    environment = {**os.environ, "DARKFORMER_NATIVE_ISA": isa, "DARKFORMER_NATIVE_POISON": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert run.stdout.strip() == "None", run.stdout + run.stderr
+    assert run.stdout.strip() == "clean", run.stdout + run.stderr
+
+
+@needs_native
+def test_it_compiles() -> None:
+    """`torch.compile` accepts the operator (no code is generated: backend="aot_eager")."""
+    case = Case(length=40, window=5, sinks=2, **SIZES)
+    made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
+    problem_of = attention_module._pose(*inputs, made, None, None, True, None)[0]
+
+    def function(query: Tensor) -> Tensor:
+        return native.native(problem_of._replace(query=query))[0].square()
+
+    found = torch.compile(function, backend="aot_eager", fullgraph=True)(problem_of.query)
+    assert torch.equal(found, function(problem_of.query))

@@ -37,9 +37,7 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
         state.recent_key, state.recent_value, state.sink_key, state.sink_value,
         problem.lengths, state.count, config.feature_count, problem.scaling,
     )  # fmt: skip
-    return output, AttentionState(
-        feature_values=values, feature_sum=total, log_scale=scale, **next_buffers(problem)
-    )
+    return output, AttentionState(feature_values=values, feature_sum=total, log_scale=scale, **next_buffers(problem))
 
 
 def _unfit(problem: Problem) -> str | None:
@@ -69,7 +67,10 @@ def _library_reason() -> str | None:
 
         selftest()
     except BuildError as error:
-        print(f"darkformer: the native attention is not available, torch's operators do the work: {error}", file=sys.stderr)
+        print(
+            f"darkformer: the native attention is not available, torch's operators do the work: {error}",
+            file=sys.stderr,
+        )
         return str(error)
     return None
 

@@ -64,7 +64,9 @@ def instruction_set() -> str:
     for name in [wanted] if wanted else ISAS:
         if cpu_flags() >= NEEDS[name]:
             return name
-    raise BuildError(f"the CPU has not the instructions of {wanted or 'avx2'}: {', '.join(sorted(NEEDS[wanted or 'avx2']))}")
+    raise BuildError(
+        f"the CPU has not the instructions of {wanted or 'avx2'}: {', '.join(sorted(NEEDS[wanted or 'avx2']))}"
+    )
 
 
 def compiler() -> list[str]:
@@ -127,7 +129,9 @@ def build(force: bool = False) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
             made = Path(folder) / path.name
-            run = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=PATIENCE, check=False)
+            run = subprocess.run(
+                [*command, "-o", str(made)], capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
             if run.returncode or not made.exists():
                 said = (run.stderr or run.stdout).strip().splitlines()
                 raise BuildError(f"{command[0]} failed ({run.returncode}): {said[0] if said else 'it made no library'}")

@@ -24,7 +24,7 @@ _POINTERS = (
 class _Call(ctypes.Structure):
     """`Call` of common.h."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes wants exactly this
+    _fields_ = [
         *((name, ctypes.c_int64) for name in _INTEGERS),
         ("qs", ctypes.c_int64 * 4), ("ks", ctypes.c_int64 * 3), ("vs", ctypes.c_int64 * 3),
         ("scaling", ctypes.c_double),
@@ -90,7 +90,7 @@ def _pool() -> int | None:
 
 def _plain(x: Tensor) -> Tensor:
     """Any strides but the last, which must be 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 and x.is_contiguous() else x.contiguous()
+    return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
 
 def _call(inputs: Inputs, sizes: Sizes, **results: Tensor) -> tuple[_Call, list[Tensor]]:

@@ -64,7 +64,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(lse, scale)
 
 
-def _backward(ctx: Any, grad_output: Tensor, _: Any, grad_values: Tensor, grad_total: Tensor, __: Any) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grad_output: Tensor, _: Any, grad_values: Tensor, grad_total: Tensor, __: Any
+) -> tuple[Any, ...]:
     *saved, scale, lse = ctx.saved_tensors
     found = backward_op(*saved, *ctx.sizes, scale, lse, grad_output, grad_values, grad_total)
     gradients: list[Tensor | None] = [None] * (COUNT + 2)
