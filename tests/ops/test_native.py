@@ -1,4 +1,4 @@
-"""The compiled backend against the float64 oracle: output, state, every gradient; threads, strides, building, refusing."""
+"""The compiled backend against the float64 oracle: output, state, gradients; threads, strides, building, refusing."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ def test_segments(case: Case, count: int) -> None:
     "case",
     [
         Case(method="performer", tied=True), Case(method="lfk", window=3), Case(method="local", window=7, sinks=2),
-        Case(proposal="optimal", window=4), Case(proposal="oprf", proposal_weights=False), Case(far_bias=False, window=2),
+        Case(proposal="optimal", window=4), Case(proposal="oprf", proposal_weights=False),
+        Case(far_bias=False, window=2),
         Case(dim=16, value_dim=64, features=16), Case(dim=72, value_dim=16, features=33, window=9),
         Case(dim=256, value_dim=128, features=130, heads=2, kv_heads=1, window=20, sinks=4),
     ],

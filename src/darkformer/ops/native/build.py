@@ -140,5 +140,5 @@ def build(force: bool = False) -> Path:
         raise BuildError(f"{command[0]} took longer than {PATIENCE} s") from error
     except OSError as error:
         raise BuildError(f"{error.strerror or error}: {error.filename or command[0]}") from error
-    build.seconds = time.monotonic() - start  # type: ignore[attr-defined]
+    print(f"darkformer: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return path

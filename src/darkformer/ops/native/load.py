@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
     sink_k: Tensor  # (B, G, sinks, d)
     sink_v: Tensor
     lengths: Tensor  # (B,) int64
-    count: Tensor
+    counts: Tensor
 
 
 class Sizes(NamedTuple):
@@ -104,7 +104,8 @@ def _call(inputs: Inputs, sizes: Sizes, **results: Tensor) -> tuple[_Call, list[
     call.scaling, call.parallel, call.splits = sizes.scaling, _pool(), ctypes.addressof(splits)
     call.qs[:], call.ks[:], call.vs[:] = query.stride()[:4], key.stride()[:3], value.stride()[:3]
     tensors: dict[str, Any] = {"q": query, "k": key, "v": value}
-    plain = {name: getattr(inputs, name).contiguous() for name in (*_INPUTS, "lengths", "count")}
+    plain = {name: getattr(inputs, name).contiguous() for name in (*_INPUTS, "lengths")}
+    plain["count"] = inputs.counts.contiguous()
     for name, x in (tensors | plain | results).items():
         setattr(call, name, x.data_ptr())
     return call, [*tensors.values(), *plain.values(), *results.values()]
@@ -138,8 +139,8 @@ def backward(
 
     names = ("dq", "dk", "dvalue", "dwq", "doffq", "dwk", "doffk", "dvalues", "dtotal")
     results = {name: like(x) for name, x in zip(names, inputs[:9], strict=True)}
-    names = ("d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v")
-    results |= {name: like(x).zero_() for name, x in zip(names, inputs[10:14], strict=True)}
+    buffers = ("d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v")
+    results |= {name: like(x).zero_() for name, x in zip(buffers, inputs[10:14], strict=True)}
     given = {
         "lse": log_normaliser, "scale_out": scale_after,
         "grad_out": grad_output.to(inputs.query.dtype), "grad_values": grad_values, "grad_total": grad_total,

@@ -17,7 +17,7 @@ _TENSORS = (
 )
 COUNT = len(Inputs._fields)
 #: Inputs that have a gradient, in order: all but the scale, the lengths and the count.
-DIFFERENTIABLE = tuple(i for i, name in enumerate(Inputs._fields) if name not in ("scale", "lengths", "count"))
+DIFFERENTIABLE = tuple(i for i, name in enumerate(Inputs._fields) if name not in ("scale", "lengths", "counts"))
 
 
 @torch.library.custom_op(
@@ -37,7 +37,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         query.new_empty(*query.shape[:-1], inputs.value.shape[-1]),
         query.new_empty(query.shape[:-1], dtype=torch.float32),
-        *(x.new_empty(x.shape) for x in (inputs.values, inputs.total, inputs.scale)),
+        inputs.values.new_empty(inputs.values.shape),
+        inputs.total.new_empty(inputs.total.shape),
+        inputs.scale.new_empty(inputs.scale.shape),
     )
 
 

@@ -35,10 +35,9 @@ def _problem(dtype: torch.dtype, compute: torch.dtype) -> Problem:
 def _native(problem: Problem, grad: Tensor) -> list[Tensor]:
     maps = sides(problem.parameters, 2, 18, problem.scaling)
     s = problem.state
-    inputs = Inputs(
-        problem.query, problem.key, problem.value, *(x.detach() for x in maps), s.feature_values, s.feature_sum,
-        s.log_scale, s.recent_key, s.recent_value, s.sink_key, s.sink_value, problem.lengths, s.count,
-    )  # fmt: skip
+    tensors = [problem.query, problem.key, problem.value, *(x.detach() for x in maps)]
+    tensors += [s.feature_values, s.feature_sum, s.log_scale, s.recent_key, s.recent_value, s.sink_key, s.sink_value]
+    inputs = Inputs._make([*tensors, problem.lengths, s.count])
     sizes = Sizes(problem.config.feature_count, problem.scaling)
     output, lse, values, total, scale = load.forward(inputs, sizes)
     gradients = load.backward(
