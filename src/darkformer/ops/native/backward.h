@@ -57,7 +57,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
   Rhs sink_kt{}, sink_vt{}, sink_k{};
 
   QueryPass(Shared& sh, int b, int g, int slot, float* sinks)
-      : Base(sh.c, b, g), sh(sh), qmap(c, s, c.wq, c.offq, g, false, true, true), dw(sh.of(slot, g)) {
+      : Base(sh.c, b, g), sh(sh), qmap(c, s, c.wq, c.offq, g, false, true), dw(sh.of(slot, g)) {
     SK = P::take(s.sp * s.dp), SV = P::take(s.sp * s.dvp), shift = P::take(s.mp);
     dSK = sinks, dSV = sinks + (size_t)s.sp * s.dp;
     if (!s.S) return;
@@ -251,7 +251,7 @@ template <bool BF> struct KeyPass {
 
   KeyPass(Shared& sh, int b, int g, int slot)
       : sh(sh), c(sh.c), s(sh.s), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s),
-        qmap(c, s, c.wq, c.offq, g, true, false, false), kmap(c, s, c.wk, c.offk, g, true, false, true), dw(sh.of(slot, g)) {}
+        qmap(c, s, c.wq, c.offq, g, true, false), kmap(c, s, c.wk, c.offk, g, true, false), dw(sh.of(slot, g)) {}
 
   void to_unit(const float* scale) {
     for (int i = 0; i < s.m; i++) {
@@ -409,7 +409,7 @@ template <bool BF> struct KeyPass {
       for (int j = 0; j < np; j += VL) sum += load(F + (size_t)i * np + j);
       dw.offk[i] -= hsum(sum);
     }
-    gemm<BF>(np, s.dp, s.mr, P::lt(F, np, np, s.mr), kmap.back.p, kmap.back.ld, dX, s.dp, true);
+    gemm<false>(np, s.dp, s.mr, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true);
     const Rhs k = P::r(K, s.dp, np, s.dp);
     gemm<BF>(s.mr, s.dp, np, P::l(F, np, s.mr, np), k.p, k.ld, dw.k.data(), s.dp, true);
     return true;

@@ -150,9 +150,8 @@ static inline void store_row(void* to, long at, const float* from, int n, bool b
 template <bool BF> struct Map {
   const float *off, *raw;     // (mr), (mr×dp)
   const float *row[2], *col[2];  // left (mr × dp) and right (dp × mr) operand, in units
-  Rhs back;                   // right operand (mr × dp) of the way back
   int dp, mp, mr;
-  Map(const Call& c, const Dims& s, const float* w, const float* offset, int g, bool rows, bool cols, bool backward)
+  Map(const Call& c, const Dims& s, const float* w, const float* offset, int g, bool rows, bool cols)
       : dp(s.dp), mp(s.mp), mr(s.mr) {
     float* a = scratch().take((size_t)mr * dp);
     float* o = scratch().take(mr);
@@ -175,7 +174,6 @@ template <bool BF> struct Map {
       if (rows) row[h] = lhs<BF>(part, dp, mr, dp, scratch_if(BF, (size_t)mr * dp)).p;
       if (cols) col[h] = rhs_t<BF>(part, dp, mr, dp, scratch().take((size_t)(dp + 16) * mr), tmp).p;
     }
-    if (backward) back = rhs<BF>(a, dp, mr, dp, scratch_if(BF, (size_t)mr * dp));
   }
   static float* scratch_if(bool wanted, size_t n) { return wanted ? scratch().take(n) : nullptr; }
 

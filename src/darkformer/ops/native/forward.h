@@ -95,7 +95,7 @@ template <bool BF> struct Walker {
   std::vector<int> moved;
 
   Walker(const Call& c, int b, int g)
-      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, g, true, false, false) {
+      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, g, true, false) {
     auto take = [](size_t n) { return scratch().take(n); };
     K = take(CHUNK * s.dp), V = take(CHUNK * s.dvp), KT = take((s.dp + 16) * CHUNK), VB = take(CHUNK * s.dvp);
     FK = take(s.mr * CHUNK), half = take(CHUNK), EK = take(s.mp * CHUNK), EKB = take(s.mp * CHUNK);
@@ -170,7 +170,7 @@ template <bool BF> struct Forward : Walker<BF> {
   float *top, *norm;
   Rhs sink_keys, sink_values;
 
-  Forward(const Call& call, int b, int g) : Base(call, b, g), qmap(c, s, c.wq, c.offq, g, false, true, false) {
+  Forward(const Call& call, int b, int g) : Base(call, b, g), qmap(c, s, c.wq, c.offq, g, false, true) {
     auto take = [](size_t n) { return scratch().take(n); };
     Q = take(CHUNK * s.dp), QA = take(CHUNK * s.dp), F = take(CHUNK * s.mr), FA = take(CHUNK * s.mp);
     half_q = take(CHUNK), SC = take(CHUNK * CHUNK), SCA = take(CHUNK * CHUNK), O = take(CHUNK * s.dvp);
