@@ -350,6 +350,21 @@ def test_without_a_compiler_chunked_works(environment: dict[str, str], says: str
     assert not list(tmp_path.glob("**/*.so"))
 
 
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"CC": "/bin/false", "CXX": ""}, "/bin/false does not run"),
+        ({"DARKFORMER_NATIVE": "0"}, "DARKFORMER_NATIVE=0 switches it off"),
+    ],
+)
+def test_status_says_why(environment: dict[str, str], says: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "darkformer.cli", "native", "status"]
+    environment = {**os.environ, "DARKFORMER_NATIVE_CACHE": str(tmp_path), **environment}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and f"not available: {says}" in run.stdout.replace("the compiler ", ""), run.stdout
+    assert not list(tmp_path.iterdir())  # status builds nothing
+
+
 @needs_native
 def test_a_broken_cache_is_replaced_or_refused(tmp_path: Path) -> None:
     """A file that is no library: one line, torch's operators do the work; `build` puts it right."""

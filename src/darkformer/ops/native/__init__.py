@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..problem import AttentionState, Problem, next_buffers
 from . import load
-from .build import BuildError, build, cache_folder, compiler, instruction_set, library_path
+from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
 from .maps import sides
 
 __all__ = ["build", "native", "splits", "status", "unavailable", "why_not"]
@@ -103,7 +103,10 @@ def status() -> dict[str, Any]:
         found["compiler"] = " ".join(compiler())
         path = library_path()
         found["library"], found["built"] = str(path), path.exists()
-        found["reason"] = unavailable() if path.exists() else None
+        if path.exists() or _library_reason.cache_info().currsize:
+            found["reason"] = unavailable()
+        else:
+            check_compiler()
     except BuildError as error:
         found["reason"] = str(error)
     if os.environ.get("DARKFORMER_NATIVE", "1") in ("0", "off", "false"):

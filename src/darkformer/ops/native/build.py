@@ -84,6 +84,23 @@ def compiler() -> list[str]:
     raise BuildError("there is no C++ compiler (looked for $CXX, $CC, c++, g++, clang++); on Debian: apt install g++")
 
 
+def check_compiler() -> None:
+    """Asks the compiler for its version, which costs nothing and finds one that does not run.
+
+    Raises:
+        BuildError: it does not answer.
+    """
+    command = compiler()
+    try:
+        run = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the compiler {command[0]} does not run: {error}") from error
+    if run.returncode:
+        raise BuildError(
+            f"the compiler {command[0]} does not run: `{command[0]} --version` ended with {run.returncode}"
+        )
+
+
 def cache_folder() -> Path:
     """$DARKFORMER_NATIVE_CACHE, else darkformer/native in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("DARKFORMER_NATIVE_CACHE"):
