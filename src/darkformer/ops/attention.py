@@ -90,7 +90,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, feature_map: Featur
 
 def _non_finite(**tensors: Tensor) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
-    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32)))]
+
+    def total(x: Tensor) -> Tensor:  # a sum in another dtype copies the whole tensor first; only float16 overflows
+        return x.detach().sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
+
+    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(total(x)))]
     return [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow by itself
 
 
