@@ -13,6 +13,8 @@ try:
     from rich.console import Console
     from rich.table import Table
     from typer.core import TyperGroup
+
+    from .cli_native import app as native_app
 except ModuleNotFoundError as error:  # pragma: no cover - exercised in a bare environment
     raise MissingExtraError(
         f"the command line needs {error.name!r}, which is not installed: pip install 'darkformer[all]'."
@@ -45,6 +47,7 @@ app = typer.Typer(
     help="Linear attention for pretrained transformers: convert, finetune, generate with constant-size state.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(native_app, name="native")
 
 
 def _dark(name: str, *flags: str) -> Any:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,9 +28,9 @@ class Count(TorchDispatchMode):
         return result
 
 
-def elements(case: Case, backend: str) -> int:
-    inputs = [x.requires_grad_() for x in make_inputs(case)]
-    made = make_map(case)
+def elements(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> int:
+    inputs = [x.requires_grad_() for x in make_inputs(case, dtype=dtype)]
+    made = make_map(case, dtype)
     with Count() as count:
         attention(*inputs, made, is_causal=case.mode != "bidirectional", backend=backend).sum().backward()
     return count.elements
