@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .hf.load import load_model
     from .train.calibrate import calibrate
     from .train.finetune import finetune
+    from .train.redraw import Redraw, redraw
 
 _LAZY = {
     "convert": "hf.convert",
@@ -41,6 +42,8 @@ _LAZY = {
     "save_light": "hf.light",
     "calibrate": "train.calibrate",
     "finetune": "train.finetune",
+    "Redraw": "train.redraw",
+    "redraw": "train.redraw",
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "NonFiniteError",
+    "Redraw",
     "RunFolderError",
     "TrainConfig",
     "__version__",
@@ -64,6 +68,7 @@ __all__ = [
     "finetune",
     "load_light",
     "load_model",
+    "redraw",
     "revert",
     "save_light",
 ]

@@ -74,6 +74,7 @@ SeqLen = Annotated[int, _train("seq_len", "--seq-len")]
 BatchSize = Annotated[int, _train("batch_size", "--batch-size")]
 SaveEvery = Annotated[int, _train("save_every", "--save-every")]
 Dtype = Annotated[str, _train("dtype", "--dtype")]
+RedrawEvery = Annotated[int, _train("redraw_every", "--redraw-every")]
 Seed = Annotated[int, typer.Option(help="Seed of the projections and of the data order.")]
 Paper = Annotated[
     bool,
@@ -117,6 +118,7 @@ def linearize(
     batch_size: BatchSize = TRAIN.batch_size,
     save_every: SaveEvery = TRAIN.save_every,
     dtype: Dtype = TRAIN.dtype,
+    redraw_every: RedrawEvery = TRAIN.redraw_every,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     overwrite: Overwrite = False,
@@ -138,7 +140,7 @@ def linearize(
         )  # fmt: skip
     budget = TrainConfig(
         train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size,
-        save_every=save_every, dtype=dtype, seed=seed,
+        save_every=save_every, dtype=dtype, redraw_every=redraw_every, seed=seed,
     )  # fmt: skip
     record = run(
         model, out, data=data, held_out=held_out, config=config, budget=budget, resume=resume, overwrite=overwrite,

@@ -1,6 +1,6 @@
 """Writes what this version saves, and the logits it computes: `python tests/artifacts/make.py`, once a release.
 
-A folder that is there already is never written again: later versions must load it as it is (tests/hf/test_artifacts.py).
+A folder that is there is never written again: later versions must load it as it is (tests/hf/test_artifacts.py).
 """
 
 import copy

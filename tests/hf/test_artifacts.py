@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tolerances import STREAM, relative_error
 from transformers import PreTrainedModel
 
 from darkformer import load_light, load_model
-from tolerances import STREAM, relative_error
 
 ARTIFACTS = Path(__file__).parents[1] / "artifacts"
 VERSIONS = sorted(path.name for path in ARTIFACTS.iterdir() if (path / "recorded.safetensors").is_file())

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf.families import DARK, PAPER, disturb, left_mask, linear, logits, tiny, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,6 +25,7 @@ from darkformer import (
 )
 from darkformer.hf import light
 from darkformer.hf.light import LIGHT_FILE
+from hf.families import DARK, PAPER, disturb, left_mask, linear, logits, tiny, tokens
 
 IDS, MASK = tokens(2, 40), left_mask([0, 11], 40)
 CONFIGS = {
