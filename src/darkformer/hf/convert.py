@@ -87,8 +87,13 @@ def _converted_modules(model: nn.Module) -> list[Any]:
 
 
 def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
-    """The feature maps of a converted model, first layer first."""
-    return (module for module in model.modules() if isinstance(module, FeatureMap))
+    """The feature maps of a converted model, first layer first.
+
+    Where an adapter of peft trains them (`modules_to_save=["dark"]`), the adapter's, not the frozen originals.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FeatureMap) and "original_module" not in name.split("."):
+            yield module
 
 
 def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
@@ -151,8 +156,17 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Within the block the model computes softmax attention and shows every converted layer's q, k, v to `observer`."""
+    """Within the block the model computes softmax attention and shows every converted layer's q, k, v to `observer`.
+
+    Raises:
+        ConversionError: no layer is converted, or an adapter of peft has wrapped the feature maps.
+    """
     modules = _converted_modules(model)
+    if not modules:
+        raise ConversionError(
+            f"{type(model).__name__} has no converted attention layer to observe: convert it first, and calibrate it "
+            "before an adapter of peft takes over its feature maps."
+        )
     try:
         for module in modules:
             module.__dict__["dark_observer"] = observer
