@@ -59,6 +59,28 @@ def error_heat_map(choices: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
+def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+    """One line a model: share of numbers recalled against the tokens that lie between; dotted where its window ends.
+
+    Args:
+        models: name → `recall` (points with `distance` and `accuracy`) and `window` (None for softmax).
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for color, (name, row) in zip(COLORS[::4] + COLORS[2::4], models.items(), strict=False):
+        distances = [point["distance"] for point in row["recall"]]
+        values = [100 * point["accuracy"] for point in row["recall"]]
+        axes.plot(distances, values, marker="o", color=color, label=Path(name).name)
+        if row["window"]:
+            axes.axvline(row["window"], color=color, linestyle=":", linewidth=1, label=f"window {row['window']}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens between the number and the question's end")
+    axes.set_ylabel("numbers recalled whole, %")
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

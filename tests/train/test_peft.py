@@ -67,9 +67,8 @@ def test_train_save_load_merge(geometry: dict[str, object], tmp_path: Path) -> N
     assert changed == expected and len([name for name in changed if "geometry" in name]) == (3 if geometry else 0)
 
     model.save_pretrained(tmp_path / "adapter")
-    assert any("dark.geometry" in n for n in load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == bool(
-        geometry
-    )
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("dark.geometry" in name for name in names) == bool(geometry)
     trained = logits(model, IDS)
     loaded = PeftModel.from_pretrained(linear("llama"), tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, IDS), trained)

@@ -20,9 +20,10 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from darkformer import convert, dark_layers
+from darkformer import convert
 
-WORDS = [
+WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", "red", "blue", "green", "one", "two", "three"]
+WORDS += ["what", "is", "the"]
     "<pad>",
     "<eos>",
     "<unk>",
@@ -110,21 +111,19 @@ def test_trainer_with_nothing_but_convert(tmp_path: Path) -> None:
 def test_ragged_rows_through_the_collator_of_language_modelling(
     chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    # Padding on either side changes nothing: the same loss curve.
+    # The amount of padding changes nothing: the same loss curve.
     curves = []
-    for side in ("left", "right"):
-        chat_tokenizer.padding_side = side
-        rows = [
-            {"input_ids": tokens(1, length, seed=length)[0] % len(WORDS)} for length in (5, 17, 30, 31, 8, 12, 26, 9)
-        ]
+    for multiple in (1, 64):
+        lengths = (5, 17, 30, 31, 8, 12, 26, 9)
+        rows = [{"input_ids": tokens(1, length, seed=length)[0] % len(WORDS)} for length in lengths]
         trainer = Trainer(
             model=convert(_model(), DARK), train_dataset=rows,
-            data_collator=DataCollatorForLanguageModeling(chat_tokenizer, mlm=False),
-            args=TrainingArguments(str(tmp_path / side), max_steps=4, save_strategy="no", **QUICK),
+            data_collator=DataCollatorForLanguageModeling(chat_tokenizer, mlm=False, pad_to_multiple_of=multiple),
+            args=TrainingArguments(str(tmp_path / str(multiple)), max_steps=4, save_strategy="no", **QUICK),
         )  # fmt: skip
         trainer.train()
         curves.append(_losses(trainer))
-    assert curves[0] == pytest.approx(curves[1], rel=2e-4) and curves[0][0] > 1
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][0] > 1
 
 
 @pytest.mark.parametrize("assistant_only", [False, True], ids=["all tokens", "answers only"])
@@ -143,13 +142,10 @@ def test_sft_trainer_on_chats(assistant_only: bool, chat_tokenizer: PreTrainedTo
     assert losses[-1] < 0.3 * losses[0]
     model.eval()
     chat_tokenizer.padding_side = "left"
-    questions = [
-        [{"role": "user", "content": "green what is the what is the"}],
-        [{"role": "user", "content": "red is"}],
-    ]
+    asked = ("green what is the what is the", "red is")
+    questions = [[{"role": "user", "content": text}] for text in asked]
     prompt = chat_tokenizer.apply_chat_template(
         questions, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
     answers = model.generate(**prompt, max_new_tokens=2, do_sample=False)[:, prompt["input_ids"].shape[1] :]
     assert chat_tokenizer.batch_decode(answers) == ["three <eos>", "one <eos>"]
-    assert next(dark_layers(model)).geometry.grad is None or trainer.state.global_step == 25

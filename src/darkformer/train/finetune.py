@@ -169,6 +169,14 @@ def _arguments(budget: TrainConfig, out: Path) -> TrainingArguments:
     )
 
 
+def _checkpoint(out: Path, resume: bool) -> str | None:
+    """The last checkpoint in `out`, which only a resumed run may find there: it would be taken for this run's."""
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if last and not resume:
+        raise RunFolderError(f"{out} holds {Path(last).name} of another run: resume=True continues it.")
+    return last
+
+
 def _step_of(checkpoint: str) -> int:
     return int(checkpoint.rsplit("-", 1)[1])
 
@@ -231,9 +239,7 @@ def finetune(
     if budget.train == "none" or budget.steps == 0:
         return []
     own, added = trainable_parameters(model, budget.train)
-    checkpoint = get_last_checkpoint(str(out)) if Path(out).is_dir() else None
-    if checkpoint and not resume:  # its files would be taken for this run's
-        raise RunFolderError(f"{out} holds {Path(checkpoint).name} of another run: resume=True continues it.")
+    checkpoint = _checkpoint(Path(out), resume)
     steps = _Steps(on_step, after_step or {})
     with _learning(model, own + added):
         trainer = _Trainer(
