@@ -24,21 +24,6 @@ from darkformer import convert
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", "red", "blue", "green", "one", "two", "three"]
 WORDS += ["what", "is", "the"]
-    "<pad>",
-    "<eos>",
-    "<unk>",
-    "<user>",
-    "<bot>",
-    "red",
-    "blue",
-    "green",
-    "one",
-    "two",
-    "three",
-    "what",
-    "is",
-    "the",
-]
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} {% else %}<bot> "
     "{% generation %}{{ m.content }} <eos>{% endgeneration %} {% endif %}{% endfor %}"
