@@ -1,6 +1,7 @@
 """The light form: the same bits again on the same base, and one clear error for every way in which it can be wrong."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from darkformer import (
     save_light,
 )
 from darkformer.hf import light
+from darkformer.hf import load as loading
 from darkformer.hf.light import LIGHT_FILE
 from hf.families import DARK, PAPER, disturb, left_mask, linear, logits, tiny, tokens
 
@@ -247,6 +249,34 @@ class TestFullWeights:
         for load in (AutoModelForCausalLM.from_pretrained, lambda folder: load_model(str(folder))):
             with pytest.raises(InputError, match=r"lacks 2 tensors.*layers\.0\.self_attn\.dark\.far_bias"):
                 load(tmp_path)
+
+    @pytest.mark.parametrize("shards", [False, True])
+    def test_any_flipped_bit(self, shards: bool, tmp_path: Path) -> None:
+        class Tokenizer:
+            def save_pretrained(self, folder: Path) -> None: ...
+
+        model = linear("llama")
+        if shards:
+            model.save_pretrained(tmp_path, max_shard_size="40KB")
+            names = {path.name for path in tmp_path.glob("*.safetensors")}
+            assert len(names) > 1
+            lines = "".join(f"{digest}  {name}\n" for name, digest in loading._digests(tmp_path).items())
+            (tmp_path / "SHA256SUMS").write_text(lines)
+        else:
+            loading.save_model(model, Tokenizer(), tmp_path)  # type: ignore[arg-type]
+        done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout  # the file is that of the standard tool
+        _same(load_model(str(tmp_path)), model)
+        for file in sorted(tmp_path.glob("*.safetensors")):
+            content = file.read_bytes()
+            for place in (20, len(content) // 2, len(content) - 1):
+                file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+                with pytest.raises(InputError, match=rf"{file.name} is missing or damaged"):
+                    load_model(str(tmp_path))
+            file.write_bytes(content)
+        file.unlink()
+        with pytest.raises(InputError, match=rf"{file.name} is missing or damaged"):
+            load_model(str(tmp_path))
 
     def test_softmax_weights_under_a_converted_config(self, tmp_path: Path) -> None:
         tiny("llama").save_pretrained(tmp_path)
