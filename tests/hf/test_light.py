@@ -102,6 +102,13 @@ def test_a_base_saved_in_half_precision_counts_by_its_numbers(tmp_path: Path) ->
     assert torch.equal(next(dark_layers(in_half)).geometry, next(dark_layers(model)).geometry)
 
 
+def test_no_path_of_this_machine_is_saved(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "my-base")
+    file = save_light(convert(load_model(str(tmp_path / "my-base")), DARK), tmp_path / "light")
+    assert json.loads(_header(file)["darkformer"])["base"]["name"] == "my-base"
+    assert str(tmp_path).encode() not in file.read_bytes()
+
+
 def test_revert_forgets_the_base(tmp_path: Path) -> None:
     model = revert(linear("llama"))
     assert not hasattr(model.config, "darkformer_base")

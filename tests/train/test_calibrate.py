@@ -21,10 +21,11 @@ from darkformer import (
     dark_layers,
 )
 from darkformer.features.maps import key_log_features, query_log_features
+from darkformer.features.moments import Moments
 from darkformer.features.proposals import oprf_covariance, optimal_covariance
 from darkformer.features.transforms import regularise
 from darkformer.ops.attention import attention
-from darkformer.train.calibrate import SCALES, Moments
+from darkformer.train.calibrate import SCALES
 from train.capture import captured, keys_of, queries_of
 
 BATCHES = [tokens(3, 60, seed=i) for i in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,5 +53,7 @@ def describe_base(model: nn.Module) -> dict[str, Any] | None:
     if any(tensor.is_meta for tensor in own.values()):
         return None
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    if Path(name).exists():  # a folder of this machine: its name says enough, and is saved with the model
+        name = Path(name).name
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {"name": name, "dtype": dtype, "fingerprint": digest(own, values=True)}

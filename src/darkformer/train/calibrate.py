@@ -12,64 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, ConversionError, InputError
-from ..features.maps import FeatureMap, FeatureParameters, key_log_features, query_log_features
-from ..features.proposals import (
-    PairMoments,
-    inadmissible,
-    pair_moments,
-    proposal_covariance,
-    shared_covariance,
-)
-from ..features.transforms import balance
+from ..config import ConversionError, InputError
+from ..diagnostics.probe import Probe, real_tokens
+from ..features.maps import FeatureMap
+from ..features.moments import HeadProposals, Moments, set_transforms
 from ..hf.convert import dark_layers, observing
 from .evaluate import Progress
 
 #: Scales of the starting geometry that the line search tries: a colder kernel is biased but far less noisy.
 SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
-#: Offsets tried around the bias that matches the far mass; a noisy head is better off with less of its features.
-BIAS_OFFSETS = (0.0, -0.5, -1.0, -2.0, -4.0, -8.0)
 #: Tokens of a sequence the line search looks at; it compares with quadratic attention.
 SEARCH_TOKENS = 512
-
-
-class Moments:
-    """Streaming first and second moments of a layer's scaled queries and keys, in float64."""
-
-    def __init__(self, groups: int, dim: int) -> None:
-        self.count = {"query": 0, "key": 0}
-        self.total = {side: torch.zeros(groups, dim, dtype=torch.float64) for side in self.count}
-        self.square = {side: torch.zeros(groups, dim, dim, dtype=torch.float64) for side in self.count}
-
-    def add(self, side: str, x: Tensor, keep: Tensor) -> None:
-        """x (B, G, …, L, d) of which the tokens keep (B, L) count."""
-        rows = x.movedim(1, 0).flatten(1, -2)[:, keep_rows(x, keep)].double().cpu()
-        self.count[side] += rows.shape[1]
-        self.total[side] += rows.sum(1)
-        self.square[side] += rows.mT @ rows
-
-    def mean(self, side: str) -> Tensor:
-        """(G, d)."""
-        return self.total[side] / self.count[side]
-
-    def covariance(self, side: str, centered: bool) -> Tensor:
-        """(G, d, d): the covariance, or the second moment about zero."""
-        second = self.square[side] / self.count[side]
-        mean = self.mean(side)
-        return second - mean[:, :, None] * mean[:, None, :] if centered else second
-
-
-def keep_rows(x: Tensor, keep: Tensor) -> Tensor:
-    """Flattens keep (B, L) to the row order of x (B, G, [R,] L, d) with G moved out."""
-    if x.dim() == 5:
-        keep = keep[:, None].expand(-1, x.shape[2], -1)
-    return keep.flatten()
-
-
-def _real(mask: Tensor | None, query: Tensor) -> Tensor:
-    """(B, L) which tokens are real."""
-    shape = (query.shape[0], query.shape[2])
-    return torch.ones(shape, dtype=torch.bool, device=query.device) if mask is None else mask[:, -shape[1] :].bool()
 
 
 @dataclass(frozen=True)
@@ -104,7 +57,7 @@ def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Momen
         fm: FeatureMap, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, _: Tensor
     ) -> None:
         layer = moments.setdefault(fm.layer, Moments(fm.num_kv_heads, fm.head_dim))
-        real = _real(mask, query)
+        real = real_tokens(mask, query)
         grouped = query.unflatten(1, (fm.num_kv_heads, -1))
         layer.add("query", grouped * scaling**0.5, real)
         # The sinks stay exact, and they are the outliers: the features' statistics leave them out.
@@ -115,136 +68,6 @@ def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Momen
             _forward(model, batch)
             tick()
     return moments
-
-
-@torch.no_grad()
-def _set_transforms(fm: FeatureMap, moments: Moments) -> None:
-    needed = 2 * fm.head_dim
-    if moments.count["key"] < needed:
-        raise InputError(
-            f"calibration saw {moments.count['key']} tokens per head, a covariance of dimension {fm.head_dim} "
-            f"needs {needed} at the least: give longer or more batches."
-        )
-    if fm.query_center is not None and fm.key_center is not None:
-        fm.query_center.copy_(moments.mean("query"))
-        fm.key_center.copy_(moments.mean("key"))
-    if fm.query_balance is not None and fm.key_balance is not None:
-        centered = fm.query_center is not None
-        pair = balance(moments.covariance("query", centered), moments.covariance("key", centered))
-        fm.query_balance.copy_(pair.query)
-        fm.key_balance.copy_(pair.key)
-
-
-def _feature_moments(fm: FeatureMap, moments: Moments) -> PairMoments:
-    """Moments of queries and keys as the features see them at scale 1 (M = I): centred, balanced."""
-    sides = []
-    for side, center, map_ in (
-        ("query", fm.query_center, fm.query_balance),
-        ("key", fm.key_center, fm.key_balance),
-    ):
-        mean, second = moments.mean(side), moments.covariance(side, center is not None)
-        if center is not None:
-            mean = torch.zeros_like(mean)
-        if map_ is not None:
-            linear = map_.detach().double().cpu()
-            mean, second = (linear @ mean[..., None])[..., 0], linear @ second @ linear.mT
-        sides.append((second, mean))
-    (query, query_mean), (key, key_mean) = sides
-    return pair_moments(query, key, query_mean, key_mean)
-
-
-class _Proposals:
-    """Sets one layer's proposal for any scale of its heads."""
-
-    def __init__(self, fm: FeatureMap, moments: Moments) -> None:
-        self.fm, self.moments = fm, _feature_moments(fm, moments)
-
-    def _bad(self, scale: Tensor) -> list[list[float]]:
-        """Per head the eigenvalues that Theorem 3.2 refuses at scale (G,); none for the other proposals."""
-        if self.fm.config.proposal != "theorem32":
-            return [[] for _ in range(self.fm.num_kv_heads)]
-        scaled = self.moments.scaled(scale)
-        return inadmissible(shared_covariance(scaled.query, scaled.key))
-
-    def exists(self, scale: Tensor) -> Tensor:
-        """(G,) bool, for scale (G,)."""
-        return torch.tensor([not bad for bad in self._bad(scale)])
-
-    def set_(self, scale: Tensor) -> None:
-        """The proposal at scale (G,), isotropic where it does not exist."""
-        shrunk = torch.where(self.exists(scale), scale, 0.0)  # every proposal of zero moments is the identity
-        self.fm.propose_(proposal_covariance(self.fm.config.proposal, self.moments.scaled(shrunk)))
-
-    def check(self, coldest: float) -> None:
-        """Raises ConfigError for heads without a proposal even at the coldest scale that may be chosen."""
-        bad = self._bad(torch.full((self.fm.num_kv_heads,), coldest))
-        if any(bad):
-            shown = "; ".join(
-                f"head {g}: {', '.join(f'{v:.3g}' for v in row[::-1])}" for g, row in enumerate(bad) if row
-            )
-            raise ConfigError(
-                f"layer {self.fm.layer}: proposal='theorem32' needs every eigenvalue of Λ below 1/2; "
-                f"at scale {coldest} these are not: {shown}. "
-                "proposal='optimal' exists for every Λ; cold_start=True and balance=True help."
-            )
-
-
-class _Part(NamedTuple):
-    """One part of attention: Σ w·v (B, G, R, L, d_v) and Σ w (B, G, R, L, 1), on the exact weights' scale."""
-
-    numerator: Tensor
-    normaliser: Tensor
-
-
-class _Search:
-    """Quadratic attention of one layer on held-back tokens: the exact parts, and the features' part at any scale."""
-
-    def __init__(self, fm: FeatureMap, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float):
-        keep = slice(0, SEARCH_TOKENS)
-        real = _real(mask, query)[:, keep]
-        self.q = query[:, :, keep].unflatten(1, (fm.num_kv_heads, -1)).float() * scaling**0.5
-        self.k, self.v = key[:, :, keep].float() * scaling**0.5, value[:, :, keep].float()
-        self.position = (real.cumsum(1) - 1).clamp_min(0)
-        offset = self.position[:, :, None] - self.position[:, None, :]
-        seen = (offset >= 0) & real[:, None, :] & real[:, :, None]
-        near = seen & ((offset < fm.config.window) | (self.position < fm.config.sinks)[:, None, :])
-        self.far_mask = (seen & ~near)[:, None, None]
-        logits = (self.q @ self.k[:, :, None].mT).masked_fill(~seen[:, None, None], -torch.inf)
-        self.top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-        weights = (logits - self.top).exp()
-        self.near = self._part(weights * near[:, None, None])
-        self.far = self._part(weights * self.far_mask)
-        self.rows = real[:, None, None, :, None]
-        self.target = self._output(self.far)
-
-    def _part(self, weights: Tensor) -> _Part:
-        return _Part(weights @ self.v[:, :, None], weights.sum(-1, keepdim=True))
-
-    def _output(self, far: _Part) -> Tensor:
-        normaliser = (self.near.normaliser + far.normaliser).clamp_min(1e-30)
-        return (self.near.numerator + far.numerator) / normaliser * self.rows
-
-    def features(self, parameters: FeatureParameters) -> _Part:
-        """The far part by the features of `parameters`."""
-        heads, length = self.q.shape[2:4]
-        lq = query_log_features(parameters, self.q.flatten(2, 3), self.position.repeat(1, heads))
-        lk = key_log_features(parameters, self.k, self.position)[:, :, None]
-        lq = lq.unflatten(2, (heads, length))
-        high_q, high_k = lq.amax(-1, keepdim=True), lk.amax((-2, -1), keepdim=True)
-        kernel = (lq - high_q).exp() @ (lk - high_k).exp().mT
-        return self._part(kernel * (high_q + high_k - self.top).clamp_max(80.0).exp() * self.far_mask)
-
-    def bias(self, far: _Part) -> Tensor:
-        """Per kv head: the median over queries of log(exact far mass / the features' far mass)."""
-        exact, ours = self.far.normaliser, far.normaliser
-        ratio = torch.where((exact > 0) & (ours > 0), exact.log() - ours.log(), torch.nan)
-        return ratio.transpose(0, 1).flatten(1).nanmedian(dim=1).values.nan_to_num()
-
-    def error(self, far: _Part, bias: Tensor) -> Tensor:
-        """Per kv head: ‖output - exact output‖² / ‖exact output‖² over real tokens, the features times exp(bias)."""
-        factor = bias.exp()[:, None, None, None]
-        output = self._output(_Part(far.numerator * factor, far.normaliser * factor))
-        return (output - self.target).square().sum((0, 2, 3, 4)) / self.target.square().sum((0, 2, 3, 4))
 
 
 class _Try(NamedTuple):
@@ -260,7 +83,7 @@ def _scales(fm: FeatureMap) -> tuple[float, ...]:
     return SCALES if fm.scalable and fm.config.cold_start else SCALES[:1]
 
 
-def _try_scale(fm: FeatureMap, search: _Search, proposals: _Proposals | None, scale: float) -> list[_Try]:
+def _try_scale(fm: FeatureMap, probe: Probe, proposals: HeadProposals | None, scale: float) -> list[_Try]:
     """Every bias at one scale of the maps, with the proposal that belongs to this scale."""
     allowed = torch.ones(fm.num_kv_heads, dtype=torch.bool)
     if proposals is not None:
@@ -273,17 +96,14 @@ def _try_scale(fm: FeatureMap, search: _Search, proposals: _Proposals | None, sc
         query_map=None if start.query_map is None else start.query_map * scale,
         key_map=None if start.key_map is None else start.key_map * scale,
     )
-    far = search.features(scaled)
-    biases = [far.normaliser.new_zeros(fm.num_kv_heads)]
-    if fm.far_bias is not None:
-        matched = search.bias(far)
-        biases += [matched + offset for offset in BIAS_OFFSETS]
-    return [_Try(scale, bias, search.error(far, bias), allowed) for bias in biases]
+    far = probe.features(scaled)
+    biases = probe.biases(far) if fm.far_bias is not None else [far.normaliser.new_zeros(fm.num_kv_heads)]
+    return [_Try(scale, bias, probe.error(far, bias), allowed) for bias in biases]
 
 
 @torch.no_grad()
-def _search_layer(fm: FeatureMap, search: _Search, proposals: _Proposals | None) -> HeadChoice:
-    tried = [candidate for scale in _scales(fm) for candidate in _try_scale(fm, search, proposals, scale)]
+def _search_layer(fm: FeatureMap, probe: Probe, proposals: HeadProposals | None) -> HeadChoice:
+    tried = [candidate for scale in _scales(fm) for candidate in _try_scale(fm, probe, proposals, scale)]
     errors = torch.stack([t.error for t in tried]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
     allowed = torch.stack([t.allowed for t in tried]).to(errors.device)
     best, groups = errors.masked_fill(~allowed, torch.inf).argmin(0), torch.arange(fm.num_kv_heads)
@@ -296,31 +116,30 @@ def _search_layer(fm: FeatureMap, search: _Search, proposals: _Proposals | None)
         proposals.set_(chosen)
     if fm.far_bias is not None:
         fm.far_bias.copy_(bias)
-    only_exact = search.error(search.far, torch.full_like(bias, -torch.inf))
-    columns = (chosen, bias, errors[best, groups].sqrt(), errors[0].sqrt(), only_exact.sqrt())
+    columns = (chosen, bias, errors[best, groups].sqrt(), errors[0].sqrt(), probe.error_exact_part().sqrt())
     return HeadChoice(fm.layer, *(column.tolist() for column in columns))
 
 
 def _set_closed_forms(
     model: nn.Module, layers: list[FeatureMap], batches: list[Any], tick: Any
-) -> dict[int, _Proposals]:
+) -> dict[int, HeadProposals]:
     """Centres, balance and proposals (at scale 1) of the layers that have any; the proposals by the layer's id."""
     gaussian = [
         fm for fm in layers if any(x is not None for x in (fm.query_center, fm.query_balance, fm.proposal_root))
     ]
-    proposals: dict[int, _Proposals] = {}
+    proposals: dict[int, HeadProposals] = {}
     moments = _collect(model, batches, tick) if gaussian else {}
     for fm in gaussian:
-        _set_transforms(fm, moments[fm.layer])
+        set_transforms(fm, moments[fm.layer])
         if fm.proposal_root is not None:
-            proposals[id(fm)] = proposal = _Proposals(fm, moments[fm.layer])
+            proposals[id(fm)] = proposal = HeadProposals(fm, moments[fm.layer])
             proposal.check(_scales(fm)[-1])
             proposal.set_(torch.ones(fm.num_kv_heads))
     return proposals
 
 
 def _line_search(
-    model: nn.Module, layers: list[FeatureMap], batch: Any, proposals: dict[int, _Proposals]
+    model: nn.Module, layers: list[FeatureMap], batch: Any, proposals: dict[int, HeadProposals]
 ) -> list[HeadChoice]:
     """Scale and bias of the layers that have one to choose, measured on `batch`."""
     choices: list[HeadChoice] = []
@@ -328,7 +147,8 @@ def _line_search(
 
     def observer(fm: FeatureMap, *captured: Any) -> None:
         if id(fm) in searched:
-            choices.append(_search_layer(fm, _Search(fm, *captured[:-1]), proposals.get(id(fm))))
+            probe = Probe(*captured[:-1], config=fm.config, tokens=SEARCH_TOKENS)
+            choices.append(_search_layer(fm, probe, proposals.get(id(fm))))
 
     if searched:
         with observing(model, observer):
