@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hf.families import disturb
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
-from darkformer import DarkConfig, InputError, convert, load_model
+from darkformer import DarkConfig, InputError, MissingExtraError, convert, load_model
 from darkformer.experiments.harness import run_tasks
 from darkformer.hf.load import load_tokenizer
 
@@ -115,6 +117,13 @@ def test_left_padded_generation_is_that_of_each_prompt_alone(
 
 def test_lm_evals_class_keeps_our_model(model: PreTrainedModel, tokenizer: Any) -> None:
     assert HFLM(pretrained=model, tokenizer=tokenizer).model is model
+
+
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "darkformer.experiments.harness")
+    with pytest.raises(MissingExtraError, match=r"--tasks needs 'lm_eval'.*darkformer\[eval\]"):
+        importlib.import_module("darkformer.experiments.harness")
 
 
 def test_limit(model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def benchmark(
         rows[name] = row
     record = {
         "command": "evaluate", "models": rows, "recall_task": asdict(asked) if asked else None,
-        "tasks": {key: str(value) for key, value in (tasks or {}).items()}, "environment": environment(),
+        "tasks": dict(tasks) if tasks else None, "environment": environment(),
     }  # fmt: skip
     write_json(out / RECORD, record)
     if asked:
