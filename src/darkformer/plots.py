@@ -60,19 +60,25 @@ def error_heat_map(choices: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
-    """One line a model: share of numbers recalled against the tokens that lie between; dotted where its window ends.
+    """One line a model: share of numbers recalled against the tokens that lie between, with the windows' ends.
 
     Args:
         models: name → `recall` (points with `distance` and `accuracy`) and `window` (None for softmax).
     """
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for color, (name, row) in zip(COLORS[::4] + COLORS[2::4], models.items(), strict=False):
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    styles = zip(COLORS[::4] + COLORS[2::4], "osD^", (9, 7, 5, 4), ("-", "--", "-.", ":"), strict=True)
+    windows = sorted({row["window"] for row in models.values() if row["window"]})
+    for window in windows:
+        axes.axvline(window, color="#999999", linewidth=1)
+        axes.annotate(f"window {window}", (window, 50), rotation=90, ha="right", va="center", color="#666666")
+    for (color, marker, size, line), (name, row) in zip(styles, models.items(), strict=False):
         distances = [point["distance"] for point in row["recall"]]
         values = [100 * point["accuracy"] for point in row["recall"]]
-        axes.plot(distances, values, marker="o", color=color, label=Path(name).name)
-        if row["window"]:
-            axes.axvline(row["window"], color=color, linestyle=":", linewidth=1, label=f"window {row['window']}")
-    axes.set_xscale("log", base=2)
+        label = Path(name).name
+        axes.plot(distances, values, marker=marker, markersize=size, linestyle=line, color=color, label=label)
+        axes.set_xticks(distances, [str(distance) for distance in distances])
     axes.set_xlabel("tokens between the number and the question's end")
     axes.set_ylabel("numbers recalled whole, %")
     axes.set_ylim(-3, 103)
