@@ -100,3 +100,18 @@ def test_commands_in_the_docs_parse() -> None:
         sub = command.commands[words[1]]
         flags = {flag for p in sub.params for flag in (*p.opts, *p.secondary_opts)}
         assert {word for word in words if word.startswith("--")} <= flags, words
+
+
+def test_what_the_docs_say_of_recall_is_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "records" / "recall.json").read_text(encoding="utf-8"))
+    reach = {
+        name: max(point["distance"] for point in model["recall"] if point["accuracy"] == 1)
+        for name, model in record["models"].items()
+    }
+    assert reach == {
+        "softmax": 512, "default, both parts": 48, "default, exact part": 48, "window 256, both parts": 128,
+    }  # fmt: skip
+    beyond = [p["accuracy"] for m in record["models"].values() if m["window"] for p in m["recall"]
+              if p["distance"] >= m["window"]]  # fmt: skip
+    assert beyond and set(beyond) == {0}
+    assert (ROOT / "docs" / "figures" / "recall.png").is_file()
