@@ -37,28 +37,6 @@ def accuracy_against_step(curves: Mapping[str, Sequence[Mapping[str, float]]], p
     return _save(figure, path)
 
 
-def error_heat_map(choices: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Relative error of the attention output per layer and kv head: exact part only, and with features.
-
-    Args:
-        choices: calibration records with `layer`, `error` and `error_exact_part`.
-    """
-    both = np.array([c["error"] for c in choices]).T
-    alone = np.array([c["error_exact_part"] for c in choices]).T
-    layers = [c["layer"] for c in choices]
-    high = float(max(both.max(), alone.max()))
-    figure, rows = plt.subplots(2, 1, figsize=(max(7.0, 0.34 * len(layers) + 2), 4.4), constrained_layout=True)
-    for axes, values, title in zip(rows, (alone, both), ("window and sinks only", "with random features"), strict=True):
-        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=high)
-        axes.set_title(f"{title} (mean {values.mean():.2f})", fontsize=10)
-        axes.set_xticks(range(0, len(layers), 2), layers[::2])
-        axes.set_yticks(range(values.shape[0]))
-        axes.set_ylabel("kv head")
-    rows[-1].set_xlabel("layer")
-    figure.colorbar(image, ax=rows, label="relative error of the output\nafter calibration, no training")
-    return _save(figure, path)
-
-
 def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     """One line a model: share of numbers recalled against the tokens that lie between, with the windows' ends.
 
@@ -84,6 +62,28 @@ def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path)
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, path)
+
+
+def error_heat_map(choices: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Relative error of the attention output per layer and kv head: exact part only, and with features.
+
+    Args:
+        choices: calibration records with `layer`, `error` and `error_exact_part`.
+    """
+    both = np.array([c["error"] for c in choices]).T
+    alone = np.array([c["error_exact_part"] for c in choices]).T
+    layers = [c["layer"] for c in choices]
+    high = float(max(both.max(), alone.max()))
+    figure, rows = plt.subplots(2, 1, figsize=(max(7.0, 0.34 * len(layers) + 2), 4.4), constrained_layout=True)
+    for axes, values, title in zip(rows, (alone, both), ("window and sinks only", "with random features"), strict=True):
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=high)
+        axes.set_title(f"{title} (mean {values.mean():.2f})", fontsize=10)
+        axes.set_xticks(range(0, len(layers), 2), layers[::2])
+        axes.set_yticks(range(values.shape[0]))
+        axes.set_ylabel("kv head")
+    rows[-1].set_xlabel("layer")
+    figure.colorbar(image, ax=rows, label="relative error of the output\nafter calibration, no training")
     return _save(figure, path)
 
 
