@@ -27,17 +27,23 @@ from .ops.problem import AttentionState
 
 if TYPE_CHECKING:
     from .hf.convert import convert, dark_layers, revert
+    from .hf.light import load_light, save_light
     from .hf.load import load_model
     from .train.calibrate import calibrate
     from .train.finetune import finetune
+    from .train.redraw import Redraw, redraw
 
 _LAZY = {
     "convert": "hf.convert",
     "revert": "hf.convert",
     "dark_layers": "hf.convert",
+    "load_light": "hf.light",
     "load_model": "hf.load",
+    "save_light": "hf.light",
     "calibrate": "train.calibrate",
     "finetune": "train.finetune",
+    "Redraw": "train.redraw",
+    "redraw": "train.redraw",
 }
 
 __all__ = [
@@ -50,6 +56,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "NonFiniteError",
+    "Redraw",
     "RunFolderError",
     "TrainConfig",
     "__version__",
@@ -59,8 +66,11 @@ __all__ = [
     "dark_layers",
     "feature_map",
     "finetune",
+    "load_light",
     "load_model",
+    "redraw",
     "revert",
+    "save_light",
 ]
 
 

@@ -37,6 +37,34 @@ def accuracy_against_step(curves: Mapping[str, Sequence[Mapping[str, float]]], p
     return _save(figure, path)
 
 
+def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+    """One line a model: share of numbers recalled against the tokens that lie between, with the windows' ends.
+
+    Args:
+        models: name → `recall` (points with `distance` and `accuracy`) and `window` (None for softmax).
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    styles = zip(COLORS[::4] + COLORS[2::4], "osD^", (9, 7, 5, 4), ("-", "--", "-.", ":"), strict=True)
+    windows = sorted({row["window"] for row in models.values() if row["window"]})
+    for window in windows:
+        axes.axvline(window, color="#999999", linewidth=1)
+        axes.annotate(f"window {window}", (window, 50), rotation=90, ha="right", va="center", color="#666666")
+    for (color, marker, size, line), (name, row) in zip(styles, models.items(), strict=False):
+        distances = [point["distance"] for point in row["recall"]]
+        values = [100 * point["accuracy"] for point in row["recall"]]
+        label = Path(name).name
+        axes.plot(distances, values, marker=marker, markersize=size, linestyle=line, color=color, label=label)
+        axes.set_xticks(distances, [str(distance) for distance in distances])
+    axes.set_xlabel("tokens between the number and the question's end")
+    axes.set_ylabel("numbers recalled whole, %")
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, path)
+
+
 def error_heat_map(choices: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Relative error of the attention output per layer and kv head: exact part only, and with features.
 

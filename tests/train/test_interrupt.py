@@ -11,7 +11,7 @@ import torch
 from hf.families import DARK, linear, tiny, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from darkformer import DarkConfig, NonFiniteError, TrainConfig, finetune
+from darkformer import DarkConfig, NonFiniteError, RunFolderError, TrainConfig, finetune
 from darkformer.train.finetune import Interrupted
 
 BLOCKS = tokens(12, 24)
@@ -200,3 +200,11 @@ class TestDivergence:
         with pytest.raises(NonFiniteError, match="step 1: the loss is nan; no checkpoint had been written"):
             finetune(model, BLOCKS, _budget(), tmp_path)
         assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+    finetune(linear("llama"), BLOCKS, _budget(save_every=4), tmp_path)
+    model = linear("llama")
+    with pytest.raises(RunFolderError, match=r"holds checkpoint-8 of another run: resume=True continues it"):
+        finetune(model, BLOCKS, _budget(save_every=4), tmp_path)
+    assert _same_weights(model, linear("llama"))
