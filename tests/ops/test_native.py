@@ -16,7 +16,7 @@ import torch
 from tolerances import float32_error, relative_error
 from torch import Tensor
 
-from darkformer import AttentionState, ConfigError, DarkConfig, attention, feature_map
+from darkformer import AttentionState, ConfigError, DarkConfig, NonFiniteError, attention, feature_map
 from darkformer.ops import attention as attention_module
 from darkformer.ops import native
 from darkformer.ops.attention import BACKENDS
@@ -407,3 +407,13 @@ def test_it_compiles() -> None:
 
     found = torch.compile(function, backend="aot_eager", fullgraph=True)(problem_of.query)
     assert torch.equal(found, function(problem_of.query))
+
+
+@needs_native
+@pytest.mark.parametrize("where", ["geometry", "projection", "query_center"])
+def test_diverged_parameters_are_refused_as_everywhere(where: str) -> None:
+    fm = feature_map(DarkConfig(num_features=16, window=4, sinks=2), num_heads=2, num_kv_heads=1, head_dim=16)
+    getattr(fm, where).data.view(-1)[3] = float("nan")
+    x = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NonFiniteError, match="feature map's parameters"):
+        attention(x, x[:, :1], x[:, :1], fm, backend="native")
