@@ -35,7 +35,8 @@ MAY_IMPORT["cli"].add("cli_native")
 MAY_IMPORT["__main__"] = {"cli"}
 # One verb's own file, registered by `cli`.
 MAY_IMPORT["cli_bench"] = MAY_IMPORT["cli"] - {"cli"}
-MAY_IMPORT["cli"] |= {"cli_bench"}
+MAY_IMPORT["cli_diagnose"] = MAY_IMPORT["cli_bench"]
+MAY_IMPORT["cli"] |= {"cli_bench", "cli_diagnose"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:  # pragma: no cover - exercised in a bare e
     ) from error
 
 from .cli_bench import register as register_bench
+from .cli_diagnose import register as register_diagnose
 
 DARK, TRAIN, DEMO = DarkConfig(), TrainConfig(), DemoConfig()
 console = Console()
@@ -296,6 +297,7 @@ def demo(
 
 
 register_bench(app, console)
+register_diagnose(app, console)
 
 
 def main() -> None:
