@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, convert, dark_layers
 
@@ -30,43 +23,116 @@ WIDE = dict(initializer_range=0.15, vocab_size=VOCABULARY, pad_token_id=0, bos_t
 SIZES = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, **WIDE)
 
 
-def _llama() -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=8, **SIZES))
+class Family(NamedTuple):
+    """One row: how to build the tiny model and what is special about it. docs/families.md has the table."""
+
+    title: str  # as users know it
+    model: str  # transformers' classes, and the configuration's, without their endings
+    build: Callable[[], PreTrainedModel]
+    layers: list[int]  # what `convert` takes with this row's configuration
+    special: str  # what it exercises
+    convert_sliding: bool = False
+    encoder: bool = False
+    tokens: int = 40  # up to here exact mode is the original (a converted sliding layer sees more from its window on)
+
+    @property
+    def config(self) -> DarkConfig:
+        """The row's configuration of the linear mode."""
+        return DarkConfig(num_features=16, window=4, sinks=2, convert_sliding=self.convert_sliding)
 
 
-def _gemma3() -> PreTrainedModel:
-    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+def _make(name: str, kind: str = "ForCausalLM", config: str = "Config", **settings: Any) -> PreTrainedModel:
+    made = getattr(transformers, name + config)(**settings)
+    return getattr(transformers, name + kind)(made)
+
+
+def _plain(name: str, heads: int, kv_heads: int, head_dim: int = 8, **more: Any) -> Callable[[], PreTrainedModel]:
+    """A family whose configuration speaks as Llama's does."""
+    settings = dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, **SIZES) | more
+    return lambda: _make(name, **settings)
+
+
+#: The two sliding layers and the one with full attention, for families that mix.
+MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+GPT2 = dict(n_embd=48, n_layer=3, n_head=4, n_positions=256, initializer_range=0.3, vocab_size=VOCABULARY,
+            attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=1, eos_token_id=None,
+            pad_token_id=0)  # fmt: skip
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama 2, 3, SmolLM2", "Llama", _plain("Llama", 6, 2), [0, 1, 2], "grouped queries"),
+    "mistral": Family("Mistral 0.3", "Mistral", _plain("Mistral", 4, 4, sliding_window=None), [0, 1, 2], "no window"),
+    "mistral-sliding": Family(
+        "Mistral 0.1", "Mistral", _plain("Mistral", 4, 2, sliding_window=8), [0, 1, 2],
+        "sliding window in every layer: needs `convert_sliding=True`", convert_sliding=True, tokens=8,
+    ),
+    "qwen2": Family("Qwen2, 2.5", "Qwen2", _plain("Qwen2", 6, 2), [0, 1, 2], "biases of q, k, v"),
+    "qwen3": Family("Qwen3", "Qwen3", _plain("Qwen3", 4, 2), [0, 1, 2], "query/key norm"),
+    "gemma": Family("Gemma 1", "Gemma", _plain("Gemma", 4, 1, 16), [0, 1, 2], "head_dim ≠ hidden/heads"),
+    "gemma2": Family(
+        "Gemma 2", "Gemma2",
+        _plain("Gemma2", 4, 2, 16, layer_types=MIXED, sliding_window=8, query_pre_attn_scalar=10,
+               attn_logit_softcapping=0.8),
+        [2], "capped logits (the exact part only), sliding layers stay",
+    ),
     # query_pre_attn_scalar is not head_dim, so a scaling of head_dim^-0.5 anywhere would show.
-    config = Gemma3TextConfig(
-        num_attention_heads=4, num_key_value_heads=1, head_dim=16, layer_types=layer_types, sliding_window=8,
-        query_pre_attn_scalar=10, **SIZES,
-    )  # fmt: skip
-    return Gemma3ForCausalLM(config)
+    "gemma3": Family(
+        "Gemma 3", "Gemma3",
+        lambda: _make("Gemma3", config="TextConfig", num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+                      layer_types=MIXED, sliding_window=8, query_pre_attn_scalar=10, **SIZES),
+        [2], "query/key norm, sliding layers stay, own scaling",
+    ),
+    "phi3": Family("Phi-3, Phi-4", "Phi3", _plain("Phi3", 4, 2, 12), [0, 1, 2], "fused q, k, v projection"),
+    "gpt-neox": Family(
+        "GPT-NeoX, Pythia", "GPTNeoX",
+        lambda: _make("GPTNeoX", num_attention_heads=4, rotary_pct=0.5, attention_dropout=0.0, **SIZES),
+        [0, 1, 2], "partial rotary, parallel residual, `layer_past`",
+    ),
+    "gpt2": Family("GPT-2", "GPT2", lambda: _make("GPT2", kind="LMHeadModel", **GPT2), [0, 1, 2],
+                   "absolute positions, no rotary"),
+    "olmo2": Family("OLMo 2", "Olmo2", _plain("Olmo2", 4, 2, 12), [0, 1, 2], "norms after the sublayers"),
+    "smollm3": Family("SmolLM3", "SmolLM3", _plain("SmolLM3", 4, 2, 12, no_rope_layers=[1, 0, 1]), [0, 1, 2],
+                      "a layer without rotary"),
+    "mixtral": Family("Mixtral", "Mixtral", _plain("Mixtral", 4, 2, 12, sliding_window=None, **EXPERTS), [0, 1, 2],
+                      "mixture of experts"),
+    "qwen3-moe": Family(
+        "Qwen3-MoE", "Qwen3Moe",
+        _plain("Qwen3Moe", 4, 2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32), [0, 1, 2],
+        "mixture of experts, query/key norm",
+    ),
+    "bert": Family(
+        "BERT, MiniLM encoders", "Bert",
+        lambda: _make("Bert", kind="ForMaskedLM", num_attention_heads=4, attention_probs_dropout_prob=0.0,
+                      hidden_dropout_prob=0.0, **SIZES),
+        [0, 1, 2], "bidirectional, absolute positions", encoder=True,
+    ),
+    "modernbert": Family(
+        "ModernBERT", "ModernBert",
+        lambda: _make("ModernBert", kind="ForMaskedLM", num_attention_heads=4, layer_types=MIXED, local_attention=16,
+                      cls_token_id=1, sep_token_id=2, **SIZES),
+        [2], "bidirectional, sliding layers stay", encoder=True,
+    ),
+}  # fmt: skip
+DECODERS = [name for name, row in FAMILIES.items() if not row.encoder]
+#: Rows between which the operator itself is called differently, for the tests of every method and configuration.
+CORE = ["llama", "gemma3", "qwen3", "mistral"]
 
 
-def _qwen3() -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(num_attention_heads=4, num_key_value_heads=2, head_dim=8, **SIZES))
-
-
-def _mistral() -> PreTrainedModel:
-    config = MistralConfig(num_attention_heads=4, num_key_value_heads=4, head_dim=8, sliding_window=None, **SIZES)
-    return MistralForCausalLM(config)
-
-
-#: Constructor and the numbers of the layers that `convert` takes by default.
-FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], list[int]]] = {
-    "llama": (_llama, [0, 1, 2]),
-    "gemma3": (_gemma3, [2]),
-    "qwen3": (_qwen3, [0, 1, 2]),
-    "mistral": (_mistral, [0, 1, 2]),
-}
+def table() -> str:
+    """The families as a markdown table, for docs/families.md and the README."""
+    lines = ["| family | transformers' model | what the tests' model has | layers converted |", "|---|---|---|---|"]
+    for row in FAMILIES.values():
+        model = row.build()
+        count = f"{len(row.layers)} of {model.config.num_hidden_layers}"
+        lines.append(f"| {row.title} | `{type(model).__name__}` | {row.special} | {count} |")
+    return "\n".join(lines)
 
 
 def tiny(family: str, seed: int = 0) -> PreTrainedModel:
     """The family's model with weights drawn from `seed`, in evaluation mode, whatever was drawn before."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return FAMILIES[family][0]().eval()
+        return FAMILIES[family].build().eval()
 
 
 def disturb(model: PreTrainedModel) -> PreTrainedModel:
@@ -79,9 +145,16 @@ def disturb(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def linear(family: str, config: DarkConfig = DARK) -> PreTrainedModel:
+def converted(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
+    """`convert` without the warning that Gemma 2 gives, which has a test of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*caps its attention logits")
+        return convert(model, config)
+
+
+def linear(family: str, config: DarkConfig | None = None) -> PreTrainedModel:
     """The family's model, converted and disturbed."""
-    return disturb(convert(tiny(family), config))
+    return disturb(converted(tiny(family), config or FAMILIES[family].config))
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

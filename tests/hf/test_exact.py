@@ -64,7 +64,7 @@ def test_linear_mode_differs(model: PreTrainedModel) -> None:
 def test_convert_takes_the_layers_it_should(family: str, model: PreTrainedModel) -> None:
     weights = {name: p.clone() for name, p in model.named_parameters()}
     assert convert(model, DARK) is model
-    assert [layer.layer for layer in dark_layers(model)] == FAMILIES[family][1]
+    assert [layer.layer for layer in dark_layers(model)] == FAMILIES[family].layers
     kept = dict(model.named_parameters())
     assert all(torch.equal(kept[name], p) for name, p in weights.items())
 

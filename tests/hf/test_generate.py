@@ -7,14 +7,14 @@ from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, convert
 from darkformer.hf.cache import DarkCacheLayer
-from hf.families import DARK, FAMILIES, left_mask, linear, logits, tiny, tokens
+from hf.families import CORE, DARK, left_mask, linear, logits, tiny, tokens
 
 PADS = [0, 3, 9]
 NEW = 16  # crosses the window (4) and the sinks (2) several times over
 SLIDING = DarkConfig(num_features=16, window=4, sinks=2, convert_sliding=True)
 
 
-@pytest.fixture(params=[*FAMILIES, "gemma3, sliding too"])
+@pytest.fixture(params=[*CORE, "gemma3, sliding too"])
 def converted(request: pytest.FixtureRequest) -> PreTrainedModel:
     family, _, sliding = request.param.partition(", ")
     return linear(family, SLIDING if sliding else DARK)

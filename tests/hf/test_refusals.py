@@ -1,22 +1,34 @@
 """Each refusal says what was received, the rule, and the next step."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
 )
+from transformers.masking_utils import create_causal_mask
 
 from darkformer import ConversionError, DarkConfig, InputError, MissingExtraError, NonFiniteError, convert, revert
 from darkformer.hf import load
+from darkformer.hf.convert import observing
 from darkformer.hf.interface import dark_attention
 from hf.families import DARK, left_mask, linear, logits, tiny, tokens
 
@@ -60,18 +72,57 @@ def test_not_a_transformers_model() -> None:
         convert(torch.nn.Linear(2, 2), DARK)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_packed_documents(family: str, use_cache: bool) -> None:
-    restart = torch.cat([torch.arange(12), torch.arange(8)])[None]
-    with pytest.raises(ConversionError, match="position_ids that restart"):
-        linear(family)(tokens(1, 20), position_ids=restart, use_cache=use_cache)
+RESTART = torch.cat([torch.arange(12), torch.arange(8)])[None]
 
 
-def test_packed_documents_beside_a_mask() -> None:
-    restart = torch.cat([torch.arange(12), torch.arange(8)])[None]
-    with pytest.raises(ConversionError, match="position_ids that restart"):
-        linear("llama")(tokens(1, 20), position_ids=restart, attention_mask=torch.ones(1, 20))
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert"])
+def test_packed_documents_beside_a_cache_or_a_mask(family: str) -> None:
+    # transformers looks for them only without both, and mixes them otherwise.
+    model, ids = linear(family), tokens(1, 20)
+    message = r"position_ids that restart beside a cache or an attention_mask.*use_cache=False"
+    if family != "bert":
+        with pytest.raises(ConversionError, match=message):
+            model(ids, position_ids=RESTART, use_cache=True)
+    with pytest.raises(ConversionError, match=message):
+        model(ids, position_ids=RESTART, attention_mask=torch.ones(1, 20), use_cache=False)
+
+
+def test_positions_that_jump() -> None:
+    jump = torch.cat([torch.arange(12), torch.arange(20, 28)])[None]
+    with pytest.raises(ConversionError, match=r"row 0 go from 11 to 20 at token 12: neither one document"):
+        linear("llama")(tokens(1, 20), position_ids=jump, use_cache=False)
+
+
+CUTS = torch.tensor([0, 12, 20])
+
+
+@pytest.mark.parametrize(
+    ("cuts", "rows", "message"),
+    [
+        (torch.tensor([0, 11, 20]), 1, "cu_seq_lens_q puts borders"),
+        (torch.tensor([0, 12, 19]), 1, r"cu_seq_lens_q=\[0, 12, 19\] for 1 rows of 20 tokens: it must rise"),
+        (torch.tensor([0, 12, 12, 20]), 1, "it must rise"),
+        (CUTS, 2, "all documents must be in one row"),
+    ],
+    ids=["other borders", "too short", "an empty document", "two rows"],
+)
+def test_lengths_of_documents_that_contradict(cuts: torch.Tensor, rows: int, message: str) -> None:
+    place = RESTART.expand(rows, -1)
+    with pytest.raises(ConversionError, match=message):
+        linear("llama")(tokens(rows, 20), position_ids=place, cu_seq_lens_q=cuts, cu_seq_lens_k=cuts, use_cache=False)
+
+
+def test_keys_of_other_documents() -> None:
+    with pytest.raises(ConversionError, match="cu_seq_lens_q and cu_seq_lens_k differ"):
+        linear("llama")(
+            tokens(1, 20), position_ids=RESTART, cu_seq_lens_q=CUTS, cu_seq_lens_k=CUTS[::2], use_cache=False
+        )
+
+
+def test_statistics_of_packed_documents() -> None:
+    model = linear("llama")
+    with pytest.raises(ConversionError, match="rows of one document each"), observing(model, lambda *_: None):
+        model(tokens(1, 20), position_ids=RESTART, use_cache=False)
 
 
 def test_positions_at_pads_are_free() -> None:
@@ -85,8 +136,64 @@ def test_positions_at_pads_are_free() -> None:
 
 
 def test_a_four_dimensional_mask() -> None:
-    with pytest.raises(ConversionError, match=r"layer 0 got an attention mask of shape \(1, 1, 20, 20\)"):
+    with pytest.raises(ConversionError, match=r"an attention mask of shape \(1, 1, 20, 20\) is not read"):
         linear("llama")(tokens(1, 20), attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool).tril())
+
+
+def test_a_mask_function_that_is_not_known() -> None:
+    # What models with image tokens or prefixes do: another function joined to the causal one.
+    model, ids = linear("llama"), tokens(1, 20)
+    embedded = model.get_input_embeddings()(ids)
+    for more in ("or_mask_function", "and_mask_function"):
+        with pytest.raises(ConversionError, match="neither causal, nor padding, nor packed documents"):
+            create_causal_mask(model.config, embedded, None, None, **{more: lambda b, h, q, k: k < 3})
+
+
+@pytest.mark.parametrize("config", [DARK, DarkConfig(method="exact")], ids=["linear", "exact"])
+def test_attention_weights_as_an_output(config: DarkConfig) -> None:
+    with pytest.raises(ConversionError, match=r"layer 0 is asked for output_attentions.*darkformer diagnose"):
+        linear("llama", config)(tokens(1, 20), output_attentions=True)
+
+
+def test_attention_weights_by_the_configuration() -> None:
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(ConversionError, match="asked for output_attentions"):
+        convert(model, DARK)(tokens(1, 20))
+
+
+SMALL = dict(vocab_size=99, num_attention_heads=2, hidden_size=16, num_hidden_layers=1)
+BART = dict(vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: BartForConditionalGeneration(BartConfig(**BART)), r"BartAttention\) belongs to .* cross-attention"),
+        (
+            lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, add_cross_attention=True)),
+            r"crossattention \(GPT2Attention\) belongs to .* cross-attention",
+        ),
+        (
+            lambda: BertLMHeadModel(BertConfig(is_decoder=True, add_cross_attention=True, **SMALL)),
+            r"\(BertCrossAttention\) belongs to .* cross-attention",
+        ),
+        (
+            lambda: GptOssForCausalLM(
+                GptOssConfig(num_key_value_heads=2, head_dim=8, intermediate_size=16, num_local_experts=2, **SMALL)
+            ),
+            r"GptOssAttention\) adds a learned sink",
+        ),
+    ],
+    ids=["Bart", "GPT-2 with cross-attention", "BERT with cross-attention", "gpt-oss"],
+)
+def test_families_that_cannot_be_converted(build: Callable[[], PreTrainedModel], reason: str) -> None:
+    model = build()
+    with pytest.raises(ConversionError, match=reason):
+        convert(model, DarkConfig(num_features=16, convert_sliding=True))
+    assert model.config._attn_implementation != "darkformer"  # refused before anything was changed
 
 
 def test_a_cache_of_softmax_keys() -> None:
@@ -160,7 +267,7 @@ def test_the_demo_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         load.demo_model_path()
 
 
-@pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias"])
+@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
 def test_terms_that_features_cannot_follow(name: str) -> None:
     module = linear("llama").model.layers[1].self_attn
     query, key = torch.randn(1, 6, 5, 8), torch.randn(1, 2, 5, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,23 @@ def _is_sliding(module: Any) -> bool:
     return getattr(module.config, "sliding_window", None) is not None
 
 
+def _why_not(model: Any, module: Any) -> str | None:
+    """Why the attention of this module cannot be replaced, or None."""
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    if encoder_decoder or getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
+        return (
+            "belongs to a model with cross-attention, whose keys come from another sequence than its queries: a state "
+            "that runs along one sequence does not apply. Convert decoder-only models and encoders."
+        )
+    if isinstance(getattr(module, "sinks", None), nn.Parameter):
+        return "adds a learned sink to its softmax (gpt-oss), which the features cannot follow."
+    if getattr(module, "kv_lora_rank", None) is not None:
+        return "is latent attention (DeepSeek), whose keys and values are made by decompression: not supported."
+    if getattr(module, "is_kv_shared_layer", False):
+        return "takes keys and values from another layer's cache, which converted layers do not keep."
+    return None
+
+
 def check_convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, Any]]:
     """Attention modules this configuration converts, by name.
 
@@ -51,6 +69,8 @@ def check_convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, A
             "only transformers' decoders with attention layers can be converted."
         )
     for name, module in found:
+        if reason := _why_not(model, module):
+            raise ConversionError(f"{name} ({type(module).__name__}) {reason}")
         if not _uses_interface(module):
             raise ConversionError(
                 f"{name} ({type(module).__name__}) does not use transformers' attention interface, "
@@ -63,6 +83,16 @@ def check_convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, A
             "set convert_sliding=True to convert them nevertheless."
         )
     return chosen
+
+
+def _attach_all(chosen: list[tuple[str, Any]], config: DarkConfig) -> None:
+    """Attaches feature maps; what `revert` goes back to is read first, because modules share a config."""
+    for _, module in chosen:
+        if (previous := module.config._attn_implementation) != NAME:
+            module.__dict__["dark_previous"] = previous
+    for _, module in chosen:
+        if getattr(module, "dark", None) is None:
+            _attach(module, config)
 
 
 def _attach(module: Any, config: DarkConfig) -> None:
@@ -96,6 +126,17 @@ def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
             yield module
 
 
+def _warn_of_softcap(model: Any) -> None:
+    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None:
+        warnings.warn(
+            f"{type(model).__name__} caps its attention logits at {cap}: the exact window and sinks apply the cap, the "
+            "features cannot. Backends without a cap are left out, so it runs slower than other families.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
     """Replaces the model's softmax attention by `config`'s, in place, and returns the model.
 
@@ -119,18 +160,15 @@ def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
 def convert_from(model: PreTrainedModel, config: DarkConfig, base: dict[str, Any] | None) -> None:
     """`convert` for a model whose base is known: `base` is what `describe_base` says of it."""
     chosen = check_convertible(model, config)
-    model.__dict__["dark_previous"] = model.config._attn_implementation
-    for _, module in chosen:
-        _attach(module, config)
+    _attach_all(chosen, config)
+    _warn_of_softcap(model)
     model.config.darkformer_base = base
 
 
 def attach_saved(model: PreTrainedModel) -> None:
     """Gives a model under construction the feature maps its config speaks of; their weights are loaded afterwards."""
     config = DarkConfig.from_dict(dict(model.config.darkformer))
-    for _, module in check_convertible(model, config):
-        if getattr(module, "dark", None) is None:
-            _attach(module, config)
+    _attach_all(check_convertible(model, config), config)
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -142,11 +180,10 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     converted = _converted_modules(model)
     if not converted:
         raise ConversionError(f"{type(model).__name__} is not converted: there is nothing to revert.")
-    previous = model.__dict__.pop("dark_previous", "sdpa")
     for module in converted:
         module.__dict__.pop("dark_hook").remove()
         del module.dark
-        module.config._attn_implementation = previous
+        module.config._attn_implementation = module.__dict__.pop("dark_previous", "sdpa")
         if hasattr(module.config, "darkformer"):
             del module.config.darkformer
     if hasattr(model.config, "darkformer_base"):

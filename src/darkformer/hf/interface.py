@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-)
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..config import ConversionError, NonFiniteError
@@ -25,59 +20,11 @@ from ..features.maps import FeatureMap
 from ..ops.attention import attention, check_finite
 from ..ops.exact import softmax_attention
 from .cache import DarkCacheLayer, own_layer
+from .masks import allowed_keys, check_stays, dark_mask, read_mask
 
 NAME = "darkformer"
-PACKED = (
-    "the mask is neither causal nor padding (position_ids that restart, or a custom mask): converted layers "
-    "cannot tell documents in one row apart. Put each document in a row of its own, with an attention_mask."
-)
 #: What a capture receives: the layer's feature map, q (B, H, L, d), k, v (B, G, L, d), the mask (B, L), s, the output.
 Observer = Callable[[FeatureMap, Tensor, Tensor, Tensor, Tensor | None, float, Tensor], None]
-
-
-def dark_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    config: Any = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The mask of one forward pass: the 2-D padding mask (B, kv_length) or None for layers with full attention.
-
-    Sliding-window layers that stay as they are get the mask that torch's attention needs.
-
-    Raises:
-        ConversionError: packed documents or any other pattern besides causal and padding.
-    """
-    converted = getattr(config, "darkformer", None) or {}
-    if local_size is not None and not converted.get("convert_sliding", False):
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
-            local_size=local_size, **kwargs,
-        )  # fmt: skip
-    plain = mask_function in (causal_mask_function, bidirectional_mask_function) or local_size is not None
-    if not plain:
-        raise ConversionError(PACKED)
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, -kv_length:].bool()
-        if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
-            return None
-    return attention_mask
-
-
-def _allowed(mask: Tensor | None, length: int, keys: int, is_causal: bool, device: torch.device) -> Tensor | None:
-    """(B or 1, L, K) for exact attention over `keys` keys of which the last `length` are the queries' own."""
-    if mask is None and (length == keys or not is_causal):
-        return None
-    allowed = torch.ones(1, length, keys, dtype=torch.bool, device=device)
-    if is_causal:
-        allowed = allowed.tril(keys - length)
-    return allowed if mask is None else allowed & mask[:, None, :]
 
 
 @contextmanager
@@ -89,40 +36,79 @@ def _naming(feature_map: FeatureMap) -> Iterator[None]:
         raise NonFiniteError(f"layer {feature_map.layer}: {error}") from error
 
 
-def _check_restart(position_ids: Tensor | None, mask: Tensor | None) -> None:
-    """Refuses packed documents: position_ids (B, L) that fall from one real token to the next.
-
-    transformers looks for them only without a cache and without a mask; elsewhere they would mix silently.
-    """
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
-        return
-    falls = position_ids.diff(dim=1) < 0
-    if mask is not None:
-        real = mask[:, -position_ids.shape[1] :].bool()
-        falls = falls & real[:, 1:] & real[:, :-1]
-    if bool(falls.any()):
-        raise ConversionError(PACKED)
-
-
-def _check_arguments(feature_map: FeatureMap, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuses what a converted layer cannot follow.
+def _check_arguments(module: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses what a converted layer cannot compute.
 
     Raises:
-        ConversionError: masks that are not padding, packed documents, terms added to the logits besides q·k.
+        ConversionError: terms added to the logits besides q·k, attention weights as an output.
     """
-    if attention_mask is not None and attention_mask.dim() != 2:
+    layer = module.dark.layer
+    if extra := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ConversionError(
-            f"layer {feature_map.layer} got an attention mask of shape {tuple(attention_mask.shape)}: a converted "
-            "layer takes padding masks (batch, tokens) only."
+            f"layer {layer} is given {' and '.join(extra)}: learned sinks and position biases change the softmax in a "
+            "way the features cannot follow, so this model cannot be converted."
         )
-    if extra := [name for name in ("s_aux", "softcap", "position_bias") if kwargs.get(name) is not None]:
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise ConversionError(
-            f"layer {feature_map.layer} is given {' and '.join(extra)}: learned sinks, soft-capped logits and position "
-            "biases change the softmax in a way the features cannot follow, so this model cannot be converted."
+            f"layer {layer} is asked for output_attentions: linear attention forms no weight per pair of tokens. "
+            "`darkformer diagnose` shows how far each head is from softmax; for the weights themselves use the "
+            "softmax model: darkformer.revert(model), then model.set_attn_implementation('eager')."
         )
-    _check_restart(kwargs.get("position_ids"), attention_mask)
 
 
+def _unconverted(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Sliding-window layers that stay: torch's softmax attention, with the model's soft cap if it has one."""
+    if attention_mask is not None and attention_mask.dim() != 4:  # torch would broadcast it and lose causality
+        raise ConversionError(
+            f"{type(module).__name__} is not converted, but its config says so: another model that was converted "
+            "shares the config object. Build each model from a copy of its own (copy.deepcopy(config))."
+        )
+    check_stays(attention_mask, kwargs, query.shape[0], query.shape[2])
+    softcap = kwargs.pop("softcap", None)
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    length, keys = query.shape[2], key.shape[2]
+    causal = bool(getattr(module, "is_causal", True))
+    allowed = None if attention_mask is None else attention_mask[:, 0]
+    if allowed is None:
+        allowed = allowed_keys(None, None, length, keys, causal, query.device)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = softmax_attention(
+        query, key, value, scaling=scaling, allowed=allowed, is_causal=causal, softcap=softcap
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _exact(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, masks: tuple[Tensor | None, Tensor | None],
+    scaling: float, is_causal: bool, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention of a converted layer, shown to its observer if it has one."""
+    mask, documents = masks
+    feature_map, observer = module.dark, module.__dict__.get("dark_observer")
+    allowed = allowed_keys(mask, documents, query.shape[2], key.shape[2], is_causal, query.device)
+    output = softmax_attention(
+        query, key, value, scaling=scaling, allowed=allowed, is_causal=is_causal, softcap=softcap
+    )  # fmt: skip
+    if observer is not None:
+        if documents is not None:
+            raise ConversionError("statistics are taken from rows of one document each: give no packed documents.")
+        with _naming(feature_map):  # statistics of NaN would be refused later, without the layer's name
+            check_finite(query=query, key=key, value=value)
+        observer(feature_map, query, key, value, mask, scaling, output)
+    return output
+
+
+@torch.compiler.disable
 def dark_attention(
     module: nn.Module,
     query: Tensor,
@@ -136,40 +122,32 @@ def dark_attention(
     """transformers' attention function: query (B, H, L, d) after rotary embedding → (B, L, H, d_v).
 
     Modules without a feature map (sliding-window layers that stay) go to torch's softmax attention. Attention dropout
-    is not applied at converted layers: there is no probability per key to drop.
+    is not applied at converted layers: there is no probability per key to drop. `torch.compile` leaves it as it is.
 
     Raises:
-        ConversionError: a 4-D mask at a converted layer. NonFiniteError: NaN or infinity, with the layer's number.
+        ConversionError: a mask, argument or cache that a converted layer cannot follow.
+        NonFiniteError: NaN or infinity, with the layer's number.
     """
     feature_map = getattr(module, "dark", None)
     if feature_map is None:
-        if attention_mask is not None and attention_mask.dim() != 4:  # torch would broadcast it and lose causality
-            raise ConversionError(
-                f"{type(module).__name__} is not converted, but its config says so: another model that was converted "
-                "shares the config object. Build each model from a copy of its own (copy.deepcopy(config))."
-            )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return _unconverted(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     cache: DarkCacheLayer | None = module.__dict__.pop("dark_cache", None)
-    _check_arguments(feature_map, attention_mask, kwargs)
+    _check_arguments(module, kwargs)
+    mask, documents = read_mask(attention_mask, kwargs, query.shape[0], query.shape[2], cache is not None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast the rotary embedding leaves queries and keys in float32 beside half-precision values.
     dtype, value = value.dtype, value.to(query.dtype)
     is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    observer: Observer | None = module.__dict__.get("dark_observer")
-    if feature_map.config.method == "exact" or observer is not None:
-        allowed = _allowed(attention_mask, query.shape[2], key.shape[2], is_causal, query.device)
-        output = softmax_attention(query, key, value, scaling=scaling, allowed=allowed, is_causal=is_causal)
-        if observer is not None:  # statistics of NaN would be refused later, without the layer's name
-            with _naming(feature_map):
-                check_finite(query=query, key=key, value=value)
-            observer(feature_map, query, key, value, attention_mask, scaling, output)
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    softcap: float | None = kwargs.get("softcap")
+    if feature_map.config.method == "exact" or "dark_observer" in module.__dict__:
+        output = _exact(module, query, key, value, (mask, documents), scaling, is_causal, softcap)
         return output.transpose(1, 2).to(dtype).contiguous(), None
-    mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    mask = None if mask is None else mask[:, -query.shape[2] :]
     with _naming(feature_map):
         result = attention(
-            query, key, value, feature_map, scaling=scaling, key_mask=mask, is_causal=is_causal,
-            initial_state=cache.state if cache else None, return_state=cache is not None,
+            query, key, value, feature_map, scaling=scaling, key_mask=mask, is_causal=is_causal, softcap=softcap,
+            documents=documents, initial_state=cache.state if cache else None, return_state=cache is not None,
         )  # fmt: skip
     if cache is None:
         assert isinstance(result, Tensor)
@@ -180,6 +158,7 @@ def dark_attention(
     return output.transpose(1, 2).to(dtype).contiguous(), None
 
 
+@torch.compiler.disable
 def take_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`."""
     module.__dict__.pop("dark_cache", None)

@@ -15,9 +15,11 @@ from .chunked import chunked
 from .exact import exact
 from .native import native
 from .native import why_not as _why_not_native
+from .packing import apart, check_documents
 from .problem import AttentionState, Problem, check_state, compact, gather_tokens
 from .recurrent import recurrent
 from .reference import reference
+from .streamed import streamed
 
 
 class Backend(NamedTuple):
@@ -46,6 +48,14 @@ def _why_not_chunked(problem: Problem) -> str | None:
     return "exact attention is not linear" if problem.config.method == "exact" else None
 
 
+def _why_not_streamed(problem: Problem) -> str | None:
+    if problem.config.method == "exact":
+        return "exact attention has no constant-size state"
+    return None if problem.is_causal else "it is causal only"
+
+
+#: Backends that apply a soft cap to the exact part's logits.
+SOFTCAPPED = {"exact", "recurrent", "streamed", "reference"}
 #: In order of preference; `auto` takes the first without a reason against it.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -54,17 +64,24 @@ BACKENDS: dict[str, Backend] = {
         Backend("recurrent", _why_not_recurrent, recurrent),
         Backend("native", _why_not_native, native),
         Backend("chunked", _why_not_chunked, chunked),
+        Backend("streamed", _why_not_streamed, streamed),
         Backend("reference", lambda problem: None, reference),
     )
 }
 
 
+def _why_not(backend: Backend, problem: Problem) -> str | None:
+    if problem.softcap is not None and backend.name not in SOFTCAPPED:
+        return "it cannot cap logits"
+    return backend.why_not(problem)
+
+
 def _choose(name: str, problem: Problem) -> Backend:
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.why_not(problem) is None)
+        return next(backend for backend in BACKENDS.values() if _why_not(backend, problem) is None)
     if name not in BACKENDS:
         raise ConfigError(f"backend={name!r} is unknown: choose auto, {', '.join(BACKENDS)}.")
-    if reason := BACKENDS[name].why_not(problem):
+    if reason := _why_not(BACKENDS[name], problem):
         raise ConfigError(f"backend={name!r} cannot be used here: {reason}. backend='auto' picks one that can.")
     return BACKENDS[name]
 
@@ -116,6 +133,7 @@ def _pose(
     key_mask: Tensor | None,
     is_causal: bool,
     initial_state: AttentionState | None,
+    softcap: float | None,
 ) -> tuple[Problem, Tensor | None]:
     """The checked problem with real tokens first, and the order (B, L) that put them there, None without pads."""
     batch, heads, length, head_dim = query.shape
@@ -123,6 +141,8 @@ def _pose(
     scaling = head_dim**-0.5 if scaling is None else float(scaling)
     if not (math.isfinite(scaling) and scaling > 0):  # queries and keys are both multiplied by its square root
         raise InputError(f"scaling={scaling}: must be a finite number above 0.")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise InputError(f"softcap={softcap}: must be a finite number above 0, or None.")
     order = None
     lengths = torch.full((batch,), length, dtype=torch.int64, device=query.device)
     if key_mask is not None and not bool(key_mask.all()):
@@ -145,6 +165,7 @@ def _pose(
         state=state,
         is_causal=is_causal,
         padded=order is not None,
+        softcap=softcap,
     )
     return problem, order
 
@@ -162,6 +183,24 @@ def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
     return output, state
 
 
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    state: AttentionState | None,
+    feature_map: FeatureMap,
+    scaling: float | None,
+    is_causal: bool,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, AttentionState]:
+    problem, order = _pose(query, key, value, feature_map, scaling, key_mask, is_causal, state, softcap)
+    output, after = _solve(problem, backend)
+    output = output.flatten(1, 2).to(query.dtype)
+    return output if order is None else gather_tokens(output, torch.argsort(order, dim=1)), after
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -173,6 +212,8 @@ def attention(
     is_causal: bool = True,
     initial_state: AttentionState | None = None,
     return_state: bool = False,
+    softcap: float | None = None,
+    documents: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, AttentionState]:
     """Random-feature attention with an exact window and exact sinks, under one normaliser, in O(L).
@@ -192,6 +233,8 @@ def attention(
         is_causal: False for bidirectional attention.
         initial_state: what an earlier call returned: L more tokens after those (causal only).
         return_state: also return the state after the last token.
+        softcap: c that the exact part's logits are capped with, c·tanh(logit / c). Features are not capped.
+        documents: (B, L) integers that rise along a row: tokens of one number attend to each other only (no states).
         backend: `auto`, or one of `darkformer.ops.attention.BACKENDS`; a forced one that cannot raises.
 
     Returns:
@@ -205,10 +248,15 @@ def attention(
     _check_shapes(query, key, value, feature_map, key_mask)
     if not is_causal and (initial_state is not None or return_state):
         raise InputError("a state exists for causal attention only: is_causal=False takes and returns none.")
+
+    def solve(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, AttentionState]:
+        return _attend(q, k, v, mask, initial_state, feature_map, scaling, is_causal, softcap, backend)
+
     with torch.autocast(query.device.type, enabled=False):
-        problem, order = _pose(query, key, value, feature_map, scaling, key_mask, is_causal, initial_state)
-        output, state = _solve(problem, backend)
-    output = output.flatten(1, 2).to(query.dtype)
-    if order is not None:
-        output = gather_tokens(output, torch.argsort(order, dim=1))
-    return (output, state) if return_state else output
+        if documents is None:
+            output, after = solve(query, key, value, key_mask)
+            return (output, after) if return_state else output
+        check_documents(documents, query.shape[0], query.shape[2])
+        if initial_state is not None or return_state:
+            raise InputError("packed documents take and return no state: each would need one of its own.")
+        return apart(lambda *rows: solve(*rows)[0], query, key, value, key_mask, documents)

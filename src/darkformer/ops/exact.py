@@ -6,22 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import AttentionState, Problem, next_buffers
+from .problem import AttentionState, Problem, capped, next_buffers
 
 
 def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, allowed: Tensor | None, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    allowed: Tensor | None,
+    is_causal: bool,
+    softcap: float | None = None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention with grouped heads. Rows that may see nothing give zeros.
+
+    With a softcap it is computed in plain products, as torch's kernels have none: L·K numbers a head are in memory.
 
     Args:
         query: (B, H, L, d); key (B, G, K, d); value (B, G, K, d_v), any dtype.
         allowed: (B or 1, L, K) bool, which keys a query sees; None: all, or a causal triangle if `is_causal`.
         is_causal: only looked at when `allowed` is None; then K must equal L.
+        softcap: c of the logits c·tanh(logit / c).
 
     Returns:
         (B, H, L, d_v).
     """
+    if softcap is not None:
+        return _capped_attention(query, key, value, scaling, allowed, is_causal, softcap)
     grouped = query.shape[1] != key.shape[1]
     if allowed is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=grouped)
@@ -29,6 +41,22 @@ def softmax_attention(
     mask = (allowed | nothing[..., None])[:, None]
     output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
     return output.masked_fill(nothing[:, None, :, None], 0)
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, allowed: Tensor | None, is_causal: bool, softcap: float
+) -> Tensor:
+    heads = query.shape[1] // key.shape[1]
+    logits = capped(query.unflatten(1, (-1, heads)) @ key[:, :, None].mT * scaling, softcap)
+    if allowed is None and is_causal:
+        allowed = torch.ones(1, *logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if allowed is None:
+        allowed = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
+    allowed = allowed[:, None, None]
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits  # as eager attention does
+    weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0)
+    return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
 
 
 def exact(problem: Problem) -> tuple[Tensor, AttentionState]:
@@ -50,8 +78,9 @@ def exact(problem: Problem) -> tuple[Tensor, AttentionState]:
     simple = past == 0 and not problem.padded
     query = problem.query.flatten(1, 2).to(compute)
     output = softmax_attention(
-        query, key, value, scaling=problem.scaling, allowed=None if simple else allowed, is_causal=problem.is_causal
-    )
+        query, key, value, scaling=problem.scaling, allowed=None if simple else allowed, is_causal=problem.is_causal,
+        softcap=problem.softcap,
+    )  # fmt: skip
     after = AttentionState(
         feature_values=state.feature_values,
         feature_sum=state.feature_sum,

@@ -84,10 +84,16 @@ class Problem(NamedTuple):
     state: AttentionState
     is_causal: bool
     padded: bool  # whether any row is shorter than L
+    softcap: float | None = None  # the exact part's logits are softcap·tanh(logit / softcap); features are not capped
 
     @property
     def config(self) -> DarkConfig:
         return self.parameters.config
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap·tanh(logits / softcap), or the logits as they are without a cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def compact(mask: Tensor) -> tuple[Tensor, Tensor]:

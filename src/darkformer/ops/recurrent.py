@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..features.maps import key_log_features, query_log_features
-from .problem import LOG_ZERO, AttentionState, Problem
+from .problem import LOG_ZERO, AttentionState, Problem, capped
 
 
 def _weighted_mean(
@@ -69,10 +69,12 @@ def recurrent(problem: Problem) -> tuple[Tensor, AttentionState]:
     if window:
         age = torch.arange(window - 1, -1, -1, device=device)
         valid = (position[:, None] - age >= sinks)[:, None, None]
-        terms.append(((q @ (near_key.to(compute) * root).mT).masked_fill(~valid, LOG_ZERO), near_value))
+        logits = capped(q @ (near_key.to(compute) * root).mT, problem.softcap)
+        terms.append((logits.masked_fill(~valid, LOG_ZERO), near_value))
     if sinks:
         valid = (torch.arange(sinks, device=device) <= position[:, None])[:, None, None]
-        terms.append(((q @ (sink_key.to(compute) * root).mT).masked_fill(~valid, LOG_ZERO), sink_value))
+        logits = capped(q @ (sink_key.to(compute) * root).mT, problem.softcap)
+        terms.append((logits.masked_fill(~valid, LOG_ZERO), sink_value))
 
     stored = (past, values, total) if problem.config.feature_count else None
     output = _weighted_mean(q, stored, terms)

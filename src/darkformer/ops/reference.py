@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..features.maps import key_log_features, query_log_features
-from .problem import LOG_ZERO, AttentionState, Problem, next_buffers
+from .problem import LOG_ZERO, AttentionState, Problem, capped, next_buffers
 
 
 def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,7 +41,7 @@ def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, heads = q.shape[:2]
     lq = query_log_features(parameters, q.flatten(1, 2)[None], t.repeat(heads)[None])[0].unflatten(1, (heads, n))
     lk = key_log_features(parameters, k[None], j[None])[0]  # (G, K, m)
-    weight = torch.einsum("grtd,gjd->grtj", q, k)
+    weight = capped(torch.einsum("grtd,gjd->grtj", q, k), problem.softcap)
     if config.feature_count:
         kernel = torch.logsumexp(lq[:, :, :, None, :] + lk[:, None, None, :, :], dim=-1)
         weight = torch.where(far, kernel, weight)

@@ -1,0 +1,231 @@
+"""What transformers says about who sees whom, read into what the operator takes: padding, or packed documents.
+
+Everything else is refused: a pattern that was not understood must not be computed as another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from ..config import ConversionError
+
+MaskFunction = Callable[..., Any]
+#: Overlays that transformers puts on a plain mask in sliding-window layers.
+SLIDING = ("sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay")
+#: What transformers makes of position_ids that restart (`packed_sequence_compatibility_function`).
+PACKED = ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
+UNKNOWN = (
+    "the mask is neither causal, nor padding, nor packed documents (a custom mask function or a prefix mask): a "
+    "converted layer cannot follow it. Use softmax attention for it: darkformer.revert(model)."
+)
+ALONE = "Leave attention_mask out and pass use_cache=False, or put each document in a row of its own."
+
+
+def _cell(function: MaskFunction, name: str) -> Any:
+    """The variable `name` that a mask function closed over, None if there is none."""
+    free = function.__code__.co_freevars
+    return function.__closure__[free.index(name)].cell_contents if name in free and function.__closure__ else None
+
+
+def _maker(function: MaskFunction) -> str:
+    """Name of the transformers function that made this one."""
+    return function.__qualname__.split(".")[0]
+
+
+def _parts(function: MaskFunction) -> tuple[MaskFunction, ...]:
+    """What an intersection of mask functions consists of."""
+    return tuple(_cell(function, "mask_functions") or ()) if _maker(function) == "and_masks" else ()
+
+
+def _is_plain(function: MaskFunction, sliding: bool) -> bool:
+    plain = (causal_mask_function, bidirectional_mask_function)
+    if function in plain:
+        return True
+    parts = _parts(function)
+    return sliding and len(parts) == 2 and _maker(parts[0]) in SLIDING and parts[1] in plain
+
+
+def _is_packed(function: MaskFunction, sliding: bool) -> bool:
+    parts = _parts(function)
+    return tuple(map(_maker, parts)) == PACKED and _is_plain(_cell(parts[1], "mask_function"), sliding)
+
+
+def _packed_documents(function: MaskFunction) -> Tensor | None:
+    """Numbers of the documents (B, L), from 1, that a packed mask function keeps apart; None if there is only one.
+
+    Raises:
+        ConversionError: position_ids jump without restarting: missing tokens, or another document?
+    """
+    parts = _parts(function)
+    numbers, positions = _cell(parts[0], "packed_sequence_mask"), _cell(parts[1], "position_ids")
+    borders = numbers.diff(dim=1) != 0
+    strange = borders & (positions[:, 1:] != positions[:, :1])
+    if bool(strange.any()):
+        row, token = (int(i) for i in strange.nonzero()[0])
+        raise ConversionError(
+            f"position_ids of row {row} go from {int(positions[row, token])} to {int(positions[row, token + 1])} at "
+            f"token {token + 1}: neither one document (+1) nor the start of the next ({int(positions[row, 0])}). "
+            "Give position_ids that count up and restart, or an attention_mask that says which tokens are padding."
+        )
+    return numbers + 1 if bool(borders.any()) else None
+
+
+@torch.compiler.disable
+def dark_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one forward pass for layers with full attention.
+
+    Sliding-window layers that stay as they are get the mask that torch's attention needs.
+
+    Returns:
+        None; or padding (B, kv_length), booleans; or packed documents (B, L), integers from 1.
+
+    Raises:
+        ConversionError: any other pattern, or packed documents whose borders are ambiguous.
+    """
+    converted = getattr(config, "darkformer", None) or {}
+    sliding = local_size is not None
+    if sliding and not converted.get("convert_sliding", False):
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            local_size=local_size, **kwargs,
+        )  # fmt: skip
+    if _is_packed(mask_function, sliding):
+        return _packed_documents(mask_function)
+    if not _is_plain(mask_function, sliding):
+        raise ConversionError(UNKNOWN)
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -kv_length:].bool()
+        if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+            return None
+    return attention_mask
+
+
+def _steps(position_ids: Tensor | None, length: int) -> Tensor | None:
+    """(B or 1, L - 1): from one token's position to the next; None where nobody gave any."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length:
+        return None
+    return position_ids.diff(dim=1)
+
+
+def _restarts(position_ids: Tensor | None, mask: Tensor | None, length: int) -> bool:
+    """Whether position_ids fall from one real token to the next."""
+    steps = _steps(position_ids, length)
+    if steps is None:
+        return False
+    real = None if mask is None else mask[:, -length:]
+    return bool((steps < 0).any() if real is None else ((steps < 0) & real[:, 1:] & real[:, :-1]).any())
+
+
+def _from_lengths(kwargs: dict[str, Any], batch: int, length: int) -> Tensor | None:
+    """Documents (1, L) from `cu_seq_lens_q` and `cu_seq_lens_k`, as flash attention takes them; None without any."""
+    given = [kwargs[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k") if kwargs.get(name) is not None]
+    if not given:
+        return None
+    cuts = given[0]
+    if len(given) == 2 and (type(given[1]) is not type(cuts) or not torch.equal(*given)):
+        raise ConversionError("cu_seq_lens_q and cu_seq_lens_k differ: a converted layer attends to its own row only.")
+    cuts = cuts.long()
+    if batch != 1 or cuts[0] != 0 or cuts[-1] != length or bool((cuts.diff() <= 0).any()):
+        raise ConversionError(
+            f"cu_seq_lens_q={cuts.tolist()} for {batch} rows of {length} tokens: it must rise from 0 to the number of "
+            "tokens, and all documents must be in one row (batch size 1)."
+        )
+    return torch.bucketize(torch.arange(length, device=cuts.device), cuts[1:], right=True)[None] + 1
+
+
+def _check_borders(numbered: Tensor, documents: Tensor | None, position_ids: Tensor | None) -> None:
+    """Refuses documents by cu_seq_lens whose positions do not restart with them.
+
+    Rotary embedding is relative for softmax, but not for features: they are drawn once, not rotated with the keys.
+    """
+    borders = numbered.diff(dim=1) != 0
+    steps = _steps(position_ids, numbered.shape[1])
+    found = documents.diff(dim=1) != 0 if documents is not None else None if steps is None else steps != 1
+    if bool(borders.any()) if found is None else bool((found != borders).any()):
+        raise ConversionError(
+            "cu_seq_lens_q puts borders between documents where position_ids do not restart: features depend on the "
+            "positions themselves, so every document must count its own. Pass position_ids that restart at each "
+            "border, and no attention_mask (DataCollatorWithFlattening does)."
+        )
+
+
+def read_mask(
+    attention_mask: Tensor | None, kwargs: dict[str, Any], batch: int, length: int, cached: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(padding (B, K) booleans or None, documents (B, L) or None) of one attention call.
+
+    Args:
+        attention_mask: what `dark_mask` made, or a 4-D mask that transformers passed through.
+        kwargs: of the attention function; `position_ids` and `cu_seq_lens_q`, `cu_seq_lens_k` are read.
+        cached: whether the call has a cache, which documents cannot have.
+
+    Raises:
+        ConversionError: a 4-D mask, documents beside padding or a cache, or borders that contradict each other.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ConversionError(
+            f"an attention mask of shape {tuple(attention_mask.shape)} is not read: a converted layer takes padding "
+            "masks (batch, tokens), and packed documents by position_ids that restart or cu_seq_lens_q. "
+            "For any other pattern use softmax attention: darkformer.revert(model)."
+        )
+    packed = attention_mask is not None and attention_mask.dtype != torch.bool
+    mask, documents = (None, attention_mask) if packed else (attention_mask, None)
+    numbered = _from_lengths(kwargs, batch, length)
+    if numbered is not None:
+        _check_borders(numbered, documents, kwargs.get("position_ids"))
+        documents = numbered if bool((numbered > 1).any()) else None
+    elif documents is None and _restarts(kwargs.get("position_ids"), mask, length):
+        raise ConversionError(
+            f"position_ids that restart beside a cache or an attention_mask: packed documents need neither. {ALONE}"
+        )
+    if documents is not None and (cached or mask is not None):
+        raise ConversionError(f"packed documents beside a cache or padding: each needs a state of its own. {ALONE}")
+    return mask, documents
+
+
+def check_stays(attention_mask: Tensor | None, kwargs: dict[str, Any], batch: int, length: int) -> None:
+    """Refuses documents that a sliding-window layer with torch's attention would mix: it knows them by its mask only.
+
+    Raises:
+        ConversionError: `cu_seq_lens_q` without the position_ids that transformers builds that mask from.
+    """
+    numbered = _from_lengths(kwargs, batch, length)
+    if numbered is None or bool((numbered == 1).all()):
+        return
+    steps = _steps(kwargs.get("position_ids"), length)
+    if attention_mask is None or steps is None or not torch.equal(steps != 1, numbered.diff(dim=1) != 0):
+        raise ConversionError(
+            "cu_seq_lens_q without position_ids that restart: the sliding-window layers that stay would mix the "
+            "documents. Pass position_ids that restart as well (DataCollatorWithFlattening does); encoders with such "
+            "layers take one document a row."
+        )
+
+
+def allowed_keys(
+    mask: Tensor | None, documents: Tensor | None, length: int, keys: int, is_causal: bool, device: torch.device
+) -> Tensor | None:
+    """(B or 1, L, K) for exact attention over `keys` keys of which the last `length` are the queries' own."""
+    if mask is None and documents is None and (length == keys or not is_causal):
+        return None
+    allowed = torch.ones(1, length, keys, dtype=torch.bool, device=device)
+    if is_causal:
+        allowed = allowed.tril(keys - length)
+    if documents is not None:
+        allowed = allowed & (documents[:, :, None] == documents[:, None])
+    return allowed if mask is None else allowed & mask[:, None, :]
