@@ -73,5 +73,9 @@ def output_noise(
 
 
 def expected_error(noise: OutputNoise, num_features: int) -> float:
-    """Predicted squared error: a query's m draws count as m·exp(-divergence), and fewer than one as one."""
+    """Predicted squared error: a query's m draws count as m·exp(-divergence), and fewer than one as one.
+
+    The typical error, not its mean: where m is well above exp(divergence) rare draws still carry noise that this
+    leaves out, and the error lies between it and `first_order`/m.
+    """
     return float((noise.spread / (1 + num_features * (-noise.divergence).exp())).mean())
