@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .hf.convert import convert, dark_layers, revert
     from .hf.light import load_light, save_light
     from .hf.load import load_model
+    from .hf.saved_cache import load_cache, save_cache
     from .train.calibrate import calibrate
     from .train.finetune import finetune
     from .train.redraw import Redraw, redraw
@@ -37,6 +38,8 @@ _LAZY = {
     "convert": "hf.convert",
     "revert": "hf.convert",
     "dark_layers": "hf.convert",
+    "load_cache": "hf.saved_cache",
+    "save_cache": "hf.saved_cache",
     "load_light": "hf.light",
     "load_model": "hf.load",
     "save_light": "hf.light",
@@ -66,10 +69,12 @@ __all__ = [
     "dark_layers",
     "feature_map",
     "finetune",
+    "load_cache",
     "load_light",
     "load_model",
     "redraw",
     "revert",
+    "save_cache",
     "save_light",
 ]
 

@@ -203,19 +203,6 @@ def test_a_cache_of_softmax_keys() -> None:
         convert(model, DARK)(ids[:, :1], past_key_values=cache)
 
 
-def test_cropping_the_cache() -> None:
-    cache = linear("llama")(tokens(1, 20), use_cache=True).past_key_values
-    assert not cache.is_croppable
-    with pytest.raises(ConversionError, match=r"crop\(-3\).*cannot forget"):
-        cache.crop(-3)
-
-
-def test_assisted_decoding() -> None:
-    ids = tokens(1, 8).repeat(1, 3)  # repetition, so that prompt lookup has candidates to reject
-    with pytest.raises(ConversionError, match="Assisted decoding is not available"):
-        linear("llama").generate(ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_diverged(family: str, value: float) -> None:
     model = linear(family)

@@ -98,6 +98,20 @@ def test_a_loaded_model_reverts(tmp_path: Path) -> None:
     assert not any("dark" in name for name in _saved_names(tmp_path / "softmax"))
 
 
+@pytest.mark.parametrize(("family", "implementation"), [("gemma2", "eager"), ("llama", "sdpa")])
+def test_a_loaded_model_reverts_to_what_its_class_uses(family: str, implementation: str, tmp_path: Path) -> None:
+    linear(family).save_pretrained(tmp_path)
+    model = revert(load_model(str(tmp_path)))
+    assert model.config._attn_implementation == implementation
+    torch.testing.assert_close(logits(model, IDS, MASK), logits(tiny(family), IDS, MASK), rtol=0, atol=1e-5)
+
+
+def test_a_loaded_model_reverts_to_what_was_asked_for(tmp_path: Path) -> None:
+    linear("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert revert(model).config._attn_implementation == "eager"
+
+
 def test_a_loaded_model_saves_again(tmp_path: Path) -> None:
     linear("gemma3").save_pretrained(tmp_path / "first")
     loaded = load_model(str(tmp_path / "first"))

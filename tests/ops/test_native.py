@@ -400,7 +400,7 @@ def test_it_compiles() -> None:
     """`torch.compile` accepts the operator (no code is generated: backend="aot_eager")."""
     case = Case(length=40, window=5, sinks=2, **SIZES)
     made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
-    problem_of = attention_module._pose(*inputs, made, None, None, True, None)[0]
+    problem_of = attention_module._pose(*inputs, made, None, None, True, None, None)[0]
 
     def function(query: Tensor) -> Tensor:
         return native.native(problem_of._replace(query=query))[0].square()

@@ -123,12 +123,16 @@ class TestControlC:
             _control_c()
             _control_c()
 
-        handler, model = signal.getsignal(signal.SIGINT), linear("llama")
-        with pytest.raises(KeyboardInterrupt) as caught:
-            finetune(model, BLOCKS, _budget(train="geometry"), tmp_path, on_step=_at(2, impatient))
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        try:
+            handler, model = signal.getsignal(signal.SIGINT), linear("llama")
+            with pytest.raises(KeyboardInterrupt) as caught:
+                finetune(model, BLOCKS, _budget(train="geometry"), tmp_path, on_step=_at(2, impatient))
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert not isinstance(caught.value, Interrupted)
         assert not list(tmp_path.glob("checkpoint-*"))
-        assert signal.getsignal(signal.SIGINT) is handler
         assert all(p.requires_grad for p in model.parameters())
 
     def test_the_handler_is_put_back(self, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ PICTURES = (
      "dashed bound a better proposal would help; where the bound itself is above 1 only a colder kernel, an exact "
      "window or training can."),
     ("mass", plots.mass_split, "Where softmax looks",
-     "Only the red share is the features' work. A layer without red loses nothing by linear attention."),
+     "Only the orange share is the features' work. A layer without orange loses nothing by linear attention."),
     ("predicted", plots.predicted_against_measured, "Predicted against measured",
      "The theory's numbers need no features. On the dashed line prediction and measurement agree."),
 )  # fmt: skip

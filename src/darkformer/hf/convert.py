@@ -112,7 +112,8 @@ def _attach(module: Any, config: DarkConfig) -> None:
     module.config.darkformer = config.to_dict()
 
 
-def _converted_modules(model: nn.Module) -> list[Any]:
+def converted_modules(model: nn.Module) -> list[Any]:
+    """The attention modules that have a feature map, first layer first."""
     return [module for _, module in _attention_modules(model) if isinstance(getattr(module, "dark", None), FeatureMap)]
 
 
@@ -177,7 +178,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ConversionError: the model is not converted.
     """
-    converted = _converted_modules(model)
+    converted = converted_modules(model)
     if not converted:
         raise ConversionError(f"{type(model).__name__} is not converted: there is nothing to revert.")
     for module in converted:
@@ -198,7 +199,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     Raises:
         ConversionError: no layer is converted, or an adapter of peft has wrapped the feature maps.
     """
-    modules = _converted_modules(model)
+    modules = converted_modules(model)
     if not modules:
         raise ConversionError(
             f"{type(model).__name__} has no converted attention layer to observe: convert it first, and calibrate it "

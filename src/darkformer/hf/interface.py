@@ -144,17 +144,14 @@ def dark_attention(
         output = _exact(module, query, key, value, (mask, documents), scaling, is_causal, softcap)
         return output.transpose(1, 2).to(dtype).contiguous(), None
     mask = None if mask is None else mask[:, -query.shape[2] :]
+    options: dict[str, Any] = dict(scaling=scaling, is_causal=is_causal, softcap=softcap)
     with _naming(feature_map):
-        result = attention(
-            query, key, value, feature_map, scaling=scaling, key_mask=mask, is_causal=is_causal, softcap=softcap,
-            documents=documents, initial_state=cache.state if cache else None, return_state=cache is not None,
-        )  # fmt: skip
-    if cache is None:
-        assert isinstance(result, Tensor)
-        output = result
-    else:
-        output, state = result
-        cache.state = state.detach()
+        if cache is not None:
+            output = cache.extend(query, key, value, mask, feature_map, **options)
+        else:
+            alone = attention(query, key, value, feature_map, key_mask=mask, documents=documents, **options)
+            assert isinstance(alone, Tensor)
+            output = alone
     return output.transpose(1, 2).to(dtype).contiguous(), None
 
 
@@ -164,7 +161,7 @@ def take_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     module.__dict__.pop("dark_cache", None)
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # the latter: GPT-NeoX
     if cache is not None and module.dark.config.method != "exact" and "dark_observer" not in module.__dict__:
-        module.__dict__["dark_cache"] = own_layer(cache, module.layer_idx)
+        module.__dict__["dark_cache"] = own_layer(cache, module)
 
 
 AttentionInterface.register(NAME, dark_attention)

@@ -1,0 +1,147 @@
+"""Caches in files: a long prompt is computed once, and any later process goes on from its state."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from .._version import __version__
+from ..config import ConversionError, InputError
+from ..ops.problem import AttentionState
+from .cache import DarkCacheLayer
+from .convert import converted_modules
+from .fingerprint import digest, split_tensors
+
+#: Version of the file's layout. A reader refuses higher ones.
+LAYOUT = 1
+FIELDS = [f.name for f in dataclasses.fields(AttentionState)]
+
+
+def _identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What a state depends on: one pass over the weights."""
+    modules = converted_modules(model)
+    if not modules:
+        raise ConversionError(f"{type(model).__name__} is not converted: its cache is transformers' own.")
+    own, added = split_tensors(model)
+    config = modules[0].dark.config.to_dict()
+    return {"configuration": config, "features": digest(added), "weights": digest(own)}
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    return digest(tensors | {json.dumps(header, sort_keys=True): torch.zeros(0)})
+
+
+def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a layer is, and its tensors by name."""
+    if isinstance(layer, DarkCacheLayer):
+        state = layer.state
+        tensors = {} if state is None else {name: getattr(state, name) for name in FIELDS}
+        return {"kind": "state", "seen": layer.seen}, tensors
+    tensors = {} if layer.get_seq_length() == 0 else {"keys": layer.keys, "values": layer.values}
+    if getattr(layer, "cumulative_length", None) is not None:
+        return {"kind": "sliding", "seen": layer.get_seq_length()}, tensors
+    return {"kind": "softmax", "seen": layer.get_seq_length()}, tensors
+
+
+def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
+    """Saves what the model has read: states of converted layers, keys and values of the others (safetensors).
+
+    Args:
+        cache: `past_key_values` of the model's output or of `generate(..., return_dict_in_generate=True)`.
+        model: the converted model that filled it; its fingerprint goes into the file.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ConversionError: the model is not converted, or another one filled the cache.
+    """
+    for module in converted_modules(model):
+        layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
+        if not isinstance(layer, DarkCacheLayer):
+            raise ConversionError(f"layer {module.layer_idx} of the cache holds no state: run the model with it first.")
+        layer.bind(module)
+    described = [_tensors_of(layer) for layer in cache.layers]
+    tensors = {
+        f"layers.{i}.{name}": x.detach().cpu().contiguous()
+        for i, (_, given) in enumerate(described)
+        for name, x in given.items()
+    }
+    header = {
+        "layout": LAYOUT, "version": __version__, "layers": [kind for kind, _ in described], **_identity(model),
+    }  # fmt: skip
+    metadata = {"format": "pt", "darkformer_cache": json.dumps(header), "checksum": _checksum(header, tensors)}
+    file = Path(file)
+    part = file.with_name(file.name + ".part")  # a killed run leaves the old file or the new one
+    save_file(tensors, part, metadata=metadata)
+    part.replace(file)
+    return file
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: cannot be read ({error}): it is damaged, or no safetensors file.") from error
+    if "darkformer_cache" not in metadata:
+        raise InputError(f"{file}: holds no cache; darkformer.save_cache writes one.")
+    header = json.loads(metadata["darkformer_cache"])
+    if header["layout"] > LAYOUT:
+        raise InputError(f"{file}: written by darkformer {header['version']}, newer than {__version__}: upgrade.")
+    if _checksum(header, tensors) != metadata.get("checksum"):
+        raise InputError(f"{file}: its checksum does not fit its content: it is damaged; save the cache again.")
+    return header, tensors
+
+
+def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
+    """A cache from `save_cache`, to pass as `past_key_values`.
+
+    Raises:
+        InputError: a damaged file, or one of another model, of other draws or of another configuration.
+        ConversionError: the model is not converted.
+    """
+    file = Path(file)
+    header, tensors = _read(file)
+    identity = _identity(model)
+    meaning = {
+        "configuration": "its configuration is another one",
+        "features": "its draws or what calibration and training made of its features are others",
+        "weights": "its weights are others",
+    }
+    if reasons := [text for name, text in meaning.items() if header[name] != identity[name]]:
+        raise InputError(f"{file}: belongs to another model ({'; '.join(reasons)}): compute the prompt again.")
+    device = model.device
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    modules = {module.layer_idx: module for module in converted_modules(model)}
+    for i, described in enumerate(header["layers"]):
+        given = {name: tensors[f"layers.{i}.{name}"].to(device) for name in _names(tensors, i)}
+        if described["kind"] == "state":
+            own = DarkCacheLayer().bind(modules[i])
+            own.state, own.seen = AttentionState(**given) if given else None, described["seen"]
+            own.is_initialized = own.state is not None
+            cache.layers[i] = own
+        elif given:
+            layer: Any = cache.layers[i]
+            layer.lazy_initialization(given["keys"], given["values"])
+            layer.keys, layer.values = given["keys"], given["values"]
+            if described["kind"] == "sliding":
+                layer.cumulative_length = described["seen"]
+    return cache
+
+
+def _names(tensors: dict[str, Tensor], layer: int) -> list[str]:
+    prefix = f"layers.{layer}."
+    return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]

@@ -1,0 +1,277 @@
+"""Taking tokens back, caches of other models, caches in files, and a size that ten thousand tokens do not change."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tolerances import STREAM, relative_error
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from darkformer import ConversionError, DarkConfig, InputError, cost, dark_layers, load_cache, save_cache
+from darkformer.hf import cache as cache_module
+from darkformer.hf.cache import DarkCacheLayer, cache_bytes
+from hf.families import DARK, PAPER, left_mask, linear, logits, positions, tiny, tokens
+
+LENGTH = 24
+
+
+@torch.no_grad()
+def _feed(model: PreTrainedModel, ids: Tensor, mask: Tensor, start: int, stop: int, cache: object) -> Tensor:
+    place = positions(mask)[:, start:stop]
+    return model(
+        ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=place, past_key_values=cache, use_cache=True
+    ).logits
+
+
+def _recording(model: PreTrainedModel, ids: Tensor, mask: Tensor, cuts: list[int]) -> DynamicCache:
+    """A cache that records, filled piece by piece up to the last cut."""
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    for start, stop in zip([0, *cuts], cuts, strict=False):
+        _feed(model, ids, mask, start, stop, cache)
+    return cache
+
+
+class TestCrop:
+    """Any number of recorded tokens can be taken back, and what follows is as if they had never come."""
+
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+    @pytest.mark.parametrize("config", [None, PAPER], ids=["default", "paper"])
+    def test_every_number_of_tokens(self, family: str, config: DarkConfig | None) -> None:
+        model, ids, mask = linear(family, config), tokens(2, LENGTH), left_mask([0, 5], LENGTH)
+        other = torch.cat([ids[:, :9], tokens(2, LENGTH - 9, seed=1)], dim=1)
+        errors = {}
+        for remove in range(1, 10):  # other tokens come in place of those taken back
+            cache = _recording(model, other, mask, [9, 12, 13, 14, 18])
+            ids_now = torch.cat([other[:, : 18 - remove], ids[:, 18 - remove :]], dim=1)
+            cache.crop(-remove)
+            assert cache.get_seq_length() == 18 - remove
+            rest = _feed(model, ids_now, mask, 18 - remove, LENGTH, cache)
+            errors[remove] = relative_error(rest, logits(model, ids_now, mask)[:, 18 - remove :])
+        assert max(errors.values()) <= STREAM, errors
+
+    def test_back_to_nothing(self) -> None:
+        model, ids, mask = linear("llama"), tokens(2, LENGTH), left_mask([0, 5], LENGTH)
+        cache = _recording(model, tokens(2, LENGTH, seed=1), mask, [7, 9])
+        cache.crop(-9)
+        assert cache.get_seq_length() == 0
+        found, wanted = _feed(model, ids, mask, 0, LENGTH, cache), logits(model, ids, mask)
+        assert relative_error(found[mask.bool()], wanted[mask.bool()]) <= STREAM
+
+    def test_again_and_again(self) -> None:
+        model, ids, mask = linear("llama"), tokens(1, LENGTH), left_mask([0], LENGTH)
+        cache, at = _recording(model, ids, mask, [6]), 6
+        while at < LENGTH:  # three forward, one back
+            stop = min(at + 3, LENGTH)
+            out = _feed(model, ids, mask, at, stop, cache)
+            if stop == LENGTH:
+                break
+            cache.crop(-1)
+            at = stop - 1
+        assert relative_error(out, logits(model, ids)[:, at:]) <= STREAM
+
+    def test_a_running_maximum_that_falls_back(self) -> None:
+        # A key far larger than all others raises every feature's stabiliser by hundreds of nats: what the sums held
+        # before is 0 in them, and no subtraction would bring it back.
+        model, ids, mask = linear("llama", PAPER), tokens(1, LENGTH), left_mask([0], LENGTH)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.input_layernorm.weight.mul_(6)
+        cache = _recording(model, ids, mask, [10, 20])
+        before = [layer.state.log_scale.clone() for layer in cache.layers]
+        cache.crop(-10)
+        assert any((b - layer.state.log_scale).max() > 30 for b, layer in zip(before, cache.layers, strict=True))
+        rest = _feed(model, ids, mask, 10, LENGTH, cache)
+        assert relative_error(rest, logits(model, ids)[:, 10:]) <= 1e-4  # logits of that size round more
+
+    def test_a_long_prompt_keeps_its_end_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cache_module, "CROP", 5)
+        model, ids, mask = linear("llama"), tokens(2, LENGTH), left_mask([0, 5], LENGTH)
+        cache = _recording(model, ids, mask, [16])
+        assert [layer.history.length for layer in cache.layers] == [5, 5, 5]
+        cache.crop(-5)
+        assert relative_error(_feed(model, ids, mask, 11, LENGTH, cache), logits(model, ids, mask)[:, 11:]) <= STREAM
+
+    def test_single_steps_keep_a_bounded_history(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cache_module, "CROP", 4)
+        model, ids, mask = linear("llama"), tokens(1, LENGTH), left_mask([0], LENGTH)
+        cache = _recording(model, ids, mask, list(range(1, 21)))
+        assert all(4 <= layer.history.length < 8 for layer in cache.layers)
+        cache.crop(-4)
+        assert relative_error(_feed(model, ids, mask, 16, LENGTH, cache), logits(model, ids)[:, 16:]) <= STREAM
+
+    def test_rows_move_with_their_history(self) -> None:
+        model, ids, mask = linear("llama"), tokens(3, LENGTH), left_mask([0, 5, 2], LENGTH)
+        cache = _recording(model, ids, mask, [12, 18])
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        cache.crop(-4)
+        rows = [2, 0, 0]
+        rest = _feed(model, ids[rows], mask[rows], 14, LENGTH, cache)
+        assert relative_error(rest, logits(model, ids, mask)[rows, 14:]) <= STREAM
+
+    def test_more_than_was_recorded(self) -> None:
+        model, ids, mask = linear("llama"), tokens(1, LENGTH), left_mask([0], LENGTH)
+        cache = _recording(model, ids, mask, [8])
+        assert cache.is_croppable
+        with pytest.raises(ConversionError, match=r"crop\(-9\).*8 tokens here"):
+            cache.crop(-9)
+        cache.crop(0)
+        with pytest.raises(ConversionError, match=r"crop\(-1\).*0 tokens here"):
+            cache.crop(-1)
+        with pytest.raises(ConversionError, match=r"crop\(3\): give the number of tokens to take back, negative"):
+            cache.crop(3)
+
+    def test_without_recording(self) -> None:
+        cache = linear("llama")(tokens(1, 20), use_cache=True).past_key_values
+        cache.crop(0)
+        assert not cache.is_croppable
+        with pytest.raises(ConversionError, match=r"crop\(-3\).*activate_past_recording\(\) before"):
+            cache.crop(-3)
+
+
+class TestWhose:
+    """A state means something under the features it was made with, and under no others."""
+
+    @staticmethod
+    def _filled(model: PreTrainedModel) -> DynamicCache:
+        with torch.no_grad():
+            return model(tokens(1, 12), use_cache=True).past_key_values
+
+    def test_another_model(self) -> None:
+        cache = self._filled(linear("llama"))
+        with pytest.raises(ConversionError, match="layer 0 of past_key_values was filled by another converted model"):
+            linear("llama")(tokens(1, 1), past_key_values=cache)
+
+    def test_other_draws(self) -> None:
+        model = linear("llama")
+        cache = self._filled(model)
+        with torch.no_grad():
+            for layer in dark_layers(model):
+                layer.projection.copy_(layer.projection.flip(1))
+        with pytest.raises(ConversionError, match="filled before its feature map changed"):
+            model(tokens(1, 1), past_key_values=cache)
+
+    def test_a_copy_of_the_cache_is_as_good(self) -> None:
+        # How transformers' guide reuses one prompt several times.
+        model, given = linear("llama"), tokens(1, 12)
+        cache = self._filled(model)
+        for seed in (1, 2):
+            more = torch.cat([given, tokens(1, 8, seed=seed)], dim=1)
+            with torch.no_grad():
+                rest = model(more[:, 12:], past_key_values=copy.deepcopy(cache), use_cache=True).logits
+            assert relative_error(rest, logits(model, more)[:, 12:]) <= STREAM
+        assert cache.get_seq_length() == 12
+
+
+class TestFiles:
+    """`save_cache` and `load_cache`."""
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2", "mistral-sliding", "gpt2", "gpt-neox"])
+    def test_goes_on_to_the_same_bits(self, family: str, tmp_path: Path) -> None:
+        model, ids, mask = linear(family), tokens(2, LENGTH), left_mask([0, 5], LENGTH)
+        cache = DynamicCache(config=model.config)
+        _feed(model, ids, mask, 0, 15, cache)
+        file = save_cache(cache, model, tmp_path / "prompt.safetensors")
+        wanted = _feed(model, ids, mask, 15, LENGTH, cache)
+        model.save_pretrained(tmp_path / "model")
+        again = type(model).from_pretrained(tmp_path / "model")  # another process would start from here
+        loaded = load_cache(file, again)
+        assert loaded.get_seq_length() == 15
+        assert torch.equal(_feed(again, ids, mask, 15, LENGTH, loaded), wanted)
+
+    def test_generation_goes_on(self, tmp_path: Path) -> None:
+        model, ids = linear("llama"), tokens(1, 12)
+        options = dict(do_sample=False, max_new_tokens=8)
+        whole = model.generate(ids, **options)
+        with torch.no_grad():
+            cache = model(ids[:, :-1], use_cache=True).past_key_values
+        file = save_cache(cache, model, tmp_path / "prompt.safetensors")
+        assert torch.equal(model.generate(ids, past_key_values=load_cache(file, model), **options), whole)
+
+    @staticmethod
+    def _saved(folder: Path, model: PreTrainedModel | None = None) -> Path:
+        model = model or linear("llama")
+        cache = model(tokens(1, 12), use_cache=True).past_key_values
+        return save_cache(cache, model, folder / "prompt.safetensors")
+
+    def test_another_models(self, tmp_path: Path) -> None:
+        file = self._saved(tmp_path)
+        other = linear("llama")
+        with torch.no_grad():
+            other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+        with pytest.raises(InputError, match=r"belongs to another model \(its weights are others\)"):
+            load_cache(file, other)
+
+    def test_other_draws(self, tmp_path: Path) -> None:
+        file = self._saved(tmp_path)
+        other = linear("llama")
+        with torch.no_grad():
+            next(dark_layers(other)).projection.mul_(1.01)
+        with pytest.raises(InputError, match=r"another model \(its draws or what calibration"):
+            load_cache(file, other)
+
+    def test_another_configuration(self, tmp_path: Path) -> None:
+        file = self._saved(tmp_path)
+        with pytest.raises(InputError, match=r"another model \(its configuration is another one\)"):
+            load_cache(file, linear("llama", DarkConfig(num_features=16, window=5, sinks=2)))
+
+    def test_a_softmax_model(self, tmp_path: Path) -> None:
+        file = self._saved(tmp_path)
+        with pytest.raises(ConversionError, match="is not converted"):
+            load_cache(file, tiny("llama"))
+        with pytest.raises(ConversionError, match="layer 0 of the cache holds no state"):
+            save_cache(DynamicCache(), linear("llama"), file)
+
+    def test_saving_what_another_filled(self, tmp_path: Path) -> None:
+        cache = linear("llama")(tokens(1, 12), use_cache=True).past_key_values
+        with pytest.raises(ConversionError, match="filled by another converted model"):
+            save_cache(cache, linear("llama"), tmp_path / "prompt.safetensors")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_damage(self, tmp_path: Path) -> None:
+        model = linear("llama")
+        file = self._saved(tmp_path, model)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(InputError, match="cannot be read"):
+            load_cache(file, model)
+        flipped = bytearray(whole)
+        flipped[-100] ^= 1
+        file.write_bytes(bytes(flipped))
+        with pytest.raises(InputError, match="its checksum does not fit"):
+            load_cache(file, model)
+        with pytest.raises(InputError, match="no such file"):
+            load_cache(tmp_path / "nothing", model)
+        save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(InputError, match="holds no cache"):
+            load_cache(tmp_path / "other.safetensors", model)
+
+    def test_a_file_from_the_future(self, tmp_path: Path) -> None:
+        model = linear("llama")
+        file = self._saved(tmp_path, model)
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        header = json.loads(metadata["darkformer_cache"]) | {"layout": 2, "version": "9.0"}
+        save_file(tensors, file, metadata=metadata | {"darkformer_cache": json.dumps(header)})
+        with pytest.raises(InputError, match=r"darkformer 9\.0, newer than.*upgrade"):
+            load_cache(file, model)
+
+
+@torch.no_grad()
+def test_ten_thousand_tokens_cost_the_bytes_of_a_hundred() -> None:
+    model = linear("llama", DARK)
+    ids = tokens(1, 10_000)
+    cache = model(ids[:, :100], use_cache=True, logits_to_keep=1).past_key_values
+    bytes_before = cache_bytes(cache)
+    one = cost.state_bytes(DARK, num_kv_heads=2, head_dim=8)
+    assert bytes_before == 3 * one
+    model(ids[:, 100:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    assert cache.get_seq_length() == 10_000
+    assert cache_bytes(cache) == bytes_before
+    assert all(isinstance(layer, DarkCacheLayer) for layer in cache.layers)
