@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean .venv
+.PHONY: help demo test lint format native clean .venv
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,6 +32,9 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 format: $(STAMP) ## let ruff sort imports, fix what it can and format
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
+
+native: $(STAMP) ## compile the CPU attention now (its first use would do so)
+	@$(BIN)/darkformer native build
 
 clean: ## remove caches and build products (keeps .venv and runs)
 	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

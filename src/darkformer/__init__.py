@@ -27,20 +27,26 @@ from .ops.problem import AttentionState
 
 if TYPE_CHECKING:
     from .hf.convert import convert, dark_layers, revert
+    from .hf.light import load_light, save_light
     from .hf.load import load_model
     from .hf.saved_cache import load_cache, save_cache
     from .train.calibrate import calibrate
     from .train.finetune import finetune
+    from .train.redraw import Redraw, redraw
 
 _LAZY = {
     "convert": "hf.convert",
     "revert": "hf.convert",
     "dark_layers": "hf.convert",
     "load_cache": "hf.saved_cache",
-    "load_model": "hf.load",
     "save_cache": "hf.saved_cache",
+    "load_light": "hf.light",
+    "load_model": "hf.load",
+    "save_light": "hf.light",
     "calibrate": "train.calibrate",
     "finetune": "train.finetune",
+    "Redraw": "train.redraw",
+    "redraw": "train.redraw",
 }
 
 __all__ = [
@@ -53,6 +59,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "NonFiniteError",
+    "Redraw",
     "RunFolderError",
     "TrainConfig",
     "__version__",
@@ -63,9 +70,12 @@ __all__ = [
     "feature_map",
     "finetune",
     "load_cache",
+    "load_light",
     "load_model",
+    "redraw",
     "revert",
     "save_cache",
+    "save_light",
 ]
 
 

@@ -13,10 +13,15 @@ try:
     from rich.console import Console
     from rich.table import Table
     from typer.core import TyperGroup
+
+    from .cli_native import app as native_app
 except ModuleNotFoundError as error:  # pragma: no cover - exercised in a bare environment
     raise MissingExtraError(
         f"the command line needs {error.name!r}, which is not installed: pip install 'darkformer[all]'."
     ) from error
+
+from .cli_bench import register as register_bench
+from .cli_diagnose import register as register_diagnose
 
 DARK, TRAIN, DEMO = DarkConfig(), TrainConfig(), DemoConfig()
 console = Console()
@@ -43,6 +48,7 @@ app = typer.Typer(
     help="Linear attention for pretrained transformers: convert, finetune, generate with constant-size state.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(native_app, name="native")
 
 
 def _dark(name: str, *flags: str) -> Any:
@@ -51,6 +57,10 @@ def _dark(name: str, *flags: str) -> Any:
 
 def _train(name: str, *flags: str) -> Any:
     return typer.Option(*flags, help=field_help(TrainConfig, name), rich_help_panel="Finetuning")
+
+
+def _bench(flag: str, text: str, **options: Any) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel="Benchmarks", **options)
 
 
 Method = Annotated[str, _dark("method", "--method")]
@@ -74,6 +84,7 @@ SeqLen = Annotated[int, _train("seq_len", "--seq-len")]
 BatchSize = Annotated[int, _train("batch_size", "--batch-size")]
 SaveEvery = Annotated[int, _train("save_every", "--save-every")]
 Dtype = Annotated[str, _train("dtype", "--dtype")]
+RedrawEvery = Annotated[int, _train("redraw_every", "--redraw-every")]
 Seed = Annotated[int, typer.Option(help="Seed of the projections and of the data order.")]
 Paper = Annotated[
     bool,
@@ -117,6 +128,7 @@ def linearize(
     batch_size: BatchSize = TRAIN.batch_size,
     save_every: SaveEvery = TRAIN.save_every,
     dtype: Dtype = TRAIN.dtype,
+    redraw_every: RedrawEvery = TRAIN.redraw_every,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     overwrite: Overwrite = False,
@@ -138,7 +150,7 @@ def linearize(
         )  # fmt: skip
     budget = TrainConfig(
         train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size,
-        save_every=save_every, dtype=dtype, seed=seed,
+        save_every=save_every, dtype=dtype, redraw_every=redraw_every, seed=seed,
     )  # fmt: skip
     record = run(
         model, out, data=data, held_out=held_out, config=config, budget=budget, resume=resume, overwrite=overwrite,
@@ -173,25 +185,33 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Tokens to score at most; 0 takes all there are.", min=0)] = 8192,
     whole: Annotated[bool, typer.Option("--whole", help="Score all of --data, not its held-out eighth only.")] = False,
     dtype: Dtype = TRAIN.dtype,
+    tasks: Annotated[list[str], _bench("--tasks", "lm-eval task, group, tag, wildcard or YAML file. Repeat.")] = [],  # noqa: B006
+    include_path: Annotated[str, _bench("--include-path", "Folder with lm-eval tasks of your own.")] = "",
+    limit: Annotated[int, _bench("--limit", "Documents of an lm-eval task at most; 0 takes all.", min=0)] = 0,
+    passkey: Annotated[bool, _bench("--recall", "Passkey recall against distance. Needs no data.")] = False,
+    distances: Annotated[list[int], _bench("--distance", "Tokens from the number to its question. Repeat.")] = [],  # noqa: B006
+    trials: Annotated[int, _bench("--trials", "Numbers asked for at each distance.", min=1)] = 20,
+    batch_size: Annotated[int, _bench("--batch-size", "Prompts in one forward pass.", min=1)] = 4,
+    out: Annotated[Path, _bench("--out", "Folder of evaluation.json and recall.png.")] = Path("runs/evaluate"),
 ) -> None:
-    """Loss, perplexity and next-token accuracy on text that linearize held out (every eighth document of --data)."""
-    from .experiments.console import RichReporter
-    from .hf.load import load_model, load_tokenizer
-    from .train.data import load_documents, token_blocks
-    from .train.linearize import load_text, scored
+    """Loss, perplexity and next-token accuracy on text that linearize held out (every eighth document of --data).
 
-    budget = TrainConfig(seq_len=seq_len, dtype=dtype)
-    reporter, scores = RichReporter(console), {}
-    names = [_model_folder(name) for name in (model, against) if name]
-    for name in names:
-        tokenizer = load_tokenizer(name)
-        if whole:
-            blocks = token_blocks(tokenizer, load_documents(data), seq_len)
-        else:
-            _, blocks = load_text(data, (), tokenizer, seq_len)
-        blocks = blocks[: max(1, max_tokens // seq_len)] if max_tokens else blocks
-        scores[name] = scored(load_model(name), blocks, budget, reporter, Path(name).name)
-    _print_scores(scores)
+    With --tasks or --recall: those benchmarks instead, as a table and a record in --out.
+    """
+    from .experiments import evaluation
+    from .experiments.console import RichReporter
+    from .experiments.recall import DISTANCES, RecallTask
+
+    reporter, names = RichReporter(console), [_model_folder(name) for name in (model, against) if name]
+    if not tasks and not passkey:
+        budget = TrainConfig(seq_len=seq_len, dtype=dtype)
+        _print_scores(evaluation.text_scores(names, data, budget, reporter, max_tokens=max_tokens, whole=whole))
+        return
+    chosen = {"tasks": tasks, "include_path": include_path, "batch_size": batch_size, "limit": limit}
+    asked = RecallTask(tuple(distances) or DISTANCES, trials, batch_size=batch_size) if passkey else None
+    record = evaluation.benchmark(names, out, reporter, tasks=chosen if tasks else None, asked=asked)
+    evaluation.print_benchmark(record, console)
+    console.print(f"Record: {out / evaluation.RECORD}", markup=False)
 
 
 @app.command()
@@ -220,6 +240,18 @@ def generate(
         f"[dim]{done['tokens']} tokens, {done['tokens_per_second']:.1f} tokens/s, "
         f"cache {done['cache_bytes'] / 1e6:.2f} MB[/dim]"
     )
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Run folder of linearize.", metavar="RUN")],
+    repo: Annotated[str, typer.Argument(help="Name on the hub: ACCOUNT/NAME.", metavar="REPO")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a run's model to the Hugging Face hub, with a model card written from its record."""
+    from .train.card import push_run
+
+    console.print(push_run(run, repo, private=private), markup=False)
 
 
 @app.command()
@@ -262,6 +294,10 @@ def demo(
     console.print(
         f"Report: {out / 'report.html'}   record: {out / 'record.json'}   model: {out / 'model'}", markup=False
     )
+
+
+register_bench(app, console)
+register_diagnose(app, console)
 
 
 def main() -> None:

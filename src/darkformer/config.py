@@ -199,12 +199,13 @@ class TrainConfig:
     batch_size: int = option(2, "Sequences in one optimizer step.")
     save_every: int = option(100, "Steps between checkpoints; an interrupt writes one as well.")
     dtype: str = option("bfloat16", f"Precision. {_choices(DTYPES)}.")
+    redraw_every: int = option(0, "Optimizer steps between fresh draws of the projection Ω; 0 keeps the first ones.")
     seed: int = option(0, "Seed of the data order.")
 
     def __post_init__(self) -> None:
         _check_choice("train", self.train, TRAIN_GROUPS)
         _check_choice("dtype", self.dtype, DTYPES)
-        for name in ("steps", "warmup", "seed"):
+        for name in ("steps", "warmup", "redraw_every", "seed"):
             _check_integer(name, getattr(self, name), 0)
         for name in ("seq_len", "batch_size", "save_every"):
             _check_integer(name, getattr(self, name), 2 if name == "seq_len" else 1)

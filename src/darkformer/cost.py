@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .config import DarkConfig
 
 
@@ -25,3 +27,65 @@ def kv_cache_bytes(
     """Bytes of one softmax layer's keys and values for one sequence of `seq_len` tokens."""
     d_v = head_dim if value_dim is None else value_dim
     return element_bytes * seq_len * num_kv_heads * (head_dim + d_v)
+
+
+class Work(NamedTuple):
+    """What one call has to do at least, and so how fast a machine can do it at best."""
+
+    flops: float  # a multiplication and an addition are two
+    exps: float
+    bytes: float  # inputs read once, outputs written once
+
+    def seconds(self, flops_per_second: float, exps_per_second: float, bytes_per_second: float) -> float:
+        """The lower bound max(FLOPs/peak + exps/rate, bytes/bandwidth)."""
+        return max(self.flops / flops_per_second + self.exps / exps_per_second, self.bytes / bytes_per_second)
+
+
+#: Chunk the lower bound assumes: the smallest one whose products are matrix products. A larger one costs more.
+BOUND_CHUNK = 32
+
+
+def linear_attention_work(
+    seq_len: int,
+    *,
+    batch: int = 1,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_features: int,
+    window: int,
+    element_bytes: int = 4,
+    backward: bool = False,
+) -> Work:
+    """FLOPs, exponentials and bytes of causal random-feature attention with an exact window, d_v = d.
+
+    Forward: features 2·d·m a head and a kv head (the map M folded into Ω), sums 2·m·d to update (kv) and to read, the
+    triangle of a chunk of `BOUND_CHUNK`, 4·d a key in the window. Backward: features again and their input's
+    gradient, the sums forward (update) and backward (six products), five products for every (query, key) pair.
+    Not counted: the norm ½‖Mx‖², stabilisers, parameter gradients.
+    """
+    tokens_q, tokens_k = batch * seq_len * num_heads, batch * seq_len * num_kv_heads
+    d, m = head_dim, num_features
+    pairs, near = (BOUND_CHUNK + 1) / 2, min(window, (seq_len + 1) / 2)
+    features = 2 * d * m * (tokens_q + tokens_k)
+    flops = features + 2 * m * d * (tokens_q + tokens_k) + tokens_q * (2 * pairs * (m + d) + 2 * m + 4 * near * d)
+    exps = m * (tokens_q + tokens_k) + tokens_q * near
+    size = element_bytes * d * (2 * tokens_q + 2 * tokens_k)
+    if backward:
+        flops += 2 * features + 2 * m * d * (2 * tokens_q + 3 * tokens_k)
+        flops += tokens_q * (2 * pairs * (3 * m + 2 * d) + 10 * near * d)
+        exps *= 2
+        size += element_bytes * d * (4 * tokens_q + 4 * tokens_k)
+    return Work(float(flops), float(exps), float(size))
+
+
+def softmax_attention_work(
+    seq_len: int, *, batch: int = 1, num_heads: int, num_kv_heads: int, head_dim: int, element_bytes: int = 4,
+    backward: bool = False,
+) -> Work:  # fmt: skip
+    """FLOPs, exponentials and bytes of causal softmax attention: 2 products a pair forward, 5 more backward."""
+    pairs = batch * num_heads * seq_len * (seq_len + 1) / 2
+    size = element_bytes * head_dim * batch * seq_len * 2 * (num_heads + num_kv_heads)
+    return Work(
+        pairs * head_dim * (14 if backward else 4), pairs * (2 if backward else 1), size * (3 if backward else 1)
+    )

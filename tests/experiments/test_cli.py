@@ -40,6 +40,7 @@ def test_linearize_writes_a_model_and_a_true_record(linearized: Path, text_glob:
     assert set(record["scores"]) == {"softmax", "converted", "finetuned"}
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert not (linearized / "checkpoints").exists()
+    assert f"{record['scores']['finetuned']['loss']:.4f}" in (linearized / "model" / "README.md").read_text()
     model = darkformer.load_model(str(linearized / "model"))
     layers = list(darkformer.dark_layers(model))
     assert [fm.config.window for fm in layers] == [8, 8]

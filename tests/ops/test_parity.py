@@ -9,7 +9,8 @@ import torch
 from tolerances import PARITY, relative_error
 
 from darkformer.config import METHODS
-from darkformer.ops import chunked
+from darkformer.ops import chunk_passes, chunked
+from darkformer.ops.super_chunks import SuperChunks
 
 from .cases import Case, Pair, above, all_pairs, covering, differences, make_map, pairs, solve
 
@@ -151,16 +152,30 @@ SUPER_CASES = [
 ]
 
 
-@pytest.mark.parametrize("keep", [0, 10**9], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("case", SUPER_CASES, ids=str)
-def test_several_super_chunks(case: Case, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state handed from one super-chunk to the next, with and without recomputation in the backward pass."""
+def test_sums_that_were_not_kept_are_made_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "SUPER", 64)
-    monkeypatch.setattr(chunked, "KEEP", keep)
-    calls = []
-    checkpoint = chunked.checkpoint
-    monkeypatch.setattr(chunked, "checkpoint", lambda *a, **k: calls.append(a[1:3]) or checkpoint(*a, **k))
+    monkeypatch.setattr(chunk_passes, "STARTS", 2)
+    made: list[int] = []
+    sums = chunk_passes.Backward._sums_before
+    monkeypatch.setattr(
+        chunk_passes.Backward, "_sums_before", lambda self, group: made.append(len(group)) or sums(self, group)
+    )
+    found = solve(case, "chunked")
+    assert max(made) >= 2 and len(made) <= 2 * (2 if case.mode == "bidirectional" else 1)
+    assert not above(differences(found, solve(case, "reference")), PARITY)
+
+
+@pytest.mark.parametrize("span", [64, 256])
+@pytest.mark.parametrize("case", SUPER_CASES, ids=str)
+def test_several_super_chunks(case: Case, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state handed from one super-chunk to the next, forward and backward, the last one short."""
+    monkeypatch.setattr(chunked, "SUPER", span)
+    monkeypatch.setattr(chunked, "ROWS", 10**9)
+    starts = []
+    begin = SuperChunks.begin
+    monkeypatch.setattr(SuperChunks, "begin", lambda self, *a: starts.append(a) or begin(self, *a))
     found = solve(case, "chunked")
     directions = 2 if case.mode == "bidirectional" else 1
-    assert len(calls) == (directions * -(-case.length // 64) if keep == 0 else 0)
+    assert len(starts) == 2 * directions * -(-case.length // span)
     assert not above(differences(found, solve(case, "reference")), PARITY)

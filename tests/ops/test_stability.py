@@ -6,9 +6,12 @@ from tolerances import OUTPUT, float32_error, relative_error
 from torch import Tensor
 
 from darkformer import DarkConfig, attention, feature_map
+from darkformer.ops.chunk_features import Scratch
+from darkformer.ops.log_domain import count_log_domain
 from darkformer.ops.problem import LOG_ZERO
 
 from .cases import Case, make_inputs, make_map
+from .cases import solve as solve_case
 from .test_gradcheck import spy_on_log_domain
 
 DIM, LENGTH = 64, 256
@@ -48,14 +51,14 @@ def test_large_logits(std: int, window: int, sinks: int, monkeypatch: pytest.Mon
 
 def test_without_the_log_domain_these_rows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the path is needed, not only taken."""
-    from darkformer.ops import chunked
+    from darkformer.ops import chunk_passes
 
     config = DarkConfig(num_features=64, window=0, sinks=0)
     made = feature_map(config, num_heads=1, num_kv_heads=1, head_dim=DIM)
     inputs = [16 * torch.randn(1, 1, LENGTH, DIM) for _ in range(2)] + [torch.randn(1, 1, LENGTH, DIM)]
     want = attention(*(x.double() for x in inputs), made, backend="reference")
     assert relative_error(attention(*inputs, made, backend="chunked"), want) <= float32_error(256)
-    monkeypatch.setitem(chunked.UNDERFLOW, torch.float32, 0.0)
+    monkeypatch.setitem(chunk_passes.UNDERFLOW, torch.float32, 0.0)
     assert relative_error(attention(*inputs, made, backend="chunked"), want) > 0.1
 
 
@@ -137,3 +140,29 @@ def test_values_of_any_size() -> None:
     want = attention(query, key, value, made)
     for factor in (2.0**-60, 2.0**60):
         assert relative_error(attention(query, key, factor * value, made) / factor, want) <= 1e-6
+
+
+def test_underflow_is_counted() -> None:
+    made = feature_map(DarkConfig(num_features=64, window=0, sinks=0), num_heads=2, num_kv_heads=1, head_dim=DIM)
+    key = torch.randn(1, 1, 100, DIM)
+    for factor in (1, 16):
+        with count_log_domain() as outer, count_log_domain() as count:
+            attention(factor * torch.randn(1, 2, 100, DIM), factor * key, key, made, backend="chunked")
+        assert count == outer and count.rows == 200
+        if factor == 1:
+            assert count.underflowed_rows == count.recomputed_rows == 0
+        else:
+            assert 10 <= count.underflowed_rows <= count.recomputed_rows <= 256  # two chunks of 64, two heads
+
+
+@pytest.mark.parametrize("mode", ["cold", "bidirectional"])
+@pytest.mark.parametrize("window", [0, 16])
+def test_scratch_memory_starts_with_anything(window: int, mode: str) -> None:
+    """What an earlier call left in the reused buffers, NaN included, changes no bit."""
+    case = Case(length=150, window=window, sinks=2, mode=mode, padding="left")
+    want = solve_case(case, "chunked")
+    for scratch in (s for idle in Scratch._idle.values() for s in idle):
+        for flat in scratch._flat.values():
+            flat.fill_(float("nan"))
+    for name, tensor in solve_case(case, "chunked").tensors.items():
+        assert torch.equal(tensor, want.tensors[name]), name

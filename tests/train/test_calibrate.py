@@ -354,6 +354,12 @@ class TestRefusals:
         with pytest.raises(InputError, match="give input_ids"):
             calibrate(_converted(), [batch])
 
+    def test_the_mode_is_put_back(self) -> None:
+        model = _converted().train()
+        with pytest.raises(InputError, match="needs 16"):
+            calibrate(model, [tokens(1, 10)])
+        assert model.training
+
     def test_too_few_tokens(self) -> None:
         # head_dim 8 needs 16 keys; the two sinks of a row are none.
         with pytest.raises(InputError, match=r"saw 15 tokens per head, .* dimension 8 needs 16"):

@@ -114,6 +114,13 @@ class TestDatasets:
         assert len(load_documents(["corpus"])) == 9
         assert calls[0][:2] == ("corpus", None)
 
+    def test_a_row_without_text_is_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+
+        rows = datasets.Dataset.from_dict({"text": ["one", None, "two"]}).to_iterable_dataset()
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+        assert load_documents(["corpus"]) == ["one", "two"]
+
     def test_without_a_text_column(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._serve(monkeypatch, "content")
         with pytest.raises(InputError, match=r"no 'text' column \(columns: content\)"):

@@ -83,6 +83,18 @@ def test_a_model_that_diverged() -> None:
         evaluate(model, BLOCKS)
 
 
+def test_the_mode_is_put_back_after_an_error() -> None:
+    model = tiny("llama").train()
+
+    def interrupt(done: int, total: int) -> None:
+        assert not model.training
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, BLOCKS, progress=interrupt)
+    assert model.training
+
+
 @pytest.mark.parametrize("shape", [(0, 24), (3, 1)])
 def test_nothing_to_predict(shape: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="at least one block of two tokens"):

@@ -11,7 +11,7 @@ import torch
 from hf.families import DARK, linear, tiny, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from darkformer import DarkConfig, NonFiniteError, TrainConfig, finetune
+from darkformer import DarkConfig, NonFiniteError, RunFolderError, TrainConfig, finetune
 from darkformer.train.finetune import Interrupted
 
 BLOCKS = tokens(12, 24)
@@ -123,12 +123,16 @@ class TestControlC:
             _control_c()
             _control_c()
 
-        handler, model = signal.getsignal(signal.SIGINT), linear("llama")
-        with pytest.raises(KeyboardInterrupt) as caught:
-            finetune(model, BLOCKS, _budget(train="geometry"), tmp_path, on_step=_at(2, impatient))
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        try:
+            handler, model = signal.getsignal(signal.SIGINT), linear("llama")
+            with pytest.raises(KeyboardInterrupt) as caught:
+                finetune(model, BLOCKS, _budget(train="geometry"), tmp_path, on_step=_at(2, impatient))
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert not isinstance(caught.value, Interrupted)
         assert not list(tmp_path.glob("checkpoint-*"))
-        assert signal.getsignal(signal.SIGINT) is handler
         assert all(p.requires_grad for p in model.parameters())
 
     def test_the_handler_is_put_back(self, tmp_path: Path) -> None:
@@ -200,3 +204,11 @@ class TestDivergence:
         with pytest.raises(NonFiniteError, match="step 1: the loss is nan; no checkpoint had been written"):
             finetune(model, BLOCKS, _budget(), tmp_path)
         assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+    finetune(linear("llama"), BLOCKS, _budget(save_every=4), tmp_path)
+    model = linear("llama")
+    with pytest.raises(RunFolderError, match=r"holds checkpoint-8 of another run: resume=True continues it"):
+        finetune(model, BLOCKS, _budget(save_every=4), tmp_path)
+    assert _same_weights(model, linear("llama"))

@@ -55,15 +55,18 @@ class Probe:
         self.top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         self.weights = (logits - self.top).exp()
         self.rows = self.real[:, None, None, :, None]
+        self._splits: dict[tuple[int, int], tuple[Tensor, Part, Part]] = {}
         self.split(config)
         self.target = self._output(self.far)
 
     def split(self, config: DarkConfig) -> None:
-        """Another division into the exact part and the far one."""
-        near = self.seen & ((self.offset < config.window) | (self.position < config.sinks)[:, None, :])
-        self.far_mask = (self.seen & ~near)[:, None, None]
-        self.near = self._part(self.weights * near[:, None, None])
-        self.far = self._part(self.weights * self.far_mask)
+        """Another division into the exact part and the far one; what was made once is kept."""
+        form = (config.window, config.sinks)
+        if form not in self._splits:
+            near = self.seen & ((self.offset < config.window) | (self.position < config.sinks)[:, None, :])
+            far = (self.seen & ~near)[:, None, None]
+            self._splits[form] = (far, self._part(self.weights * near[:, None, None]), self._part(self.weights * far))
+        self.far_mask, self.near, self.far = self._splits[form]
 
     def _part(self, weights: Tensor) -> Part:
         return Part(weights @ self.v[:, :, None], weights.sum(-1, keepdim=True))
@@ -80,19 +83,23 @@ class Probe:
 
     def features(self, parameters: FeatureParameters) -> Part:
         """The far part by the features of `parameters`."""
-        (part,) = self.curve(parameters, (parameters.config.num_features,))
-        return part
+        (kernel,) = self.kernels(parameters, (parameters.config.num_features,))
+        return self.far_part(kernel)
 
-    def curve(self, parameters: FeatureParameters, counts: Sequence[int]) -> Iterator[Part]:
-        """The far part by the first `counts` (ascending) features of `parameters`, one Part each."""
+    def far_part(self, kernel: Tensor) -> Part:
+        """The far part of a kernel from `kernels`."""
+        return self._part(kernel * self.far_mask)
+
+    def kernels(self, parameters: FeatureParameters, counts: Sequence[int]) -> Iterator[Tensor]:
+        """Estimated weights (B, G, R, L, L) by the first `counts` (ascending) features, on the exact ones' scale."""
         lq, lk = self.log_features(parameters)
         high_q, high_k = lq.amax(-1, keepdim=True), lk.amax((-2, -1), keepdim=True)[:, :, None]
         query, key = (lq - high_q).exp(), (lk[:, :, None] - high_k).exp()
-        shift = (high_q + high_k - self.top).clamp_max(80.0).exp() * self.far_mask
+        shift = (high_q + high_k - self.top).clamp_max(80.0).exp()
         kernel: Tensor | float = 0.0
         for start, count in zip((0, *counts), counts, strict=False):
             kernel = kernel + query[..., start:count] @ key[..., start:count].mT
-            yield self._part(kernel * shift * (parameters.config.num_features / count))
+            yield kernel * shift * (parameters.config.num_features / count)
 
     def bias(self, far: Part) -> Tensor:
         """Per kv head: the median over queries of log(exact far mass / the features' far mass)."""

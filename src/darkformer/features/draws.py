@@ -12,9 +12,13 @@ from torch.quasirandom import SobolEngine
 from ..config import DRAWS, ConfigError
 
 
-def head_generator(seed: int, layer: int, head: int) -> torch.Generator:
-    """A CPU generator for one key/value head; streams of different (seed, layer, head) are independent."""
-    words = np.random.SeedSequence([seed, layer, head]).generate_state(2, np.uint32)
+def head_generator(seed: int, layer: int, head: int, step: int = 0) -> torch.Generator:
+    """A CPU generator for one key/value head; streams of different (seed, layer, head, step) are independent.
+
+    `step` is 0 for the draw at construction, and the optimizer step of a redraw.
+    """
+    key = (step,) if step else ()
+    words = np.random.SeedSequence([seed, layer, head], spawn_key=key).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
@@ -94,9 +98,9 @@ DRAW_FUNCTIONS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
 
 
 def draw_projection(
-    draw: str, num_features: int, dim: int, *, num_kv_heads: int, seed: int = 0, layer: int = 0
+    draw: str, num_features: int, dim: int, *, num_kv_heads: int, seed: int = 0, layer: int = 0, step: int = 0
 ) -> Tensor:
-    """Ω for every key/value head of a layer, reproducible from (seed, layer) alone.
+    """Ω for every key/value head of a layer, reproducible from (seed, layer, step) alone.
 
     Returns:
         (G, m, dim) float64 on the CPU.
@@ -107,4 +111,4 @@ def draw_projection(
     if draw not in DRAW_FUNCTIONS:
         raise ConfigError(f"draw={draw!r} is unknown: choose one of {', '.join(DRAWS)}.")
     function = DRAW_FUNCTIONS[draw]
-    return torch.stack([function(num_features, dim, head_generator(seed, layer, g)) for g in range(num_kv_heads)])
+    return torch.stack([function(num_features, dim, head_generator(seed, layer, g, step)) for g in range(num_kv_heads)])

@@ -191,14 +191,29 @@ class FeatureMap(nn.Module):
         if torch.get_default_device().type == "meta":  # being built to receive saved weights: nothing to draw
             projection = torch.empty(shape, dtype=torch.float32)
         else:
-            projection = draw_projection(
-                config.draw, config.num_features, self.head_dim,
-                num_kv_heads=self.num_kv_heads, seed=config.seed, layer=self.layer,
-            ).to(torch.get_default_device(), torch.float32)  # fmt: skip
+            projection = self._draw(0).to(torch.get_default_device(), torch.float32)
         if config.method == "lfk":
             self.projection = nn.Parameter(projection)
         else:
             self.register_buffer("projection", projection)
+
+    def _draw(self, step: int) -> Tensor:
+        return draw_projection(
+            self.config.draw, self.config.num_features, self.head_dim,
+            num_kv_heads=self.num_kv_heads, seed=self.config.seed, layer=self.layer, step=step,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def redraw_(self, step: int) -> bool:
+        """New rows of Ω, those of (seed, step, layer, head); step 0 gives the first ones back. In place.
+
+        Returns:
+            False where there is nothing to redraw: methods without draws, and `lfk`, whose Ω is learned.
+        """
+        if self.projection is None or isinstance(self.projection, nn.Parameter):
+            return False
+        self.projection.copy_(self._draw(step))  # a new tensor would no longer be synchronised under DDP
+        return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureMap:
         # `model.to(bfloat16)` must not round M and Ω: keep the device of the move, drop the lower precision.

@@ -3,7 +3,8 @@
 transformers builds a model from its config, then fills in the saved weights. A converted model's config carries a
 `darkformer` entry; its feature maps must exist before the weights come. `PreTrainedModel.post_init`, "executed at the
 end of each model initialization", is where they are attached. The wrapper goes on when transformers' modelling module
-is imported, so that `import darkformer` does not have to import it.
+is imported, so that `import darkformer` does not have to import it. A second wrapper refuses a checkpoint without
+some of what conversion added: transformers would only warn, and compute with whatever the memory held.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
+from ..config import InputError
 
 _TARGET = "transformers.modeling_utils"
 
@@ -36,6 +39,30 @@ def _wrap_post_init(modeling_utils: Any) -> None:
     modeling_utils.PreTrainedModel.post_init = post_init
 
 
+def _wrap(modeling_utils: Any) -> None:
+    _wrap_post_init(modeling_utils)
+    _wrap_finalize(modeling_utils)
+
+
+def _wrap_finalize(modeling_utils: Any) -> None:
+    original = getattr(modeling_utils.PreTrainedModel, "_finalize_model_loading", None)
+    if original is None or getattr(original, "by_darkformer", False):
+        return
+
+    def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
+        missing = sorted(name for name in loading_info.missing_keys if ".dark." in name)
+        if missing and getattr(model.config, "darkformer", None):
+            raise InputError(
+                f"{load_config.pretrained_model_name_or_path} lacks {len(missing)} tensors of what conversion added "
+                f"({', '.join(missing[:3])}, …), though its config.json says darkformer: save the model again. "
+                "To convert softmax weights, load them with their own config and call darkformer.convert."
+            )
+        return original(model, load_config, loading_info)
+
+    finalize.by_darkformer = True  # type: ignore[attr-defined]
+    modeling_utils.PreTrainedModel._finalize_model_loading = staticmethod(finalize)
+
+
 class _Loader(importlib.abc.Loader):
     """Loads as the original loader does, then wraps."""
 
@@ -47,7 +74,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.original.exec_module(module)
-        _wrap_post_init(module)
+        _wrap(module)
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
 
 
@@ -75,6 +102,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 def install() -> None:
     """Wraps now if transformers is loaded, else when it will be."""
     if _TARGET in sys.modules:
-        _wrap_post_init(sys.modules[_TARGET])
+        _wrap(sys.modules[_TARGET])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

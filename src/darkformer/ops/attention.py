@@ -13,6 +13,8 @@ from ..config import ConfigError, InputError, NonFiniteError
 from ..features.maps import FeatureMap
 from .chunked import chunked
 from .exact import exact
+from .native import native
+from .native import why_not as _why_not_native
 from .packing import apart, check_documents
 from .problem import AttentionState, Problem, check_state, compact, gather_tokens
 from .recurrent import recurrent
@@ -60,6 +62,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("exact", _why_not_exact, exact),
         Backend("recurrent", _why_not_recurrent, recurrent),
+        Backend("native", _why_not_native, native),
         Backend("chunked", _why_not_chunked, chunked),
         Backend("streamed", _why_not_streamed, streamed),
         Backend("reference", lambda problem: None, reference),
@@ -104,7 +107,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, feature_map: Featur
 
 def _non_finite(**tensors: Tensor) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
-    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32)))]
+
+    def total(x: Tensor) -> Tensor:  # a sum in another dtype copies the whole tensor first; only float16 overflows
+        return x.detach().sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
+
+    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(total(x)))]
     return [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow by itself
 
 

@@ -1,90 +1,29 @@
 """Linear-time attention in plain torch, on any device.
 
-A causal pass walks over super-chunks of `SUPER` tokens. Inside one, all chunks are computed at once: the near keys
-exactly (window band, sinks), the far keys through their features, quadratic inside a chunk and through the running
-state before it. Far keys are the keys `window` positions back, so "far" is ordinary causal linear attention.
-A bidirectional call is two such passes, the second one backwards, merged by their log-normalisers.
-Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabiliser described at `_Block`.
+A causal pass walks over super-chunks in reused memory (`chunk_passes`): the near keys exactly (window band, sinks), the
+far keys through their features, quadratic inside a chunk and through the running state before it. Far keys are the
+keys `window` positions back, so "far" is ordinary causal linear attention. A bidirectional call is two such passes,
+the second one backwards, merged by their log-normalisers.
+Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabiliser described in `chunk_passes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from ..features.maps import FeatureParameters, key_log_features, query_log_features
-from .log_domain import ChunkTerms, log_domain_chunks
+from .chunk_features import LOG2E, Form, forms
+from .chunk_passes import Backward, Forward, Kept, Sums
 from .problem import LOG_ZERO, AttentionState, Problem, next_buffers
+from .super_chunks import Frame, Tensors
 
-#: Tokens of one super-chunk: what is in memory at once (and recomputed in the backward pass).
+#: Tokens of one super-chunk at most, and (query head, token) rows: what is in the caches at once.
 SUPER = 1024
-#: Tokens whose intermediate values may stay in memory for the backward pass without recomputation.
-KEEP = 512
-#: Normalisers below this are recomputed in the log domain. Far above the smallest number, so that what a row does see
-#: has kept all its digits when it is larger.
-UNDERFLOW = {torch.float32: 1e-18, torch.float64: 1e-150}
-
-
-class Sums(NamedTuple):
-    """The running sums over far keys, each feature scaled by exp(-scale)."""
-
-    values: Tensor  # (B, G, m, d_v)
-    total: Tensor  # (B, G, m)
-    scale: Tensor  # (B, G, m)
-
-
-class Pass(NamedTuple):
-    """One direction over the tokens. `prefix` keys stand before the first query; P = prefix."""
-
-    query: Tensor  # (B, G, R, L, d)
-    key: Tensor  # (B, G, P + L, d)
-    value: Tensor  # (B, G, P + L, d_v)
-    far_valid: Tensor  # (B, L) which of key[:, :, :L] may enter the sums
-    near_valid: Tensor  # (B, P + L) which keys the window may see
-    query_valid: Tensor  # (B, L)
-    query_position: Tensor  # (B, L)
-    key_position: Tensor  # (B, L) of key[:, :, :L]
-    sink_key: Tensor  # (B, G, sinks, d)
-    sink_value: Tensor
-    sink_valid: Tensor  # (B, L, sinks)
-    nearest: int  # smallest offset query - key that this pass covers: 0, or 1 for the backward direction
-    scaling: float
-    parameters: FeatureParameters
-    compute: torch.dtype
-
-
-class Piece(NamedTuple):
-    """The T tokens of one super-chunk, and the P keys and values before its keys."""
-
-    query: Tensor  # (B, G, R, T, d)
-    key_before: Tensor  # (B, G, P, d)
-    key: Tensor  # (B, G, T, d)
-    value_before: Tensor
-    value: Tensor
-
-
-def pieces(p: Pass, span: int) -> Iterator[Piece]:
-    """Cuts a pass into super-chunks of `span` tokens.
-
-    Split, not sliced: the gradient of one slice is a tensor of zeros as long as the sequence, so that a backward pass
-    over all slices would take quadratic time.
-    """
-    prefix = p.key.shape[2] - p.query.shape[3]
-
-    def cut(x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        before, rest = x.split([prefix, x.shape[2] - prefix], dim=2)
-        for piece in rest.split(span, dim=2):
-            yield before, piece
-            long = piece if piece.shape[2] >= prefix else torch.cat([before, piece], dim=2)
-            before = long[:, :, long.shape[2] - prefix :]
-
-    for query, key, value in zip(p.query.split(span, dim=3), cut(p.key), cut(p.value), strict=True):
-        yield Piece(query, *key, *value)
+ROWS = 4096
 
 
 def chunk_length(window: int, length: int) -> int:
@@ -97,166 +36,80 @@ def chunk_length(window: int, length: int) -> int:
     return chunk
 
 
-class _Block:
-    """One super-chunk of N chunks of C tokens. Shapes: (B, G, N, R·C, …) for queries, (B, G, N, C, …) for keys.
-
-    Stabiliser: feature i's key sums are scaled by exp(-running maximum of ℓ_k,i up to and including the chunk). That
-    maximum may belong to a key the query does not see, so a row's normaliser can underflow; such chunks are found
-    afterwards (`visible` but a tiny normaliser) and recomputed in the log domain.
-    """
-
-    def __init__(self, p: Pass, window: int, chunk: int) -> None:
-        self.p, self.window, self.chunk = p, window, chunk
-        self.prefix = p.key.shape[2] - p.query.shape[3]
-
-    def __call__(self, start: int, stop: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Tokens start…stop: (output (B, G, R, T, d_v), log-normaliser (B, G, R, T), values, total, scale).
-
-        `tensors` are the fields of `Piece`, then those of the `Sums` before it.
-        """
-        p, piece, before = self.p, Piece(*tensors[:5]), Sums(*tensors[5:])
-        C, T = self.chunk, stop - start
-        N, heads = T // C, p.query.shape[2]
-        root = p.scaling**0.5
-        q = piece.query.to(p.compute) * root
-        q = q.unflatten(3, (N, C)).transpose(2, 3).flatten(3, 4)  # (B, G, N, R·C, d)
-        keys = torch.cat([piece.key_before, piece.key], dim=2).to(p.compute) * root
-        values = torch.cat([piece.value_before, piece.value], dim=2).to(p.compute)
-
-        terms, after, visible = [], before, self._far_count(start, stop, before).unflatten(1, (N, C)) > 0
-        if p.parameters.config.feature_count:
-            far, after = self._far(q, keys[:, :, :T], values[:, :, :T], start, stop, before)
-        else:
-            far = None
-        if self.window > p.nearest:
-            logits, mask = self._near(q, keys, start, stop)
-            visible = visible | mask.any(-1)
-            terms.append((logits, mask, values.unfold(2, C + self.prefix, C).mT))
-        if p.sink_key.shape[2]:
-            mask = p.sink_valid[:, start:stop].unflatten(1, (N, C))
-            logits = q @ (p.sink_key.to(p.compute) * root).mT[:, :, None]
-            visible = visible | mask.any(-1)
-            terms.append((logits, mask, p.sink_value.to(p.compute)[:, :, None]))
-        visible = visible & p.query_valid[:, start:stop].unflatten(1, (N, C))
-        # Masks are per (row of the batch, chunk, token); every group and query head shares them.
-        shared = [(lg.masked_fill(~m[:, None].repeat(1, 1, 1, heads, 1), LOG_ZERO), m, v) for lg, m, v in terms]
-        numerator, normaliser, top = self._combine(far, shared, visible, heads)
-        safe = torch.where(normaliser > 0, normaliser, 1)
-        output = numerator / safe[..., None]
-        log_normaliser = torch.where(normaliser > 0, top + safe.log(), LOG_ZERO)
-
-        def unfold(x: Tensor) -> Tensor:  # (B, G, N, R·C, …) → (B, G, R, T, …)
-            return x.unflatten(3, (heads, C)).transpose(2, 3).flatten(3, 4)
-
-        return unfold(output), unfold(log_normaliser), *after
-
-    def _far_count(self, start: int, stop: int, before: Sums) -> Tensor:
-        """(B, T): how many far keys a query sees, counting a non-empty state as one."""
-        if not self.p.parameters.config.feature_count:
-            return torch.zeros_like(self.p.far_valid[:, start:stop], dtype=torch.int64)
-        stored = (before.scale > LOG_ZERO / 2).flatten(1).any(1)
-        return self.p.far_valid[:, start:stop].cumsum(1) + stored[:, None]
-
-    def _far(
-        self, q: Tensor, keys: Tensor, values: Tensor, start: int, stop: int, before: Sums
-    ) -> tuple[ChunkTerms, Sums]:
-        """Log-features, stabilisers and prefix sums of every chunk, and the sums after the last one."""
-        p, C = self.p, self.chunk
-        N = (stop - start) // C
-        heads = q.shape[3] // C
-        valid = p.far_valid[:, start:stop]
-        lk = key_log_features(p.parameters, keys, p.key_position[:, start:stop])
-        lk = lk.masked_fill(~valid[:, None, :, None], LOG_ZERO).unflatten(2, (N, C))
-        position = p.query_position[:, start:stop].unflatten(1, (N, C)).repeat(1, 1, heads).flatten(1)
-        lq = query_log_features(p.parameters, q.flatten(2, 3), position).unflatten(2, (N, -1))
-        with torch.no_grad():  # stabilisers: mathematically without effect, so without gradient
-            scale = torch.cat([before.scale[:, :, None], lk.amax(-2)], dim=2).cummax(2).values  # (B, G, N+1, m)
-        ek = (lk - scale[:, :, 1:, None]).exp().masked_fill(~valid.unflatten(1, (N, C))[:, None, :, :, None], 0)
-        v = values.unflatten(2, (N, C))
-        all_values = torch.cat([before.values[:, :, None], ek.mT @ v], dim=2)  # (B, G, N+1, m, d_v)
-        all_total = torch.cat([before.total[:, :, None], ek.sum(-2)], dim=2)
-        # Row c sums the state and the chunks before c at chunk c's scale; row N is the state after the last chunk.
-        at = torch.cat([scale[:, :, 1:], scale[:, :, -1:]], dim=2)
-        decay = (scale[:, :, None] - at[:, :, :, None]).clamp_max(0).exp()  # (B, G, row, source, m)
-        order = torch.arange(N + 1, device=q.device)
-        decay = decay * (order[None, :] <= order[:, None])[..., None]
-        sums = torch.einsum("bgcsm,bgsmd->bgcmd", decay, all_values)
-        totals = torch.einsum("bgcsm,bgsm->bgcm", decay, all_total)
-        terms = ChunkTerms(lq, lk, ek, v, sums[:, :, :N], totals[:, :, :N], scale, all_values, all_total)
-        return terms, Sums(sums[:, :, N], totals[:, :, N], scale[:, :, -1])
-
-    def _near(self, q: Tensor, keys: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Logits (B, G, N, R·C, C+P) of the window's band and the mask (B, N, C, C+P)."""
-        C, P = self.chunk, self.prefix
-        logits = q @ keys.unfold(2, C + P, C)  # unfold's last axis is the key axis: (B, G, N, d, C+P)
-        rows = torch.arange(C, device=q.device)[:, None]
-        offset = P + rows - torch.arange(C + P, device=q.device)
-        band = (offset >= self.p.nearest) & (offset < self.window)
-        valid = self.p.near_valid[:, start : stop + P].unfold(1, C + P, C)
-        return logits, band & valid[:, :, None]
-
-    def _combine(
-        self, far: ChunkTerms | None, near: list[tuple[Tensor, Tensor, Tensor]], visible: Tensor, heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Numerator, normaliser and the subtracted maximum, each (B, G, N, R·C[, d_v])."""
-        tops = [logits.detach().amax(-1) for logits, _, _ in near]
-        if far is not None:
-            shifted = far.query + far.scale[:, :, 1:, None]
-            tops.append(shifted.detach().amax(-1))
-        top = torch.stack(tops).amax(0)
-        numerator: Tensor | float = 0.0
-        normaliser: Tensor | float = 0.0
-        if far is not None:
-            eq = (shifted - top[..., None]).exp()
-            inside = (eq @ far.key_exp.mT).unflatten(3, (heads, self.chunk)).tril().flatten(3, 4)
-            numerator = eq @ far.sums + inside @ far.value
-            normaliser = (eq @ far.totals[..., None]).squeeze(-1) + inside.sum(-1)
-        for logits, _, value in near:
-            weight = (logits - top[..., None]).exp() * (logits > LOG_ZERO / 2)
-            numerator = numerator + weight @ value
-            normaliser = normaliser + weight.sum(-1)
-        assert isinstance(numerator, Tensor) and isinstance(normaliser, Tensor)
-        if far is not None:
-            bad = (normaliser < UNDERFLOW[top.dtype]) & visible.repeat(1, 1, heads)[:, None]
-            if bool(bad.any()):
-                return log_domain_chunks(bad, far, near, (numerator, normaliser, top))
-        return numerator, normaliser, top
+def span_length(chunk: int, heads: int) -> int:
+    """Tokens of a super-chunk for B·H = `heads` query heads: a multiple of the chunk."""
+    return max(1, min(SUPER, ROWS // heads) // chunk) * chunk
 
 
-def _padded(p: Pass, padding: int) -> Pass:
-    """The pass with `padding` more tokens at the end, all masked."""
-    rows = {n: F.pad(getattr(p, n), (0, 0, 0, padding)) for n in ("query", "key", "value", "sink_valid")}
-    flat = ("far_valid", "near_valid", "query_valid", "query_position", "key_position")
-    tensors: dict[str, Any] = {**rows, **{n: F.pad(getattr(p, n), (0, padding)) for n in flat}}
-    return p._replace(**tensors)
+class _Chunked(torch.autograd.Function):
+    """One direction. Saves inputs, output, log-normaliser and sums before some super-chunks; recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, frame: Frame, keep: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
+        tensors, query, key = _unpack(given)
+        run = Forward(tensors, frame, query, key)
+        kept, sums = run.run(keep)
+        scale = torch.where(sums.scale == run.start_scale, frame.scale.flatten(0, 1), sums.scale / LOG2E)
+        scale = scale.masked_fill(sums.scale < LOG_ZERO / 2, LOG_ZERO).view_as(frame.scale)
+        ctx.set_materialize_grads(False)
+        if keep:
+            ctx.save_for_backward(*given, kept.output, kept.log_normaliser)
+            ctx.frame, ctx.starts, ctx.stride, ctx.underflowed = frame, kept.starts, kept.stride, kept.underflowed
+        ctx.mark_non_differentiable(scale)
+        shape = tensors.values.shape
+        return kept.output, kept.log_normaliser, sums.values.view(shape), sums.total.view(shape[:-1]), scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *changes: Tensor | None) -> tuple[Any, ...]:
+        change, log_change, values, total, _ = changes
+        *given, output, log_normaliser = ctx.saved_tensors
+        tensors, query, key = _unpack(given)
+        run = Backward(tensors, ctx.frame, query, key)
+        needed = dict(
+            zip(
+                Tensors._fields + tuple("q " + n for n in Form._fields) + tuple("k " + n for n in Form._fields),
+                ctx.needs_input_grad[2:],
+                strict=True,
+            )
+        )
+        for side, prefix in ((run.query_side, "q "), (run.key_side, "k ")):
+            side.needs = {name: needed[prefix + name] for name in Form._fields}
+        kept = Kept(output, log_normaliser, ctx.starts, ctx.stride, ctx.underflowed)
+        found = run.run(kept, change, log_change, [values, total])
+        return None, None, *found, *run.query_side.form_gradients(), *run.key_side.form_gradients()
 
 
-def _run(p: Pass, sums: Sums, window: int) -> tuple[Tensor, Tensor, Sums]:
-    """A whole pass. Returns output (B, G, R, L, d_v), log-normaliser (B, G, R, L), the sums after it."""
-    length = p.query.shape[3]
-    chunk = chunk_length(window, length)
-    padding = -length % chunk
-    if padding:
-        p = _padded(p, padding)
-    block = _Block(p, window, chunk)
-    total, span = length + padding, max(SUPER, chunk)
-    recompute = torch.is_grad_enabled() and p.query.shape[0] * total > KEEP
-    outputs, normalisers = [], []
-    for start, piece in zip(range(0, total, span), pieces(p, span), strict=True):
-        arguments = (start, min(start + span, total), *piece, *sums)
-        if recompute:
-            result = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            result = block(*arguments)
-        outputs.append(result[0])
-        normalisers.append(result[1])
-        sums = Sums(*result[2:])
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
-    normaliser = normalisers[0] if len(outputs) == 1 else torch.cat(normalisers, dim=3)
-    return output[:, :, :, :length], normaliser[..., :length], sums
+def _unpack(given: Any) -> tuple[Tensors, Form, Form]:
+    tensors, size = len(Tensors._fields), len(Form._fields)
+    return Tensors(*given[:tensors]), Form(*given[tensors : tensors + size]), Form(*given[tensors + size :])
 
 
-def _forward_pass(problem: Problem) -> Pass:
+def _apply(tensors: Tensors, frame: Frame) -> tuple[Tensor, Tensor, Sums]:
+    """A whole pass. Returns output (B, G, R, L, d_v), log-normaliser (B, G, R, L) to base e, the sums after it."""
+    query, key = forms(frame.parameters)
+    given = (*tensors, *query, *key)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    if keep:  # the gradient of the weights is a difference from the output: bfloat16's rounding would show in it
+        frame = frame._replace(output=frame.compute)
+    output, log_normaliser, *sums = _Chunked.apply(frame, keep, *given)
+    return output, log_normaliser / LOG2E, Sums(*sums)
+
+
+def _seen(frame: Frame, length: int) -> Tensor:
+    """(B, L): which queries see any key."""
+    features = frame.parameters.config.feature_count > 0
+    stored = (frame.scale > LOG_ZERO / 2).flatten(1).any(1, keepdim=True)
+    seen = (frame.far_valid.cumsum(1) > 0) | stored if features else torch.zeros_like(frame.far_valid)
+    if frame.window > frame.nearest:
+        count = F.pad(frame.near_valid.cumsum(1), (1, 0))  # valid keys in slots before i
+        end = frame.near_valid.shape[1] - length + 1 - frame.nearest  # query 0 sees slots below this
+        first = end - (frame.window - frame.nearest)
+        seen = seen | (count[:, end : end + length] > count[:, first : first + length])
+    return seen | frame.sink_valid.any(-1)
+
+
+def _forward_pass(problem: Problem) -> tuple[Tensors, Frame]:
     """Keys at or before the query, behind the state's recent keys; sinks included."""
     state, window, sinks = problem.state, problem.config.window, problem.state.sink_key.shape[2]
     length, device = problem.query.shape[3], problem.query.device
@@ -265,71 +118,85 @@ def _forward_pass(problem: Problem) -> Pass:
     slot = torch.arange(window + length, device=device)
     position = state.count[:, None] - window + slot  # of [recent | new]
     valid = (position >= sinks) & (slot < window + problem.lengths[:, None])
-    after = next_buffers(problem)
     sink = torch.arange(sinks, device=device)
-    sink_valid = (sink < after["count"][:, None])[:, None].expand(-1, length, -1)
+    sink_valid = (sink < (state.count + problem.lengths)[:, None])[:, None].expand(-1, length, -1)
     query_position = state.count[:, None] + new
     if problem.is_causal:
         sink_valid = sink_valid & (sink <= query_position[..., None])
-    return Pass(
-        query=problem.query,
-        key=torch.cat([state.recent_key.to(problem.key.dtype), problem.key], dim=2) if window else problem.key,
-        value=torch.cat([state.recent_value.to(problem.value.dtype), problem.value], dim=2)
-        if window
-        else problem.value,
+    sink_slot = sink - state.count[:, None]
+    chunk = chunk_length(window, length)
+    frame = Frame(
+        scale=state.log_scale.detach(),
         far_valid=valid[:, :length] & query_valid,
         near_valid=valid,
-        query_valid=query_valid,
+        visible=query_valid,
         query_position=query_position,
         key_position=position[:, :length],
-        sink_key=after["sink_key"],
-        sink_value=after["sink_value"],
         sink_valid=sink_valid & query_valid[..., None],
+        sink_slot=sink_slot.clamp(0, length - 1),
+        sink_fresh=(sink_slot >= 0) & (sink_slot < problem.lengths[:, None]),
+        window=window,
         nearest=0,
         scaling=problem.scaling,
         parameters=problem.parameters,
         compute=state.feature_sum.dtype,
+        # The two directions are merged in full precision.
+        output=problem.query.dtype if problem.is_causal else state.feature_sum.dtype,
+        chunk=chunk,
+        span=span_length(chunk, problem.query.shape[:3].numel()),
+        row_matters=window + sinks > 0 or not problem.is_causal,
     )
+    tensors = Tensors(
+        problem.query, problem.key, problem.value, state.recent_key, state.recent_value,
+        state.sink_key, state.sink_value, state.feature_values, state.feature_sum,
+    )  # fmt: skip
+    return tensors, frame._replace(visible=_seen(frame, length) & query_valid)
 
 
-def _backward_pass(problem: Problem, forward: Pass) -> Pass:
+def _backward_pass(problem: Problem, tensors: Tensors, frame: Frame) -> tuple[Tensors, Frame]:
     """Keys after the query: everything reversed, offsets from 1, no sinks (the forward pass has them)."""
     window, length = problem.config.window, problem.query.shape[3]
     prefix = max(window, 1)
-    valid = F.pad(forward.near_valid[:, window:].flip(1), (prefix, 0))
-    return forward._replace(
-        query=problem.query.flip(3),
-        key=F.pad(problem.key.flip(2), (0, 0, prefix, 0)),
-        value=F.pad(problem.value.flip(2), (0, 0, prefix, 0)),
+    valid = F.pad(frame.near_valid[:, window:].flip(1), (prefix, 0))
+    query_position = frame.query_position.flip(1)
+    query_valid = torch.arange(length, device=valid.device).flip(0) < problem.lengths[:, None]
+    reverse = frame._replace(
         far_valid=valid[:, :length],
         near_valid=valid,
-        query_valid=forward.query_valid.flip(1),
-        query_position=forward.query_position.flip(1),
-        key_position=F.pad(forward.query_position.flip(1), (prefix, 0))[:, :length],
-        sink_key=forward.sink_key[:, :, :0],
-        sink_value=forward.sink_value[:, :, :0],
-        sink_valid=forward.sink_valid[..., :0],
+        query_position=query_position,
+        key_position=F.pad(query_position, (prefix, 0))[:, :length],
+        sink_valid=frame.sink_valid[..., :0],
+        sink_slot=frame.sink_slot[:, :0],
+        sink_fresh=frame.sink_fresh[:, :0],
         nearest=1,
     )
+
+    def before(x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:2], prefix, x.shape[-1])
+
+    flipped = tensors._replace(
+        query=problem.query.flip(3), key=problem.key.flip(2), value=problem.value.flip(2),
+        key_before=before(problem.key), value_before=before(problem.value),
+        sink_key=tensors.sink_key[:, :, :0], sink_value=tensors.sink_value[:, :, :0],
+    )  # fmt: skip
+    return flipped, reverse._replace(visible=_seen(reverse, length) & query_valid)
 
 
 def chunked(problem: Problem) -> tuple[Tensor, AttentionState]:
     """Attention in time and memory linear in L, forward and backward.
 
     Returns:
-        output (B, G, R, L, d_v) in the compute dtype, zero at pads, and the state after the last token.
+        output (B, G, R, L, d_v), in the compute dtype, or in the query's where nothing needs a gradient, zero at pads,
+        and the state after the last token.
     """
-    state, window = problem.state, problem.config.window
-    forward = _forward_pass(problem)
-    sums = Sums(state.feature_values, state.feature_sum, state.log_scale.detach())
-    output, log_normaliser, after = _run(forward, sums, window)
+    tensors, frame = _forward_pass(problem)
+    output, log_normaliser, after = _apply(tensors, frame)
     # Without features and with window 1 a query sees no key after itself.
-    if not problem.is_causal and (problem.config.feature_count or window > 1):
-        other, other_normaliser, _ = _run(_backward_pass(problem, forward), sums, window)
+    if not problem.is_causal and (problem.config.feature_count or problem.config.window > 1):
+        other, other_normaliser, _ = _apply(*_backward_pass(problem, tensors, frame))
         other, other_normaliser = other.flip(3), other_normaliser.flip(3)
         share = torch.sigmoid(log_normaliser - other_normaliser)[..., None]
         output = share * output + (1 - share) * other
-    output = output * forward.query_valid[:, None, None, :, None]
     return output, AttentionState(
         feature_values=after.values, feature_sum=after.total, log_scale=after.scale, **next_buffers(problem)
     )

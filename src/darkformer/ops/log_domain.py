@@ -1,7 +1,14 @@
-"""The slow, safe path: chunks whose normaliser underflowed are recomputed with a logarithm per (query, key) pair."""
+"""The slow, safe path: chunks whose normaliser underflowed are recomputed with a logarithm per (query, key) pair.
+
+A chunk here is one (row of the batch, group, chunk): K of them are done at once. Logarithms are to base 2.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,77 +16,130 @@ from torch import Tensor
 
 from .problem import LOG_ZERO
 
+#: Elements of the (chunk, query, key, feature) tensor that is in memory at once.
+SLICE = 1 << 21
+
+
+@dataclass
+class LogDomainCount:
+    """How often the safe path was taken; the backward pass takes it for the same rows.
+
+    Attributes:
+        underflowed_rows: rows (batch, query head, token) whose normaliser underflowed.
+        recomputed_rows: rows of all the chunks with such a row; this is what is paid for.
+        rows: all rows of the super-chunks seen.
+    """
+
+    underflowed_rows: int = 0
+    recomputed_rows: int = 0
+    rows: int = 0
+
+
+_counts: ContextVar[tuple[LogDomainCount, ...]] = ContextVar("log_domain_counts", default=())
+
+
+@contextlib.contextmanager
+def count_log_domain() -> Iterator[LogDomainCount]:
+    """Counts, within the block, how often forward passes of `chunked` took the safe path.
+
+    >>> from darkformer.ops.log_domain import count_log_domain
+    >>> with count_log_domain() as count:
+    ...     pass
+    >>> count.underflowed_rows
+    0
+    """
+    count = LogDomainCount()
+    token = _counts.set((*_counts.get(), count))
+    try:
+        yield count
+    finally:
+        _counts.reset(token)
+
+
+def note(rows: int, bad: Tensor | None) -> None:
+    """Adds one super-chunk of `rows` rows to the active counts; `bad` (chunks, rows of a chunk) or None."""
+    for count in _counts.get():
+        count.rows += rows
+        if bad is not None:
+            count.underflowed_rows += int(bad.sum())
+            count.recomputed_rows += int(bad.any(-1).sum()) * bad.shape[-1]
+
 
 class ChunkTerms(NamedTuple):
-    """The far part of N chunks: log-features, stabilised sums before each chunk, and what they were made of."""
+    """The far part of K chunks."""
 
-    query: Tensor  # (B, G, N, R·C, m) ℓ_q
-    key: Tensor  # (B, G, N, C, m) ℓ_k, LOG_ZERO where masked
-    key_exp: Tensor  # (B, G, N, C, m) exp(ℓ_k - scale[chunk + 1])
-    value: Tensor  # (B, G, N, C, d_v)
-    sums: Tensor  # (B, G, N, m, d_v) before the chunk, at scale[chunk + 1]
-    totals: Tensor  # (B, G, N, m)
-    scale: Tensor  # (B, G, N+1, m) running maximum: [0] of the state, [c + 1] up to chunk c
-    source_values: Tensor  # (B, G, N+1, m, d_v) the state and every chunk's own sum, each at its own scale
-    source_total: Tensor  # (B, G, N+1, m)
+    query: Tensor  # (K, R·C, m) ℓ_q
+    key: Tensor  # (K, C, m) ℓ_k, LOG_ZERO where masked
+    value: Tensor  # (K, C, d_v)
+    values: Tensor  # (K, m, d_v) sums of the keys before the chunk, scaled by 2^-scale
+    total: Tensor  # (K, m)
+    scale: Tensor  # (K, m) running maximum of ℓ_k before the chunk
+
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Query rows in slices, and which keys each sees (rows, C): those of its own token and before."""
+        chunks, rows, m = self.query.shape
+        width = self.key.shape[1]
+        step = max(1, SLICE // (chunks * width * m))
+        token = torch.arange(rows, device=self.query.device) % width
+        key = torch.arange(width, device=self.query.device)
+        for i in range(0, rows, step):
+            yield slice(i, i + step), key <= token[i : i + step, None]
 
 
-def log_domain_chunks(
-    bad: Tensor,
-    far: ChunkTerms,
-    near: list[tuple[Tensor, Tensor, Tensor]],
-    fast: tuple[Tensor, Tensor, Tensor],
-    slice_rows: int = 8,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Recomputes every chunk in which a row is `bad` and puts it in place of the fast result.
+def log_domain_chunks(bad: Tensor, far: ChunkTerms, near: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Numerator (K, R·C, d_v), normaliser and subtracted maximum (K, R·C, 1) of K chunks.
 
     Each far weight is log Σ_features exp(ℓ_q + ℓ_k): no maximum is shared with a key the query does not see. The sums
-    before the chunk are taken at the scale they had before it. Nothing of the fast result of these chunks is used,
-    so their gradients through it are exactly zero.
+    before the chunk are taken at the scale they had before it.
 
     Args:
-        bad: (B, G, N, R·C) rows whose normaliser is tiny although they see keys.
-        fast: numerator, normaliser, maximum.
-        slice_rows: query rows whose (row, key, feature) tensor is in memory at once.
-
-    Returns:
-        The three tensors of `fast`, corrected.
+        bad: (K, R·C) the rows that made the chunks come here.
+        near: logits (K, R·C, J), -inf where masked, and values (K, J, d_v) of the exact terms.
     """
-    b, n = bad.any(-1).any(1).nonzero(as_tuple=True)  # K pairs (row of the batch, chunk)
+    inside = far.query.new_empty(bad.shape[0], bad.shape[1], far.key.shape[1])
+    for rows, seen in far.slices():
+        pairs = far.query[:, rows, None, :] + far.key[:, None]
+        most = pairs.amax(-1)
+        logits = pairs.sub_(most[..., None]).exp2_().sum(-1).log2_().add_(most)
+        inside[:, rows] = logits.masked_fill_(~seen, -torch.inf)
+    past = far.query + far.scale[:, None]
+    terms = [*near, (inside, far.value), (past, far.values)]
+    top = torch.stack([logits.amax(-1) for logits, _ in terms]).amax(0).clamp_min(LOG_ZERO)[..., None]
+    weights = [(logits - top).exp2() for logits, _ in terms]
+    numerator = torch.stack([w @ v for w, (_, v) in zip(weights, terms, strict=True)]).sum(0)
+    normaliser = torch.stack([w.sum(-1) for w in weights[:-1]]).sum(0) + (weights[-1] @ far.total[..., None])[..., 0]
+    return numerator, normaliser[..., None], top
 
-    def pick(x: Tensor) -> Tensor:
-        return x.transpose(1, 2)[b, n if x.shape[2] > 1 else 0]  # sink values are the same for every chunk
 
-    lq, lk, value = pick(far.query), pick(far.key), pick(far.value)  # (K, G, R·C | C, …)
-    chunk = lk.shape[2]
-    rows = [
-        torch.logsumexp(lq[:, :, i : i + slice_rows, None, :] + lk[:, :, None, :, :], dim=-1)
-        for i in range(0, lq.shape[2], slice_rows)
-    ]
-    inside = torch.cat(rows, dim=2)  # (K, G, R·C, C)
-    token = torch.arange(lq.shape[2], device=lq.device) % chunk
-    key_index = torch.arange(chunk, device=lq.device)
-    inside = inside.masked_fill(key_index > token[:, None], LOG_ZERO)
-    # The sums before chunk n, at the running maximum before chunk n: strictly past keys only.
-    order = torch.arange(far.scale.shape[2], device=lq.device)
-    scale = far.scale[b]  # (K, G, N+1, m)
-    before = scale[torch.arange(len(n), device=n.device), :, n]  # (K, G, m)
-    decay = (scale - before[:, :, None]).clamp_max(0).exp() * (order <= n[:, None])[:, None, :, None]
-    sums = torch.einsum("kgsm,kgsmd->kgmd", decay, far.source_values[b])
-    totals = torch.einsum("kgsm,kgsm->kgm", decay, far.source_total[b])
-    past = lq + before[:, :, None]
+class ChunkGradients(NamedTuple):
+    """What `log_domain_gradients` adds to the gradients of K chunks; shapes as in `ChunkTerms`."""
 
-    pieces = [(pick(logits), pick(v)) for logits, _, v in near]
-    pieces.append((inside, value))
-    tops = [logits.detach().amax(-1) for logits, _ in pieces] + [past.detach().amax(-1)]
-    top = torch.stack(tops).amax(0)
-    stored = (past - top[..., None]).exp()
-    numerator, normaliser = stored @ sums, (stored @ totals[..., None]).squeeze(-1)
-    for logits, v in pieces:
-        weight = (logits - top[..., None]).exp() * (logits > LOG_ZERO / 2)
-        numerator, normaliser = numerator + weight @ v, normaliser + weight.sum(-1)
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    values: Tensor  # of the sums before the chunk, at their scale
+    total: Tensor
 
-    def put(old: Tensor, new: Tensor) -> Tensor:
-        return old.transpose(1, 2).index_put((b, n), new).transpose(1, 2)
 
-    return put(fast[0], numerator), put(fast[1], normaliser), put(fast[2], top)
+def log_domain_gradients(far: ChunkTerms, log_normaliser: Tensor, change: Tensor, shift: Tensor) -> ChunkGradients:
+    """The gradient of the far part of K chunks; nothing in it exceeds 1 but the inputs.
+
+    dL/da_tj = w_tj (dO_t·v_j - D_t) for the weight w_tj = Σ_i exp(ℓ_q,ti + ℓ_k,ji - log n_t), and D_t = dO_t·O_t.
+
+    Args:
+        log_normaliser: (K, R·C, 1), to base 2; +1e30 for rows that see nothing.
+        change: (K, R·C, d_v) dL/dO.
+        shift: (K, R·C, 1) D.
+    """
+    past = (far.query + far.scale[:, None] - log_normaliser).exp2()
+    dq = past * (change @ far.values.mT - shift * far.total[:, None])
+    dk, dv = torch.zeros_like(far.key), torch.zeros_like(far.value)
+    for rows, seen in far.slices():
+        weight = far.query[:, rows, None, :] + far.key[:, None]
+        weight = weight.sub_(log_normaliser[:, rows, None]).masked_fill_(~seen[..., None], -torch.inf).exp2_()
+        gap = change[:, rows] @ far.value.mT - shift[:, rows]
+        dv += weight.sum(-1).mT @ change[:, rows]
+        weight.mul_(gap[..., None])
+        dq[:, rows] += weight.sum(2)
+        dk += weight.sum(1)
+    return ChunkGradients(dq, dk, dv, past.mT @ change, -(past * shift).sum(1))

@@ -119,10 +119,14 @@ def next_buffers(problem: Problem) -> dict[str, Tensor]:
     slots = torch.arange(sinks, device=problem.key.device) - state.count[:, None]
     fresh = (slots >= 0) & (slots < problem.lengths[:, None])
     for name, new in (("key", problem.key), ("value", problem.value)):
-        old = getattr(state, f"recent_{name}").to(new.dtype)
-        every = torch.cat([old, new], dim=2)
-        recent = gather_tokens(every, index.clamp_min(0)) if keep else every[:, :, :0]
-        result[f"recent_{name}"] = recent.masked_fill((index < 0)[:, None, :, None], 0) if keep else recent
+        recent = getattr(state, f"recent_{name}").to(new.dtype)
+        if keep and length:  # never a copy of [recent | new]: it would be as long as the sequence
+            entering = gather_tokens(new, (index - window).clamp(0, length - 1))
+            if window:
+                staying = gather_tokens(recent, index.clamp(0, window - 1))
+                entering = torch.where((index < window)[:, None, :, None], staying, entering)
+            recent = entering.masked_fill((index < 0)[:, None, :, None], 0)
+        result[f"recent_{name}"] = recent
         sink = getattr(state, f"sink_{name}").to(new.dtype)
         if sinks and length:
             entering = gather_tokens(new, slots.clamp(0, length - 1))

@@ -138,6 +138,24 @@ def _set_closed_forms(
     return proposals
 
 
+def _line_search(
+    model: nn.Module, layers: list[FeatureMap], batch: Any, proposals: dict[int, HeadProposals]
+) -> list[HeadChoice]:
+    """Scale and bias of the layers that have one to choose, measured on `batch`."""
+    choices: list[HeadChoice] = []
+    searched = {id(fm) for fm in layers if fm.far_bias is not None or (fm.config.cold_start and fm.scalable)}
+
+    def observer(fm: FeatureMap, *captured: Any) -> None:
+        if id(fm) in searched:
+            probe = Probe(*captured[:-1], config=fm.config, tokens=SEARCH_TOKENS)
+            choices.append(_search_layer(fm, probe, proposals.get(id(fm))))
+
+    if searched:
+        with observing(model, observer):
+            _forward(model, batch)
+    return choices
+
+
 def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None) -> list[HeadChoice]:
     """Sets centres, balance, proposal, scale and bias of every layer from the softmax model's own queries and keys.
 
@@ -176,22 +194,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
 
     was_training = model.training
     model.eval()
-    for fm in layers:
-        if fm.config.cold_start:
-            fm.reset_geometry_()
-    proposals = _set_closed_forms(model, layers, every[:-1] or every, tick)
-    choices: list[HeadChoice] = []
-    searched = {id(fm) for fm in layers if fm.far_bias is not None or (fm.config.cold_start and fm.scalable)}
-
-    def observer(fm: FeatureMap, *captured: Any) -> None:
-        if id(fm) in searched:
-            probe = Probe(*captured[:-1], config=fm.config, tokens=SEARCH_TOKENS)
-            choices.append(_search_layer(fm, probe, proposals.get(id(fm))))
-
-    if searched:
-        with observing(model, observer):
-            _forward(model, every[-1])
+    try:
+        for fm in layers:
+            if fm.config.cold_start:
+                fm.reset_geometry_()
+        proposals = _set_closed_forms(model, layers, every[:-1] or every, tick)
+        choices = _line_search(model, layers, every[-1], proposals)
+    finally:
+        model.train(was_training)
     if progress:
         progress(len(every), len(every))
-    model.train(was_training)
     return choices

@@ -66,7 +66,7 @@ def _dataset_documents(name: str, limit: int) -> list[str]:
         raise InputError(
             f"--data {name}: its rows have no 'text' column (columns: {', '.join(rows[0]) if rows else ''})."
         )
-    return [row["text"] for row in rows]
+    return [row["text"] or "" for row in rows]  # a row may hold None; empty documents are dropped later
 
 
 def load_documents(sources: Sequence[str], limit: int = 20_000) -> list[str]:

@@ -53,22 +53,24 @@ def evaluate(
         raise InputError(f"blocks of shape {tuple(blocks.shape)}: at least one block of two tokens is needed.")
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
     total, correct, count = 0.0, 0, 0
     batches = blocks.split(batch_size)
-    for i, batch in enumerate(batches):
-        batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        target = batch[:, 1:]
-        for row, wanted in zip(logits, target, strict=True):  # one row at a time: float32 logits are large
-            row = row.float()
-            total += float(F.cross_entropy(row, wanted, reduction="sum"))
-            correct += int((row.argmax(-1) == wanted).sum())
-            count += wanted.numel()
-        if progress:
-            progress(i + 1, len(batches))
-    model.train(was_training)
+    try:
+        model.eval()
+        for i, batch in enumerate(batches):
+            batch = batch.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+            target = batch[:, 1:]
+            for row, wanted in zip(logits, target, strict=True):  # one row at a time: float32 logits are large
+                row = row.float()
+                total += float(F.cross_entropy(row, wanted, reduction="sum"))
+                correct += int((row.argmax(-1) == wanted).sum())
+                count += wanted.numel()
+            if progress:
+                progress(i + 1, len(batches))
+    finally:
+        model.train(was_training)
     loss = total / count
     if not math.isfinite(loss):
         raise NonFiniteError(f"the evaluation loss is {loss}: the model has diverged.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import re
 import signal
 import threading
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..config import ConfigError, NonFiniteError, TrainConfig
+from ..config import ConfigError, NonFiniteError, RunFolderError, TrainConfig
 from ..hf.convert import dark_layers
 from ..hf.load import without_bars
+from .redraw import Redraw
 
 #: Projections of queries, keys and values, by the names transformers' families use (fused ones included).
 QKV = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(weight|bias)$")
@@ -131,11 +133,22 @@ def _gentle_interrupt(steps: _Steps) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def _sequences_here(budget: TrainConfig) -> int:
+    """This process's share of a step's sequences; `accelerate launch` and `torchrun` set WORLD_SIZE."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if budget.batch_size % processes:
+        raise ConfigError(
+            f"batch_size={budget.batch_size} does not divide among {processes} processes: "
+            "it counts the sequences of one optimizer step, so give a multiple of the processes."
+        )
+    return budget.batch_size // processes
+
+
 def _arguments(budget: TrainConfig, out: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
         max_steps=budget.steps,
-        per_device_train_batch_size=budget.batch_size,
+        per_device_train_batch_size=_sequences_here(budget),
         learning_rate=budget.lr,
         lr_scheduler_type="cosine",
         warmup_steps=budget.warmup_steps,
@@ -154,6 +167,14 @@ def _arguments(budget: TrainConfig, out: Path) -> TrainingArguments:
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
+
+
+def _checkpoint(out: Path, resume: bool) -> str | None:
+    """The last checkpoint in `out`, which only a resumed run may find there: it would be taken for this run's."""
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if last and not resume:
+        raise RunFolderError(f"{out} holds {Path(last).name} of another run: resume=True continues it.")
+    return last
 
 
 def _step_of(checkpoint: str) -> int:
@@ -211,12 +232,14 @@ def finetune(
         The loss of each step, those before an interruption included.
 
     Raises:
-        ConfigError: nothing to train. NonFiniteError: loss, queries, keys or values stopped being finite (names the
+        ConfigError: nothing to train, or a batch that does not divide among the processes. RunFolderError: `out` holds
+        checkpoints and `resume` is False. NonFiniteError: loss, queries, keys or values stopped being finite (names the
         step, the layer or parameter, the last good checkpoint). Interrupted: Ctrl-C, after a checkpoint was written.
     """
     if budget.train == "none" or budget.steps == 0:
         return []
     own, added = trainable_parameters(model, budget.train)
+    checkpoint = _checkpoint(Path(out), resume)
     steps = _Steps(on_step, after_step or {})
     with _learning(model, own + added):
         trainer = _Trainer(
@@ -227,10 +250,10 @@ def finetune(
             args=_arguments(budget, Path(out)),
             train_dataset=list(blocks),
             data_collator=_collate,
-            callbacks=[steps],
+            # A redraw before what is called after the step: an evaluation there sees what the next step trains.
+            callbacks=[*([Redraw(budget.redraw_every)] if budget.redraw_every else []), steps],
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = get_last_checkpoint(str(out)) if resume and Path(out).is_dir() else None
         if checkpoint and _step_of(checkpoint) >= budget.steps:
             trainer._load_from_checkpoint(checkpoint)  # `train` would take one step too many before it looks
             return _losses(TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")))

@@ -15,6 +15,7 @@ from ..config import DarkConfig, RunFolderError, TrainConfig
 from ..hf.convert import check_convertible, convert
 from ..hf.load import load_model, load_tokenizer, save_model
 from .calibrate import calibrate
+from .card import model_card
 from .data import load_documents, split_documents, token_blocks
 from .evaluate import evaluate
 from .finetune import finetune
@@ -84,7 +85,7 @@ def linearize(
 
     Args:
         model_name: hub id, folder or `.gguf` file.
-        out: run folder: `model/` (weights and tokenizer, loadable by transformers after `import darkformer`),
+        out: run folder: `model/` (weights, tokenizer and card, loadable by transformers after `import darkformer`),
             `record.json`, `checkpoints/` while training.
         data, held_out: text files, globs, `pydoc`, or dataset names.
 
@@ -122,6 +123,7 @@ def linearize(
         "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),
     }  # fmt: skip
     write_json(out / "record.json", record)
+    model_card(record).save(out / "model" / "README.md")
     write_json(out / RUN_FILE, {"settings": settings, "finished": True})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return record

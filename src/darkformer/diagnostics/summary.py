@@ -1,0 +1,99 @@
+"""What follows from the heads' rows: rank correlations, recommendations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Row = Mapping[str, Any]
+
+
+def ranks(values: Sequence[float]) -> torch.Tensor:
+    """Ranks from 0, ties sharing their mean. (N,) float64."""
+    x = torch.tensor(values, dtype=torch.float64)
+    less = (x[:, None] > x[None, :]).sum(1)
+    same = (x[:, None] == x[None, :]).sum(1)
+    return less + (same - 1) / 2.0
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's ρ; nan for fewer than three pairs or a constant side."""
+    if len(a) != len(b) or len(a) < 3:
+        return float("nan")
+    stacked = torch.stack([ranks(a), ranks(b)])
+    return float(torch.corrcoef(stacked)[0, 1])
+
+
+def measured_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows without a problem."""
+    return [row for row in rows if row["problem"] is None]
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean of at least one number."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def layer_errors(rows: Sequence[Row], window: int, m: int) -> dict[int, float]:
+    """Layer → root mean square over heads of the default form's error."""
+    layers: dict[int, list[float]] = {}
+    for row in measured_rows(rows):
+        layers.setdefault(row["layer"], []).append(row["default_error"][window][m] ** 2)
+    return {layer: (sum(e) / len(e)) ** 0.5 for layer, e in layers.items()}
+
+
+def recommendations(rows: Sequence[Row], *, window: int, m: int, exact_share: float) -> dict[str, Any]:
+    """What to do with this model, each with the numbers it rests on.
+
+    num_features: the fewest at which the mean error is within 5 % of that with the most.
+    window: the smallest whose successor among the measured ones lowers the mean error by less than 10 %.
+    proposal: least mean error of features alone at m, softmax's kernel.
+    exact_layers: the layers with the greatest error, as many as `exact_share` of all layers allows.
+    """
+    good = measured_rows(rows)
+    by_m = {c: mean(r["default_error"][window][c] for r in good) for c in good[0]["default_error"][window]}
+    most = by_m[max(by_m)]
+    features = min(c for c, e in by_m.items() if e <= 1.05 * most)
+    by_window = {w: mean(r["default_error"][w][m] for r in good) for w in sorted(good[0]["default_error"])}
+    widths = list(by_window)
+    chosen = widths[-1]
+    for small, large in itertools.pairwise(widths):
+        if by_window[large] > 0.9 * by_window[small]:
+            chosen = small
+            break
+    names = [n for n in good[0]["error"] if n != "whitened"]
+    by_estimator = {n: mean(r["error"][n][m] for r in good) for n in names}
+    errors = layer_errors(rows, window, m)
+    count = int(exact_share * len(errors))
+    worst = sorted(errors, key=lambda layer: -errors[layer])[:count]
+    return {
+        "num_features": {"choice": features, "mean_error": by_m},
+        "window": {"choice": chosen, "mean_error": by_window},
+        "estimator": {"choice": min(by_estimator, key=lambda n: by_estimator[n]), "mean_error": by_estimator},
+        "exact_layers": {"choice": sorted(worst), "error": errors, "share": exact_share},
+    }
+
+
+def agreement(rows: Sequence[Row], m: int) -> dict[str, float]:
+    """Rank correlations over heads of predicted with measured quantities.
+
+    output: predicted error of the output (`noise.expected_error`) with the measured one, centred, balanced, m features.
+    moment: predicted E[L] with that error. `moment:NAME`, one an estimator: E[L] of cold queries and keys, predicted
+        with measured.
+    """
+    good = measured_rows(rows)
+    measured = [r["error"]["balanced"][m] for r in good]
+    result = {
+        "output": rank_correlation([r["predicted"][m] for r in good], measured),
+        "moment": rank_correlation([r["log_moment"]["balanced"]["predicted"] for r in good], measured),
+    }
+    for name in good[0]["log_moment"] if good else ():
+        pairs = [r["log_moment"][name] for r in good]
+        result[f"moment:{name}"] = rank_correlation(
+            [p["cold_predicted"] for p in pairs], [p["cold_measured"] for p in pairs]
+        )
+    return result

@@ -1,0 +1,269 @@
+"""`darkformer bench`: how fast each path is on this machine, from which length on, and how near to what is possible.
+
+Every measured point is written to the record at once, so that an interrupted sweep continues. A path whose parity check
+fails is not measured: a wrong answer has no speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path as File
+from typing import Any, NamedTuple
+
+import torch
+
+from ..config import RunFolderError
+from ..cost import Work, linear_attention_work, softmax_attention_work
+from ..train.record import environment, read_json, write_json
+from ..train.report import Reporter
+from .bench_machine import limits, measure, peak_scratch
+from .bench_model import model_points
+from .bench_paths import PEERS, SOFTMAX, Path, Shape, own_paths, parity, why_not
+
+WIDE = Shape("8 heads, d 64, m 128", 8, 8, 64, 128, 0)
+GEMMA = Shape("Gemma: 4 heads, 1 kv, d 256, m 256", 4, 1, 256, 256, 0)
+
+
+class Sweep(NamedTuple):
+    """Every combination of its fields is a point."""
+
+    shapes: tuple[Shape, ...]
+    lengths: tuple[int, ...]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    directions: tuple[str, ...] = ("forward", "forward+backward")
+    peers: bool = False
+
+
+class Plan(NamedTuple):
+    """What to measure and how long."""
+
+    name: str
+    sweeps: tuple[Sweep, ...]
+    seconds: float  # of repetitions a point
+    decode: tuple[int, ...]  # lengths of the history
+    model: bool  # end to end on SmolLM2-135M
+
+
+def full_plan() -> Plan:
+    """About twelve minutes on two cores; half of it is softmax at 64k."""
+    windowed = WIDE._replace(window=64)
+    few = ("float32",)
+    return Plan(
+        "full",
+        (
+            Sweep((WIDE, windowed), (512, 1024, 2048, 4096, 8192, 16384)),
+            Sweep((WIDE, windowed), (65536,), directions=("forward",)),
+            Sweep((WIDE, windowed), (65536,), few, ("forward+backward",)),
+            Sweep((WIDE,), (1024, 4096), few, peers=True),
+            Sweep((WIDE,), (16384,), few, ("forward+backward",), peers=True),
+            Sweep((GEMMA, GEMMA._replace(window=64)), (2048, 8192)),
+            Sweep(tuple(WIDE._replace(name=f"m {m}", features=m) for m in (64, 256)), (8192,), few),
+            Sweep(tuple(WIDE._replace(name=f"{g} kv heads", kv_heads=g) for g in (1, 2)), (8192,), few),
+        ),
+        seconds=0.6,
+        decode=(1024, 8192, 65536),
+        model=True,
+    )
+
+
+def quick_plan() -> Plan:
+    """Under a minute: where is the crossover on this machine?"""
+    shapes = (WIDE, WIDE._replace(window=64))
+    return Plan("quick", (Sweep(shapes, (256, 512, 1024, 2048, 4096), ("float32",)),), 0.25, (4096,), False)
+
+
+def _work(path: Path, shape: Shape, length: int, dtype: str, backward: bool) -> Work:
+    sizes: dict[str, Any] = dict(num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.dim)
+    sizes |= dict(element_bytes=4 if dtype == "float32" else 2, backward=backward)
+    if path.name == SOFTMAX.name:
+        return softmax_attention_work(length, **sizes)
+    return linear_attention_work(length, num_features=shape.features, window=shape.window, **sizes)
+
+
+def measure_point(
+    path: Path, shape: Shape, length: int, dtype: str, direction: str, seconds: float, machine: dict[str, Any]
+) -> dict[str, Any]:
+    """One row of the record: times, peak scratch memory, work and the share of the lower bound."""
+    backward = direction != "forward"
+    call, inputs = path.make(shape), shape.inputs(length, dtype, grad=backward)
+    cotangent = torch.ones(1, shape.heads, length, shape.dim, dtype=inputs[0].dtype)
+
+    def run() -> None:
+        if not backward:
+            with torch.no_grad():
+                call(*inputs)
+            return
+        for x in inputs:
+            x.grad = None
+        call(*inputs).backward(cotangent)
+
+    timing = measure(run, seconds=seconds)
+    for x in inputs:
+        x.grad = None
+    known = cotangent.nbytes + (sum(x.nbytes for x in inputs) if backward else 0)
+    scratch = None if timing["median"] > 20 else peak_scratch(run, known)  # not twice what takes so long
+    work = _work(path, shape, length, dtype, backward)
+    bound = work.seconds(machine["gemm_flops"][dtype], machine["exps_per_second"], machine["bytes_per_second"])
+    row = {"shape": shape._asdict(), "length": length, "dtype": dtype, "direction": direction, "path": path.name}
+    return row | timing | {
+        "peak_scratch_bytes": scratch, "work": work._asdict(), "bound_seconds": bound,
+        "fraction_of_bound": bound / timing["median"],
+    }  # fmt: skip
+
+
+def decode_point(path: str, length: int, seconds: float) -> dict[str, Any]:
+    """Seconds a token after `length` tokens, 8 heads: our recurrent step, or softmax over a cache of that length."""
+    shape = WIDE._replace(window=64)
+    q, k, v = shape.inputs(1, "float32")
+    if path == "sdpa":
+        past = torch.randn(2, 1, 8, length + 1, 64)
+        softmax = torch.nn.functional.scaled_dot_product_attention
+        with torch.no_grad():
+            timing = measure(lambda: softmax(q, past[0], past[1]), seconds=seconds, most=200)
+    else:
+        from ..ops.attention import attention
+
+        made, history = shape.feature_map(), shape.inputs(min(length, 8192), "float32")
+        with torch.no_grad():  # the state's size and cost do not depend on the history
+            past_q, past_k, past_v = history
+            state: Any = attention(past_q, past_k, past_v, made, return_state=True)[1]
+            timing = measure(lambda: attention(q, k, v, made, initial_state=state, return_state=True),
+                             seconds=seconds, most=200)  # fmt: skip
+    return {"path": path, "length": length, **timing}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (*Shape(**row["shape"]), row["length"], row["dtype"], row["direction"], row["path"])
+
+
+def _wanted(plan: Plan) -> Iterator[tuple[Path, Shape, int, str, str]]:
+    for sweep in plan.sweeps:
+        for shape in sweep.shapes:
+            paths = [SOFTMAX, *own_paths(), *(PEERS if sweep.peers else ())]
+            for dtype in sweep.dtypes:
+                for length in sweep.lengths:
+                    for direction in sweep.directions:
+                        for path in paths:
+                            if length <= path.longest and not (path is SOFTMAX and shape.window):
+                                yield path, shape, length, dtype, direction
+
+
+def crossover(rows: Iterable[dict[str, Any]], path: str) -> float | None:
+    """Length from which on `path` stays faster than softmax, by straight lines between the points (log-log).
+
+    Args:
+        rows: of one shape, dtype and direction; the softmax rows among them.
+
+    Returns:
+        None if it is not faster at the longest length; the shortest length measured if it is faster everywhere.
+    """
+    rows = list(rows)
+    softmax = {row["length"]: row["median"] for row in rows if row["path"] == SOFTMAX.name}
+    ours = {row["length"]: row["median"] for row in rows if row["path"] == path}
+    lengths = sorted(softmax.keys() & ours.keys())
+    gains = [math.log(softmax[n] / ours[n]) for n in lengths]
+    if not gains or gains[-1] < 0:
+        return None
+    for i in range(len(lengths) - 1, 0, -1):
+        if gains[i - 1] < 0:
+            share = gains[i - 1] / (gains[i - 1] - gains[i])
+            return float(lengths[i - 1] * (lengths[i] / lengths[i - 1]) ** share)
+    return float(lengths[0])
+
+
+def families(points: Sequence[dict[str, Any]]) -> Iterator[tuple[Shape, str, str, list[dict[str, Any]]]]:
+    """The rows of each (shape, dtype, direction), with the softmax rows of the same heads, which have no window."""
+    seen = []
+    for row in points:
+        shape = Shape(**row["shape"])
+        if row["path"] != SOFTMAX.name and (shape, row["dtype"], row["direction"]) not in seen:
+            seen.append((shape, row["dtype"], row["direction"]))
+    for shape, dtype, direction in seen:
+        plain = (shape.heads, shape.kv_heads, shape.dim)
+        chosen = [
+            row for row in points
+            if (row["dtype"], row["direction"]) == (dtype, direction)
+            and ((Shape(**row["shape"]) == shape and row["path"] != SOFTMAX.name)
+                 or (row["path"] == SOFTMAX.name and Shape(**row["shape"])[1:4] == plain))
+        ]  # fmt: skip
+        yield shape, dtype, direction, chosen
+
+
+class Bench:
+    """A sweep that writes its record as it goes."""
+
+    def __init__(self, plan: Plan, out: File, reporter: Reporter, *, overwrite: bool = False) -> None:
+        self.plan, self.file, self.reporter = plan, out / "record.json", reporter
+        here = environment()
+        if self.file.is_file() and not overwrite:
+            self.record = read_json(self.file)
+            before = self.record["environment"]
+            for name in ("commit", "device", "threads"):
+                if before[name] != here[name] or self.record["plan"] != plan.name:
+                    raise RunFolderError(
+                        f"{out} holds a benchmark ({self.record['plan']}, {name} {before[name]!r}; now {plan.name}, "
+                        f"{here[name]!r}): --overwrite replaces it, --out avoids it."
+                    )
+            return
+        self.record = {
+            "benchmark": "attention", "plan": plan.name, "finished": False, "environment": here,
+            "seconds_a_point": plan.seconds, "limits": None, "parity": [], "points": [], "decode": [], "model": [],
+        }  # fmt: skip
+
+    def _save(self) -> None:
+        write_json(self.file, self.record)
+
+    def run(self) -> dict[str, Any]:
+        """The finished record."""
+        record, plan = self.record, self.plan
+        if record["limits"] is None:
+            record["limits"] = limits(min(plan.seconds, 0.3))
+            self._save()
+        wanted = list(_wanted(plan))
+        with self.reporter.stage(f"{len(wanted)} points", len(wanted)) as advance:
+            for number, (path, shape, length, dtype, direction) in enumerate(wanted):
+                self._point(path, shape, length, dtype, direction)
+                advance(number + 1, len(wanted))
+        done = {(row["path"], row["length"]) for row in record["decode"]}
+        for length in plan.decode:
+            for name in ("recurrent", "sdpa"):
+                if (name, length) not in done:
+                    record["decode"].append(decode_point(name, length, plan.seconds))
+                    self._save()
+        if plan.model and not record["model"]:
+            record["model"] = model_points(self.reporter)
+        record["crossover"] = [
+            {"shape": shape._asdict(), "dtype": dtype, "direction": direction, "path": name,
+             "tokens": crossover(rows, name)}
+            for shape, dtype, direction, rows in families(record["points"])
+            for name in dict.fromkeys(row["path"] for row in rows if row["path"] != SOFTMAX.name)
+        ]  # fmt: skip
+        record["finished"] = True
+        self._save()
+        return record
+
+    def _point(self, path: Path, shape: Shape, length: int, dtype: str, direction: str) -> None:
+        points = self.record["points"]
+        key = (*shape, length, dtype, direction, path.name)
+        if key in map(_key, points) or not self._admitted(path, shape, dtype):
+            return
+        points.append(measure_point(path, shape, length, dtype, direction, self.plan.seconds, self.record["limits"]))
+        self._save()
+
+    def _admitted(self, path: Path, shape: Shape, dtype: str) -> bool:
+        """Whether the path runs here and is right; asked once a (path, shape, dtype) and recorded with its errors."""
+        name = {"path": path.name, "shape": shape._asdict(), "dtype": dtype}
+        for row in self.record["parity"]:
+            if all(row[key] == value for key, value in name.items()):
+                return row["passed"] is not False
+        reason = why_not(path, shape, dtype)
+        failed: dict[str, Any] = {"passed": False, "errors": {}, "allowed": {}}
+        result = failed if reason else parity(path, shape, dtype)
+        self.record["parity"].append(name | result | {"why_not": reason})
+        self._save()
+        if result["passed"] is False:
+            said = reason or ", ".join(f"{k} {e:.1e} > {result['allowed'][k]:.1e}" for k, e in result["errors"].items()
+                                       if e > result["allowed"][k])  # fmt: skip
+            self.reporter.say(f"not reported: {path.name}, {shape.name}, W {shape.window}, {dtype}: {said}")
+        return result["passed"] is not False

@@ -1,0 +1,80 @@
+"""What the machine can do, and how long and how much memory a call takes."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..ops.chunk_features import Scratch
+
+#: Sizes of the products whose speed is the peak: what attention multiplies, and a large square.
+PRODUCTS = ((8, 1024, 64, 128), (8, 1024, 128, 64), (1, 1024, 1024, 1024))
+
+
+def measure(call: Callable[[], Any], *, seconds: float, most: int = 15, least: int = 3) -> dict[str, Any]:
+    """Median, interquartile range and best of the seconds of `call`, repeated for about `seconds`, after one warm-up.
+
+    A call that alone takes longer than `seconds` is not repeated: `runs` is 1 and its warm-up is what is reported.
+    """
+    started = time.perf_counter()
+    call()
+    first = time.perf_counter() - started
+    if first > seconds:
+        return {"median": first, "iqr": 0.0, "best": first, "runs": 1}
+    times: list[float] = []
+    while len(times) < least or (sum(times) < seconds and len(times) < most):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    low, high = np.percentile(times, [25, 75])
+    return {"median": statistics.median(times), "iqr": float(high - low), "best": min(times), "runs": len(times)}
+
+
+def _status(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_scratch(call: Callable[[], Any], known: int) -> int | None:
+    """Bytes `call` holds at its peak beyond what was there before and `known` (outputs, gradients). Linux; else None.
+
+    Freed memory and buffers kept for the next call go back to the system first: they would serve the call unseen.
+    """
+    try:
+        Scratch.release()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before - known)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def limits(seconds: float) -> dict[str, Any]:
+    """GEMM FLOP/s per dtype and size, exponentials a second, bytes copied a second; each for about `seconds`.
+
+    From the best repetition, not the median: a limit is what the machine can do when nothing disturbs it.
+    """
+    found: dict[str, Any] = {"gemm_flops": {}, "gemm_flops_by_size": {}}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        rates = {}
+        for batch, n, k, p in PRODUCTS:
+            x, y = torch.randn(batch, n, k).to(dtype), torch.randn(batch, k, p).to(dtype)
+            out = torch.empty(batch, n, p, dtype=dtype)
+            took = measure(lambda x=x, y=y, out=out: torch.bmm(x, y, out=out), seconds=seconds, most=200)  # type: ignore[misc]
+            rates[f"{batch}x{n}x{k}x{p}"] = 2 * batch * n * k * p / took["best"]
+        found["gemm_flops"][name], found["gemm_flops_by_size"][name] = max(rates.values()), rates
+    x, target = torch.rand(1 << 18), torch.empty(1 << 18)
+    found["exps_per_second"] = x.numel() / measure(lambda: torch.exp2(x, out=target), seconds=seconds, most=200)["best"]
+    big, copy = torch.ones(1 << 24), torch.empty(1 << 24)
+    copied = measure(lambda: copy.copy_(big), seconds=seconds)
+    found["bytes_per_second"] = 2 * big.nbytes / copied["best"]
+    return found

@@ -1,0 +1,163 @@
+"""The light form of a converted model: only what conversion added, and which weights it belongs to.
+
+One safetensors file of a few megabytes. Loading it runs no code from the folder, and every way in which it can be
+wrong (damaged, of another base, of a newer version) is an error instead of a model that is silently different.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .._version import __version__
+from ..config import ConfigError, ConversionError, DarkConfig, InputError
+from .convert import check_convertible, convert_from, dark_layers, revert
+from .fingerprint import describe_base, digest, split_tensors
+
+LIGHT_FILE = "darkformer.safetensors"
+#: Version of the file's layout. A reader refuses higher ones, and goes on reading lower ones.
+LAYOUT = 1
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    return digest(tensors | {json.dumps(header, sort_keys=True): torch.zeros(0)})
+
+
+def _write(file: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    metadata = {"format": "pt", "darkformer": json.dumps(header), "checksum": _checksum(header, tensors)}
+    part = file.with_suffix(".part")  # a killed run leaves the old file or the new one
+    save_file(tensors, part, metadata=metadata)
+    part.replace(file)
+
+
+def save_light(model: PreTrainedModel, folder: str | Path) -> Path:
+    """Saves what conversion added (M, Ω, centres, balance, bias, proposal, configuration), not the base model.
+
+    Only a model whose own weights are those it had before `convert` can be saved so: calibrated, or trained with
+    `train="geometry"`. Writes `folder/darkformer.safetensors` with the base model's name and the fingerprint of its
+    weights, and returns its path.
+
+    Raises:
+        ConversionError: the model is not converted, or its own weights have changed since (full fine-tuning, LoRA
+            merged or not, another dtype): `model.save_pretrained` saves such a model.
+    """
+    if not isinstance(model, PreTrainedModel) or next(dark_layers(model), None) is None:
+        raise ConversionError(
+            f"received {type(model).__name__}, which is no converted transformers model: the light form holds what "
+            "darkformer.convert added. An adapter of peft is saved by its own save_pretrained."
+        )
+    known, now = getattr(model.config, "darkformer_base", None), describe_base(model)
+    if known is None or now is None:
+        raise ConversionError(
+            "it is not known which weights this model was converted from (it was saved by a version without the light "
+            "form, or built without weights): use model.save_pretrained(folder), which saves everything."
+        )
+    if known["fingerprint"] != now["fingerprint"]:
+        raise ConversionError(
+            f"the model's own weights are no longer those of {known['name']} ({known['dtype']}; now {now['dtype']}), "
+            "so the light form would lose what they have become. Save everything with model.save_pretrained(folder), "
+            "or keep the base as it is: train='geometry', or LoRA by peft."
+        )
+    _, added = split_tensors(model)
+    config = next(dark_layers(model)).config
+    header = {"layout": LAYOUT, "version": __version__, "config": config.to_dict(), "base": dict(known)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / LIGHT_FILE, header, {name: x.detach().cpu().contiguous() for name, x in added.items()})
+    return folder / LIGHT_FILE
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors, checked against the checksum."""
+    if not file.is_file():
+        raise InputError(
+            f"{file.parent} holds no {LIGHT_FILE}: load_light reads what save_light wrote. "
+            "A folder of save_pretrained is loaded by darkformer.load_model."
+        )
+    damaged = f"{file} is damaged (cut short or altered): copy it again from where it was saved."
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{damaged} ({error})") from error
+    if "darkformer" not in metadata:
+        raise InputError(f"{file} was not written by save_light: its header says nothing of darkformer.")
+    try:
+        header = json.loads(metadata["darkformer"])
+        layout = int(header["layout"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(damaged) from error
+    if layout > LAYOUT:
+        raise ConfigError(
+            f"{file} has layout {layout}, this version reads up to {LAYOUT}: "
+            f"it was written by darkformer {header.get('version')}; upgrade this installation."
+        )
+    if metadata.get("checksum") != _checksum(header, tensors):
+        raise InputError(f"{damaged} (its checksum does not agree)")
+    return header, tensors
+
+
+def _check_base(model: nn.Module, wanted: dict[str, Any]) -> None:
+    found = describe_base(model)
+    if found is None:
+        raise InputError("the base model has no weights (meta device): load them first.")
+    if found["fingerprint"] == wanted["fingerprint"]:
+        return
+    dtype = "" if found["dtype"] == wanted["dtype"] else f" and was converted in {wanted['dtype']}"
+    raise InputError(
+        f"the light form belongs to the weights of {wanted['name']}{dtype}; received {found['name']} in "
+        f"{found['dtype']}, whose weights differ (fingerprint {found['fingerprint'][:12]}, not "
+        f"{wanted['fingerprint'][:12]}). Load the right base in {wanted['dtype']}; model.to(dtype) afterwards is fine."
+    )
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    _, added = split_tensors(model)
+    missing, unknown = sorted(set(added) - set(tensors)), sorted(set(tensors) - set(added))
+    shapes = [n for n in sorted(set(added) & set(tensors)) if added[n].shape != tensors[n].shape]
+    for problem, names in (("lacks", missing), ("has, beyond what its configuration needs,", unknown)):
+        if names:
+            raise InputError(f"{file} {problem} {len(names)} tensors ({', '.join(names[:3])}, …): save it again.")
+    if shapes:
+        name = shapes[0]
+        raise InputError(
+            f"{file}: {name} is {tuple(tensors[name].shape)}, this model needs {tuple(added[name].shape)}."
+        )
+    with torch.no_grad():
+        for name, tensor in added.items():
+            tensor.copy_(tensors[name])
+
+
+def load_light(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Converts a base model, in place, into what `save_light` saved; returns it. Logits are bit-equal.
+
+    Args:
+        model: the softmax model, with the very weights that were converted (any hub id, folder or GGUF file of them).
+        folder: where `save_light` wrote.
+
+    Raises:
+        InputError: the file is missing, damaged or incomplete, or the weights of `model` are others.
+        ConfigError: a newer version wrote it. ConversionError: `model` is converted already.
+    """
+    file = Path(folder) / LIGHT_FILE
+    header, tensors = _read(file)
+    config = DarkConfig.from_dict(header["config"])
+    if next(dark_layers(model), None) is not None:
+        raise ConversionError("the model is converted already: load_light takes the softmax model (darkformer.revert).")
+    check_convertible(model, config)
+    _check_base(model, header["base"])
+    convert_from(model, config, header["base"])
+    try:
+        _fill(model, tensors, file)
+    except InputError:
+        revert(model)
+        raise
+    return model

@@ -1,0 +1,119 @@
+"""Backend `native`: fused C++ on the CPU, built on first use. docs/native.md says how, and how to switch it off."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import AttentionState, Problem, next_buffers
+from . import load
+from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
+from .maps import sides
+
+__all__ = ["build", "native", "splits", "status", "unavailable", "why_not"]
+
+METHODS = ("dark", "performer", "lfk", "local")
+LIMITS = {"head dimension": 512, "number of features": 2048, "window": 8192}
+
+
+def native(problem: Problem) -> tuple[Tensor, AttentionState]:
+    """Attention in time linear in L, forward and backward; nothing but inputs, output and log-normaliser is kept.
+
+    Returns:
+        output (B, G, R, L, d_v) in the inputs' dtype, zero at pads, and the state after the last token.
+    """
+    from .op import attention_op
+
+    state, config = problem.state, problem.config
+    maps = sides(problem.parameters, problem.key.shape[1], problem.key.shape[-1], problem.scaling)
+    # A vector maximum passes NaN over: the kernel would answer from diverged maps with finite, wrong numbers.
+    for x in (*maps, state.feature_values, state.feature_sum):
+        if not bool(torch.isfinite(x.detach().sum())):
+            return problem.value.new_full((*problem.query.shape[:-1], problem.value.shape[-1]), math.nan), state
+    output, _, values, total, scale = attention_op(
+        problem.query, problem.key, problem.value, *maps,
+        state.feature_values, state.feature_sum, state.log_scale.detach(),
+        state.recent_key, state.recent_value, state.sink_key, state.sink_value,
+        problem.lengths, state.count, config.feature_count, problem.scaling,
+    )  # fmt: skip
+    return output, AttentionState(feature_values=values, feature_sum=total, log_scale=scale, **next_buffers(problem))
+
+
+def _unfit(problem: Problem) -> str | None:
+    """What the library does not cover, whatever the machine."""
+    config, query = problem.config, problem.query
+    if query.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {query.device.type}"
+    if query.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32 and bfloat16, not in {query.dtype}"
+    if not problem.is_causal:
+        return "it is causal only"
+    if config.method not in METHODS:
+        return f"method={config.method!r} is not among {', '.join(METHODS)}"
+    sizes = (max(query.shape[-1], problem.value.shape[-1]), config.feature_count, config.window)
+    for (name, most), size in zip(LIMITS.items(), sizes, strict=True):
+        if size > most:
+            return f"the {name} {size} is above its limit of {most}"
+    return None
+
+
+@functools.cache
+def _library_reason() -> str | None:
+    """Builds, loads and tests the library, once per process; a failure is said once and not tried again."""
+    try:
+        load.library()
+        from .selftest import selftest
+
+        selftest()
+    except BuildError as error:
+        print(
+            f"darkformer: the native attention is not available, torch's operators do the work: {error}",
+            file=sys.stderr,
+        )
+        return str(error)
+    return None
+
+
+def unavailable() -> str | None:
+    """Why the library cannot be used on this machine, None if it can. Builds it if it is not there yet."""
+    if os.environ.get("DARKFORMER_NATIVE", "1") in ("0", "off", "false"):
+        return "DARKFORMER_NATIVE=0 switches it off"
+    return _library_reason()
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the native backend cannot take a problem, or None."""
+    return _unfit(problem) or unavailable()
+
+
+def splits() -> int:
+    """How many chunks were cut so far because a row's normaliser underflowed (see docs/native.md)."""
+    return load.splits.value
+
+
+def status() -> dict[str, Any]:
+    """What `darkformer native status` prints: plain values, without building anything.
+
+    Keys: reason (why it cannot run, or None), instruction_set, compiler, library, built, cache.
+    """
+    found: dict[str, Any] = {"cache": str(cache_folder()), "reason": None, "built": False}
+    try:
+        found["instruction_set"] = instruction_set()
+        found["compiler"] = " ".join(compiler())
+        path = library_path()
+        found["library"], found["built"] = str(path), path.exists()
+        if path.exists() or _library_reason.cache_info().currsize:
+            found["reason"] = unavailable()
+        else:
+            check_compiler()
+    except BuildError as error:
+        found["reason"] = str(error)
+    if os.environ.get("DARKFORMER_NATIVE", "1") in ("0", "off", "false"):
+        found["reason"] = unavailable()
+    return found

@@ -1,0 +1,161 @@
+"""Compiles the C++ sources beside this file: one compiler call, no headers but the compiler's own, cached per CPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ...config import DarkformerError
+
+SOURCES = Path(__file__).parent
+#: Compiler flags of each instruction set, best first. `DARKFORMER_NATIVE_ISA` picks one by name.
+ISAS = {
+    "avx512_bf16": [
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma",
+        "-mprefer-vector-width=512",
+    ],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma"],
+}  # fmt: skip
+NEEDS = {
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"},
+    "avx2": {"avx2", "fma"},
+}
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-w"]
+#: Seconds after which a compiler is given up.
+PATIENCE = 120
+
+
+class BuildError(DarkformerError):
+    """The native backend cannot be built or loaded here; the message says why."""
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Feature names of this CPU as Linux spells them; empty where they are not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+
+
+def instruction_set() -> str:
+    """The best instruction set of this CPU, or the one that DARKFORMER_NATIVE_ISA names.
+
+    Raises:
+        BuildError: the CPU has none of them, or not the named one.
+    """
+    wanted = os.environ.get("DARKFORMER_NATIVE_ISA", "")
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise BuildError(f"it is written for Linux on x86-64, this is {platform.system()} on {platform.machine()}")
+    if wanted and wanted not in ISAS:
+        raise BuildError(f"DARKFORMER_NATIVE_ISA={wanted!r} is unknown: choose {', '.join(ISAS)}")
+    for name in [wanted] if wanted else ISAS:
+        if cpu_flags() >= NEEDS[name]:
+            return name
+    raise BuildError(
+        f"the CPU has not the instructions of {wanted or 'avx2'}: {', '.join(sorted(NEEDS[wanted or 'avx2']))}"
+    )
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, else $CC, else c++, g++ or clang++ on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    for variable in ("CXX", "CC"):
+        if command := os.environ.get(variable, "").strip():
+            return shlex.split(command)
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found]
+    raise BuildError("there is no C++ compiler (looked for $CXX, $CC, c++, g++, clang++); on Debian: apt install g++")
+
+
+def check_compiler() -> None:
+    """Asks the compiler for its version, which costs nothing and finds one that does not run.
+
+    Raises:
+        BuildError: it does not answer.
+    """
+    command = compiler()
+    try:
+        run = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the compiler {command[0]} does not run: {error}") from error
+    if run.returncode:
+        raise BuildError(
+            f"the compiler {command[0]} does not run: `{command[0]} --version` ended with {run.returncode}"
+        )
+
+
+def cache_folder() -> Path:
+    """$DARKFORMER_NATIVE_CACHE, else darkformer/native in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("DARKFORMER_NATIVE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darkformer" / "native"
+
+
+def _flags(isa: str) -> list[str]:
+    # Scratch memory filled with NaN before use: for the tests of the sources themselves.
+    return [*FLAGS, *ISAS[isa], *(["-DPOISON"] if os.environ.get("DARKFORMER_NATIVE_POISON") else [])]
+
+
+def _key(isa: str, command: list[str]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".h", ".cpp"):
+            digest.update(path.name.encode() + path.read_bytes())
+    found = shutil.which(command[0]) or command[0]
+    stamp = os.stat(found) if os.path.exists(found) else None
+    digest.update(repr((_flags(isa), command, stamp and (stamp.st_size, stamp.st_mtime_ns))).encode())
+    return digest.hexdigest()[:16]
+
+
+def library_path() -> Path:
+    """Where the library for this CPU, compiler and these sources is, or will be."""
+    isa = instruction_set()
+    return cache_folder() / f"attention-{isa}-{_key(isa, compiler())}.so"
+
+
+def build(force: bool = False) -> Path:
+    """Compiles unless the library is there already. Two processes may do so at once: the file appears in one step.
+
+    Raises:
+        BuildError: no compiler, no such instructions, an unwritable cache, or the compiler failed; with its words.
+    """
+    path = library_path()
+    if path.exists() and not force:
+        return path
+    command = [*compiler(), *_flags(instruction_set()), str(SOURCES / "attention.cpp")]
+    print(f"darkformer: compiling the native attention once into {path.parent} …", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+            made = Path(folder) / path.name
+            run = subprocess.run(
+                [*command, "-o", str(made)], capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
+            if run.returncode or not made.exists():
+                said = (run.stderr or run.stdout).strip().splitlines()
+                raise BuildError(f"{command[0]} failed ({run.returncode}): {said[0] if said else 'it made no library'}")
+            os.replace(made, path)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} took longer than {PATIENCE} s") from error
+    except OSError as error:
+        raise BuildError(f"{error.strerror or error}: {error.filename or command[0]}") from error
+    print(f"darkformer: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    return path

@@ -1,0 +1,256 @@
+// What a call brings, the scratch memory, the plan of parallel work, and the log-features.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <functional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+constexpr int CHUNK = 64;            // tokens whose features exist at once
+constexpr float LOG_ZERO = -1e30f;   // stands for log 0 in stabilisers
+constexpr float MASKED = 2e30f;      // subtracted from masked log-features: below LOG_ZERO, so their exponential is 0
+constexpr float UNDERFLOW_LOG = 41;  // a row whose normaliser is below e^-41 of its maximum is computed again
+
+// Mirrors `Call` in load.py, field by field: 64-bit integers, then pointers.
+struct Call {
+  int64_t B, G, R, L, d, dv, m, r, window, sinks, bf16, threads;
+  int64_t qs[4], ks[3], vs[3];  // strides in elements of (b, g, r, l) and (b, g, l)
+  double scaling;
+  void *parallel;  // GOMP_parallel of the OpenMP runtime that torch uses, or null
+  int64_t *splits;
+  const void *q, *k, *v;
+  const float *wq, *offq, *wk, *offk;        // (G, m+r, d), (G, m+r)
+  const float *values, *total, *scale;       // the state's sums
+  const void *recent_k, *recent_v, *sink_k, *sink_v;
+  const int64_t *lengths, *count;
+  void *out;                                 // (B, G, R, L, dv)
+  float *lse;                                // (B, G, R, L)
+  float *values_out, *total_out, *scale_out;
+  const void *grad_out;
+  const float *grad_values, *grad_total;
+  void *dq, *dk, *dvalue;
+  float *dwq, *doffq, *dwk, *doffk, *dvalues, *dtotal;
+  void *d_recent_k, *d_recent_v, *d_sink_k, *d_sink_v;
+};
+
+// Memory of one thread, kept between calls; its size does not depend on the length.
+class Scratch {
+  struct Block { char* p; size_t size; };
+  std::vector<Block> blocks;
+  size_t block = 0, used = 0;
+ public:
+  ~Scratch() { for (auto& b : blocks) free(b.p); }
+  void reset() { block = used = 0; }
+  // What is taken after a mark is given back together.
+  std::pair<size_t, size_t> mark() const { return {block, used}; }
+  void release(std::pair<size_t, size_t> m) { block = m.first, used = m.second; }
+  float* take(size_t n) {
+    size_t bytes = (n * sizeof(float) + 127) / 64 * 64;
+    while (block < blocks.size() && used + bytes > blocks[block].size) block++, used = 0;
+    if (block == blocks.size()) {
+      size_t size = std::max<size_t>(bytes, 1 << 20);
+      blocks.push_back({(char*)aligned_alloc(64, size), size});
+      used = 0;
+    }
+    float* p = (float*)(blocks[block].p + used);
+    used += bytes;
+#ifdef POISON  // in tests: what is read before it is written spoils the result
+    memset((void*)p, 0xff, bytes);
+#endif
+    return p;
+  }
+};
+
+static inline Scratch& scratch() {
+  static thread_local Scratch s;
+  return s;
+}
+
+// Operands packed into scratch: of a matrix or of its transpose, as left or as right factor (see kernels.h).
+template <bool BF> struct Pack {
+  static float* take(size_t n) { return scratch().take(n); }
+  static Lhs l(const float* a, long ld, int rows, int k) { return lhs<BF>(a, ld, rows, k, BF ? take(rows * k / 2) : nullptr); }
+  static Lhs lt(const float* a, long ld, int rows, int k) {
+    return lhs_t<BF>(a, ld, rows, k, BF ? take(rows * k / 2) : nullptr, BF ? take(rows * k) : nullptr);
+  }
+  static Rhs r(const float* a, long ld, int k, int cols) { return rhs<BF>(a, ld, k, cols, BF ? take(k / 2 * cols) : nullptr); }
+  static Rhs rt(const float* a, long ld, int cols, int k) {
+    return rhs_t<BF>(a, ld, cols, k, take((BF ? up16(k / 2) : k) * cols), BF ? take(up16(k / 2) * cols) : nullptr);
+  }
+};
+
+// Calls body(0 … slots-1), each once, on up to `slots` threads: torch's own pool where there is one.
+static void parallel(const Call& call, int slots, const std::function<void(int)>& body) {
+  struct Work { const std::function<void(int)>* body; std::atomic<int> next; int slots; } work{&body, {0}, slots};
+  auto run = [](void* p) {
+    Work& w = *(Work*)p;
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);  // denormal numbers are 0: they cost hundreds of cycles and carry nothing here
+    for (int s; (s = w.next.fetch_add(1)) < w.slots;) {
+      scratch().reset();
+      (*w.body)(s);
+    }
+    _mm_setcsr(before);
+  };
+  if (slots == 1) return run(&work);
+  if (call.parallel) return ((void (*)(void (*)(void*), void*, unsigned, unsigned))call.parallel)(run, &work, slots, 0);
+  std::vector<std::thread> threads;
+  for (int i = 1; i < slots; i++) threads.emplace_back(run, &work);
+  run(&work);
+  for (auto& t : threads) t.join();
+}
+
+struct Dims {
+  int d, dv, m, r, dp, dvp, mp, rp, mr, sp, W, S, R;
+  explicit Dims(const Call& c)
+      : d(c.d), dv(c.dv), m(c.m), r(c.m ? c.r : 0), dp(up16(d)), dvp(up16(dv)), mp(up16(m)), rp(up16(r)), mr(mp + rp),
+        sp(up16(c.sinks)), W(c.window), S(c.sinks), R(c.R) {}
+};
+
+static inline void load_row(float* to, const void* from, long at, int n, int np, bool bf16) {
+  int j = 0;
+  if (bf16) {
+    const uint16_t* p = (const uint16_t*)from + at;
+    for (; j + VL <= n; j += VL) store(to + j, from_bf16(p + j));
+    for (; j < n; j++) {
+      uint32_t bits = (uint32_t)p[j] << 16;
+      memcpy(to + j, &bits, 4);
+    }
+  } else {
+    const float* p = (const float*)from + at;
+    for (; j + VL <= n; j += VL) store(to + j, load(p + j));
+    for (; j < n; j++) to[j] = p[j];
+  }
+  for (; j < np; j++) to[j] = 0;
+}
+
+static inline void store_row(void* to, long at, const float* from, int n, bool bf16) {
+  int j = 0;
+  if (bf16) {
+    uint16_t* p = (uint16_t*)to + at;
+    for (; j + VL <= n; j += VL) to_bf16(p + j, load(from + j));
+    for (; j < n; j++) {
+      uint32_t bits;
+      memcpy(&bits, from + j, 4);
+      p[j] = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    }
+  } else {
+    float* p = (float*)to + at;
+    for (; j + VL <= n; j += VL) store(p + j, load(from + j));
+    for (; j < n; j++) p[j] = from[j];
+  }
+}
+
+// The map of one side, x → [P·x | N·x], packed for both orders of the product. With bfloat16 the map is the sum of two
+// bfloat16 matrices, so that log-features keep the precision of float32.
+template <bool BF> struct Map {
+  const float *off, *raw;     // (mr), (mr×dp)
+  const float *row[2], *col[2];  // left (mr × dp) and right (dp × mr) operand, in units
+  int dp, mp, mr;
+  Map(const Call& c, const Dims& s, const float* w, const float* offset, int g, bool rows, bool cols)
+      : dp(s.dp), mp(s.mp), mr(s.mr) {
+    float* a = scratch().take((size_t)mr * dp);
+    float* o = scratch().take(mr);
+    const long own = s.m + s.r;
+    for (int i = 0; i < mr; i++) {
+      int from = i < s.mp ? (i < s.m ? i : -1) : (i - s.mp < s.r ? s.m + i - s.mp : -1);
+      o[i] = from >= 0 ? offset[g * own + from] : i < s.mp ? -LOG_ZERO : 0;
+      if (from >= 0) load_row(a + (size_t)i * dp, w, (g * own + from) * s.d, s.d, dp, false);
+      else memset(a + (size_t)i * dp, 0, dp * sizeof(float));
+    }
+    raw = a, off = o;
+    float* part = a;
+    float* rest = BF ? scratch().take((size_t)mr * dp) : nullptr;
+    float* tmp = BF ? scratch().take((size_t)mr * (dp + 16)) : nullptr;
+    for (int h = 0; h < (BF ? 2 : 1); h++) {
+      if (h) {
+        for (int i = 0; i < mr * dp; i += VL) store(rest + i, load(a + i) - round_bf16(load(a + i)));
+        part = rest;
+      }
+      if (rows) row[h] = lhs<BF>(part, dp, mr, dp, scratch_if(BF, (size_t)mr * dp)).p;
+      if (cols) col[h] = rhs_t<BF>(part, dp, mr, dp, scratch().take((size_t)(dp + 16) * mr), tmp).p;
+    }
+  }
+  static float* scratch_if(bool wanted, size_t n) { return wanted ? scratch().take(n) : nullptr; }
+
+  // F (np×mr), token-major: P·x - off and y = N·x - off; half[t] = ½‖y‖².
+  void tokens(Lhs x, int np, float* F, float* half) const {
+    gemm<BF>(np, mr, dp, x, col[0], mr, F, mr, false);
+    if (BF) gemm<BF>(np, mr, dp, x, col[1], mr, F, mr, true);
+    for (int t = 0; t < np; t++) {
+      vf sum = all(0);
+      float* f = F + (size_t)t * mr;
+      for (int i = mp; i < mr; i += VL) {
+        vf y = load(f + i) - load(off + i);
+        store(f + i, y);
+        sum = fma(y, y, sum);
+      }
+      half[t] = 0.5f * hsum(sum);
+    }
+  }
+  // F (mr×np), feature-major: P·x without its offset, y = N·x - off; half (np).
+  void features(Rhs x, int np, float* F, float* half) const {
+    Lhs hi{row[0], BF ? dp / 2 : dp, 1}, lo{row[1], dp / 2, 1};
+    gemm<BF>(mr, np, dp, hi, x.p, x.ld, F, np, false);
+    if (BF) gemm<BF>(mr, np, dp, lo, x.p, x.ld, F, np, true);
+    for (int j = 0; j < np; j += VL) {
+      vf sum = all(0);
+      for (int i = mp; i < mr; i++) {
+        vf y = load(F + (size_t)i * np + j) - all(off[i]);
+        store(F + (size_t)i * np + j, y);
+        sum = fma(y, y, sum);
+      }
+      store(half + j, all(0.5f) * sum);
+    }
+  }
+};
+
+// A (batch row, kv head) pair with the tokens [begin, end) of it that one task computes.
+struct Task {
+  int b, g, begin, end, segment, segments;
+};
+
+// Whole pairs where they divide evenly among the threads; the rest is cut into segments.
+static std::vector<Task> plan(const Call& c, int& slots) {
+  const int pairs = c.B * c.G, T = std::max<int64_t>(1, c.threads);
+  int rest = pairs % T, segments = 1;
+  if (rest) {
+    int a = rest, b = T;
+    while (b) std::swap(a %= b, b);
+    segments = T / a;
+  }
+  std::vector<Task> tasks;
+  for (int i = 0; i < pairs; i++) {
+    const int b = i / c.G, g = i % c.G, n = c.lengths[b];
+    const int S = i < pairs - rest ? 1 : std::max(1, std::min(segments, n / (4 * CHUNK)));
+    const int chunks = (n + CHUNK - 1) / CHUNK;
+    for (int s = 0; s < S; s++)
+      tasks.push_back({b, g, chunks * s / S * CHUNK, s + 1 < S ? chunks * (s + 1) / S * CHUNK : n, s, S});
+  }
+  slots = std::min<int>(T, tasks.size());
+  return tasks;
+}
+
+// What the tokens of one chunk see: geometry of the window's band and validity of keys.
+struct Span {
+  int t0, n, np, start, lowest, far_from, cols, ncp, base;
+  bool near;
+  // start: index of the far key of the first token. lowest: the first key index that is neither sink nor forgotten.
+  // Columns of the window: key indices base … base+cols-1, base = start rounded up where no earlier keys exist.
+  Span(const Dims& s, int t0, int n, int64_t count) : t0(t0), n(n), np(up16(n)), start(t0 - s.W) {
+    int have = (int)std::min<int64_t>(count, s.W);
+    lowest = std::max<int>(-have, (int)std::max<int64_t>(s.S - count, -FAR_AWAY));
+    far_from = std::max(0, lowest - start);
+    int skip = s.W ? std::max(0, lowest - start) & ~15 : 0;
+    skip = std::min(skip, (s.W + n) & ~15);
+    base = start + skip;
+    cols = s.W + n - skip;
+    near = s.W > 0 && cols > 0;
+    ncp = near ? up16(cols) : 0;
+  }
+  bool has_far() const { return far_from < n; }
+};

@@ -1,0 +1,411 @@
+// Outputs in the order of the tokens. One `Walker` owns the running sums of one (batch row, kv head) pair.
+#pragma once
+#include "common.h"
+
+// The sums over far keys, feature i scaled by e^-scale[i]: values (mp×dvp), total (mp), scale (mp).
+struct Sums {
+  float *values, *total, *scale;
+  static size_t size(const Dims& s) { return (size_t)s.mp * s.dvp + 2 * s.mp; }
+  Sums(float* p, const Dims& s) : values(p), total(p + (size_t)s.mp * s.dvp), scale(total + s.mp) {}
+  void clear(const Dims& s) {
+    std::fill(values, scale, 0.0f);
+    for (int i = 0; i < s.mp; i++) scale[i] = i < s.m ? LOG_ZERO : 0;  // a padding feature never has weight
+  }
+  void read(const Call& c, const Dims& s, long pair) {
+    clear(s);
+    for (int i = 0; i < s.m; i++) {
+      load_row(values + (size_t)i * s.dvp, c.values, (pair * s.m + i) * s.dv, s.dv, s.dvp, false);
+      total[i] = c.total[pair * s.m + i];
+      scale[i] = c.scale[pair * s.m + i];
+    }
+  }
+  void write(const Call& c, const Dims& s, long pair) const {
+    for (int i = 0; i < s.m; i++) {
+      store_row(c.values_out, (pair * s.m + i) * s.dv, values + (size_t)i * s.dvp, s.dv, false);
+      c.total_out[pair * s.m + i] = total[i];
+      c.scale_out[pair * s.m + i] = scale[i];
+    }
+  }
+  bool stored(const Dims& s) const {
+    for (int i = 0; i < s.m; i++) if (scale[i] > LOG_ZERO / 2) return true;
+    return false;
+  }
+  void add(const Sums& other, const Dims& s) {
+    for (int i = 0; i < s.m; i++) {
+      const float top = std::max(scale[i], other.scale[i]);
+      const float mine = std::exp(scale[i] - top), theirs = std::exp(other.scale[i] - top);
+      for (int j = 0; j < s.dvp; j++)
+        values[(size_t)i * s.dvp + j] = mine * values[(size_t)i * s.dvp + j] + theirs * other.values[(size_t)i * s.dvp + j];
+      total[i] = mine * total[i] + theirs * other.total[i];
+      scale[i] = top;
+    }
+  }
+};
+
+// Rows of one (batch row, kv head) pair: keys by their index relative to the first new token.
+struct Rows {
+  const Call& c;
+  const Dims& s;
+  const int b, g, length;
+  const int64_t count;
+  const long pair;
+  Rows(const Call& c, const Dims& s, int b, int g)
+      : c(c), s(s), b(b), g(g), length(c.lengths[b]), count(c.count[b]), pair((long)b * c.G + g) {}
+  void keys(float* K, float* V, int from, int lowest, int n, int np) const {
+    for (int i = 0; i < np; i++) {
+      const int at = from + i;
+      const bool real = i < n && at >= lowest && at < length;
+      if (K) row(K + (size_t)i * s.dp, c.k, c.ks, c.recent_k, at, real, s.d, s.dp);
+      if (V) row(V + (size_t)i * s.dvp, c.v, c.vs, c.recent_v, at, real, s.dv, s.dvp);
+    }
+  }
+  void row(float* to, const void* x, const int64_t* stride, const void* recent, int at, bool real, int n, int np) const {
+    if (!real) memset(to, 0, np * sizeof(float));
+    else if (at >= 0) load_row(to, x, b * stride[0] + g * stride[1] + at * stride[2], n, np, c.bf16);
+    else load_row(to, recent, (pair * s.W + s.W + at) * n, n, np, c.bf16);
+  }
+  void sinks(float* K, float* V) const {
+    for (int i = 0; i < s.sp; i++) {
+      const bool real = i < s.S && i < count + length;
+      sink(K + (size_t)i * s.dp, c.k, c.ks, c.sink_k, i, real, s.d, s.dp);
+      sink(V + (size_t)i * s.dvp, c.v, c.vs, c.sink_v, i, real, s.dv, s.dvp);
+    }
+  }
+  void sink(float* to, const void* x, const int64_t* stride, const void* old, int i, bool real, int n, int np) const {
+    if (!real) memset(to, 0, np * sizeof(float));
+    else if (i < count) load_row(to, old, (pair * s.S + i) * n, n, np, c.bf16);
+    else load_row(to, x, b * stride[0] + g * stride[1] + (i - count) * stride[2], n, np, c.bf16);
+  }
+  void queries(float* Q, int r, int t0, int n, int np) const {
+    for (int i = 0; i < np; i++)
+      if (i < n && t0 + i >= 0 && t0 + i < length)
+        load_row(Q + (size_t)i * s.dp, c.q, b * c.qs[0] + g * c.qs[1] + r * c.qs[2] + (long)(t0 + i) * c.qs[3], s.d, s.dp, c.bf16);
+      else memset(Q + (size_t)i * s.dp, 0, s.dp * sizeof(float));
+  }
+  long head(int r) const { return (pair * c.R + r) * c.L; }  // of (B, G, R, L)
+};
+
+template <bool BF> struct Walker {
+  const Call& c;
+  const Dims s;
+  const Rows rows;
+  Sums sums;
+  Map<BF> kmap;
+  float *K, *V, *KT, *VB, *FK, *half, *EK, *EKB, *SB, *saved, *saved_total, *saved_scale, *tmp;
+  std::vector<int> moved;
+
+  Walker(const Call& c, int b, int g)
+      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, g, true, false) {
+    auto take = [](size_t n) { return scratch().take(n); };
+    K = take(CHUNK * s.dp), V = take(CHUNK * s.dvp), KT = take((s.dp + 16) * CHUNK), VB = take(CHUNK * s.dvp);
+    FK = take(s.mr * CHUNK), half = take(CHUNK), EK = take(s.mp * CHUNK), EKB = take(s.mp * CHUNK);
+    SB = take((size_t)s.mp * s.dvp), saved = take((size_t)s.mp * s.dvp), saved_total = take(s.mp), saved_scale = take(s.mp);
+    tmp = take(CHUNK * (s.dp + 16));
+    moved.reserve(s.mp);
+  }
+
+  // Features of the far keys of a span below the running maximum, which they raise: FK (mp×np). The sums follow it.
+  void far_keys(const Span& a, const float* K) {
+    Rhs kt = rhs_t<BF>(K, s.dp, a.np, s.dp, KT, tmp);
+    kmap.features(kt, a.np, FK, half);
+    for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
+    moved.clear();
+    for (int i = 0; i < s.mp; i++) {
+      float* f = FK + (size_t)i * a.np;
+      const vf off = all(kmap.off[i]);
+      vf top = all(-MASKED);
+      for (int j = 0; j < a.np; j += VL) {
+        vf l = load(f + j) - off - load(half + j);
+        store(f + j, l);
+        top = vmax(top, l);
+      }
+      const float high = hmax(top);
+      if (high > sums.scale[i]) raise(i, high);
+      const vf scale = all(sums.scale[i]);
+      for (int j = 0; j < a.np; j += VL) store(f + j, vexp(load(f + j) - scale));
+    }
+  }
+  void raise(int i, float high) {
+    float* row = sums.values + (size_t)i * s.dvp;
+    memcpy(saved + moved.size() * s.dvp, row, s.dvp * sizeof(float));
+    saved_total[moved.size()] = sums.total[i], saved_scale[moved.size()] = sums.scale[i];
+    moved.push_back(i);
+    const float factor = std::exp(sums.scale[i] - high);
+    for (int j = 0; j < s.dvp; j += VL) store(row + j, all(factor) * load(row + j));
+    sums.total[i] *= factor, sums.scale[i] = high;
+  }
+  void restore() {
+    for (size_t k = 0; k < moved.size(); k++) {
+      const int i = moved[k];
+      memcpy(sums.values + (size_t)i * s.dvp, saved + k * s.dvp, s.dvp * sizeof(float));
+      sums.total[i] = saved_total[k], sums.scale[i] = saved_scale[k];
+    }
+  }
+  // The far keys of the span enter the sums.
+  void absorb(const Span& a, Rhs values) {
+    for (int i = 0; i < s.mp; i++) {
+      vf sum = all(0);
+      for (int j = 0; j < a.np; j += VL) sum += load(FK + (size_t)i * a.np + j);
+      sums.total[i] += hsum(sum);
+    }
+    gemm<BF>(s.mp, s.dvp, a.np, lhs<BF>(FK, a.np, s.mp, a.np, EK), values.p, values.ld, sums.values, s.dvp, true);
+  }
+  // Only the sums, over the far keys of the tokens [begin, end).
+  void sums_of(int begin, int end) {
+    for (int t = begin; t < end; t += CHUNK) {
+      Span a(s, t, std::min(CHUNK, end - t), rows.count);
+      if (!a.has_far() || !s.m) continue;
+      rows.keys(K, V, a.start, a.lowest, a.n, a.np);
+      far_keys(a, K);
+      absorb(a, rhs<BF>(V, s.dvp, a.np, s.dvp, VB));
+    }
+  }
+};
+
+template <bool BF> struct Forward : Walker<BF> {
+  using Base = Walker<BF>;
+  using Base::c, Base::s, Base::rows, Base::sums, Base::K, Base::V, Base::FK, Base::VB, Base::EKB, Base::SB, Base::tmp;
+  Map<BF> qmap;
+  float *Q, *QA, *F, *FA, *half_q, *SC, *SCA, *O, *NK, *NV_, *NKT, *NVB, *NL, *NLA, *ntmp, *SKT, *SVB, *SL, *SLA, *shift;
+  float *top, *norm;
+  Rhs sink_keys, sink_values;
+
+  Forward(const Call& call, int b, int g) : Base(call, b, g), qmap(c, s, c.wq, c.offq, g, false, true) {
+    auto take = [](size_t n) { return scratch().take(n); };
+    Q = take(CHUNK * s.dp), QA = take(CHUNK * s.dp), F = take(CHUNK * s.mr), FA = take(CHUNK * s.mp);
+    half_q = take(CHUNK), SC = take(CHUNK * CHUNK), SCA = take(CHUNK * CHUNK), O = take(CHUNK * s.dvp);
+    top = take(CHUNK), norm = take(CHUNK), shift = take(s.mp);
+    const size_t most = s.W ? CHUNK + std::min<int64_t>(s.W, c.L + s.W) + 32 : 0;
+    NK = take(most * s.dp), NV_ = take(most * s.dvp), NKT = take(most * (s.dp + 16)), NVB = take(most * s.dvp);
+    NL = take(most * CHUNK), NLA = take(most * CHUNK), ntmp = take(most * (s.dp + 16));
+    SKT = take(s.sp * (s.dp + 16)), SVB = take(s.sp * s.dvp), SL = take(CHUNK * s.sp), SLA = take(CHUNK * s.sp);
+    if (s.S) {
+      float *sk = take(s.sp * s.dp), *sv = take(s.sp * s.dvp), *t = take(s.sp * (s.dp + 16));
+      rows.sinks(sk, sv);
+      sink_keys = rhs_t<BF>(sk, s.dp, s.sp, s.dp, SKT, t);
+      sink_values = rhs<BF>(sv, s.dvp, s.sp, s.dvp, SVB);
+    }
+  }
+
+  void run(int t0, int n) {
+    if (chunk(t0, n)) return;
+    __atomic_fetch_add(c.splits, 1, __ATOMIC_RELAXED);
+    this->restore();
+    run(t0, (n + 1) / 2);
+    run(t0 + (n + 1) / 2, n / 2);
+  }
+
+  // False: a row saw nothing of the chunk's maximum, the sums must be restored and the chunk cut.
+  bool chunk(int t0, int n) {
+    const Span a(s, t0, n, rows.count);
+    this->moved.clear();
+    const bool far = s.m && (a.has_far() || sums.stored(s));
+    Rhs near_keys{}, near_values{}, far_values{}, far_features{}, state{};
+    const bool shared = a.near && a.base == a.start;
+    if (a.near) {
+      rows.keys(NK, NV_, a.base, a.lowest, a.cols, a.ncp);
+      near_keys = rhs_t<BF>(NK, s.dp, a.ncp, s.dp, NKT, ntmp);
+      near_values = rhs<BF>(NV_, s.dvp, a.ncp, s.dvp, NVB);
+    }
+    if (far) {
+      if (!shared) rows.keys(K, V, a.start, a.lowest, a.n, a.np);
+      this->far_keys(a, shared ? NK : K);
+      far_values = shared ? near_values : rhs<BF>(V, s.dvp, a.np, s.dvp, VB);
+      far_features = rhs<BF>(FK, a.np, s.mp, a.np, EKB);
+      state = rhs<BF>(sums.values, s.dvp, s.mp, s.dvp, SB);
+      for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
+    }
+    for (int r = 0; r < s.R; r++) {
+      rows.queries(Q, r, t0, n, a.np);
+      const Lhs q = lhs<BF>(Q, s.dp, a.np, s.dp, QA);
+      logits(a, q, far, near_keys);
+      weights(a, far);
+      if (far) {
+        const Lhs e = lhs<BF>(F, s.mr, a.np, s.mp, FA);
+        gemm<BF>(a.np, a.np, s.mp, e, far_features.p, far_features.ld, SC, a.np, false, {.out_hi = 0});
+        for (int t = 0; t < a.np; t++) {
+          float* x = SC + t * a.np;
+          std::fill(x + t + 1, x + a.np, 0.0f);
+          vf sum = all(0);
+          for (int j = 0; j <= t; j += VL) sum += load(x + j);
+          norm[t] += hsum(sum);
+        }
+        gemm<BF>(a.np, s.dvp, s.mp, e, state.p, state.ld, O, s.dvp, false);
+        gemm<BF>(a.np, s.dvp, a.np, lhs<BF>(SC, a.np, a.np, a.np, SCA), far_values.p, far_values.ld, O, s.dvp, true, {.k_hi = 0});
+      }
+      if (a.near) {
+        const int lo = a.start - a.base;
+        gemm<BF>(a.np, s.dvp, a.ncp, lhs<BF>(NL, a.ncp, a.np, a.ncp, NLA), near_values.p, near_values.ld, O, s.dvp, far,
+                 {.k_lo = lo + 1, .k_hi = lo + s.W});
+      }
+      if (s.S)
+        gemm<BF>(a.np, s.dvp, s.sp, lhs<BF>(SL, s.sp, a.np, s.sp, SLA), sink_values.p, sink_values.ld, O, s.dvp, far || a.near);
+      if (!finish(a, r)) return false;
+    }
+    if (far && a.has_far()) this->absorb(a, far_values);
+    return true;
+  }
+
+  // Log-weights of all parts and their maximum per row.
+  void logits(const Span& a, Lhs q, bool far, Rhs near_keys) {
+    std::fill(top, top + a.np, LOG_ZERO);
+    if (far) {
+      qmap.tokens(q, a.np, F, half_q);
+      for (int t = 0; t < a.np; t++) {
+        float* f = F + (size_t)t * s.mr;
+        vf high = all(LOG_ZERO);
+        for (int i = 0; i < s.mp; i += VL) {
+          vf l = load(f + i) + load(shift + i) - all(half_q[t]);
+          store(f + i, l);
+          high = vmax(high, l);
+        }
+        top[t] = std::max(top[t], hmax(high));
+      }
+    }
+    if (a.near) {
+      const int lo = a.start - a.base;
+      gemm<BF>(a.np, a.ncp, s.dp, q, near_keys.p, near_keys.ld, NL, a.ncp, false, {.out_lo = lo + 1, .out_hi = lo + s.W});
+      for (int t = 0; t < a.np; t++) {
+        top[t] = std::max(top[t], band_logits(NL + (size_t)t * a.ncp, t & ~(MR - 1), a, first(a, t), last(a, t)));
+      }
+    }
+    if (s.S) {
+      gemm<BF>(a.np, s.sp, s.dp, q, sink_keys.p, sink_keys.ld, SL, s.sp, false);
+      for (int t = 0; t < a.np; t++)
+        for (int j = 0; j < sinks_seen(a, t); j++)
+          SL[t * s.sp + j] *= (float)c.scaling, top[t] = std::max(top[t], SL[t * s.sp + j]);
+    }
+  }
+  // The window's columns of row t.
+  int first(const Span& a, int t) const { return std::max({0, t + 1 + a.start - a.base, a.lowest - a.base}); }
+  int last(const Span& a, int t) const { return t < a.n ? t + s.W + a.start - a.base : -1; }
+  int sinks_seen(const Span& a, int t) const {
+    return t < a.n ? (int)std::min<int64_t>(s.S, rows.count + a.t0 + t + 1) : 0;
+  }
+
+  // Exponentials below the maximum; the normaliser but for the chunk's own far keys.
+  void weights(const Span& a, bool far) {
+    for (int t = 0; t < a.np; t++) {
+      const vf high = all(top[t]);
+      vf sum = all(0);
+      if (far)
+        for (int i = 0; i < s.mp; i += VL) {
+          float* f = F + (size_t)t * s.mr + i;
+          vf e = vexp(load(f) - high);
+          store(f, e);
+          sum = fma(e, load(sums.total + i), sum);
+        }
+      if (a.near) sum += band_exp(NL + (size_t)t * a.ncp, t & ~(MR - 1), a, high);
+      norm[t] = hsum(sum);
+      for (int j = 0, seen = sinks_seen(a, t); j < s.sp; j++) {
+        float* x = SL + t * s.sp + j;
+        *x = j < seen ? std::exp(*x - top[t]) : 0;
+        norm[t] += *x;
+      }
+    }
+  }
+  // The columns that gemm computed for the rows of a tile.
+  int from(const Span& a, int tile) const { return down(tile + a.start - a.base + 1); }
+  int to(const Span& a, int tile) const { return std::min(a.ncp, up(tile + MR + a.start - a.base + s.W)); }
+  // Scales the columns first … last and masks the tile's others; returns the maximum.
+  float band_logits(float* x, int tile, const Span& a, int first, int last) const {
+    const int lo = from(a, tile), end = to(a, tile);
+    if (first > lo) std::fill(x + lo, x + std::min(first, end), LOG_ZERO);
+    if (last + 1 < end) std::fill(x + std::max(lo, last + 1), x + end, LOG_ZERO);
+    vf high = all(LOG_ZERO);
+    for (int j = lo; j < end; j += VL) {
+      const vf l = load(x + j) * all((float)c.scaling);
+      store(x + j, l);
+      high = vmax(high, l);
+    }
+    return last < 0 ? LOG_ZERO : hmax(high);
+  }
+  vf band_exp(float* x, int tile, const Span& a, vf high) const {
+    vf sum = all(0);
+    for (int j = from(a, tile), end = to(a, tile); j < end; j += VL) {
+      const vf e = vexp(load(x + j) - high);
+      store(x + j, e);
+      sum += e;
+    }
+    return sum;
+  }
+
+  bool finish(const Span& a, int r) {
+    for (int t = 0; t < a.n; t++) if (norm[t] < 1e-18f && a.n > 1) return false;
+    for (int t = 0; t < a.n; t++) {
+      const long at = rows.head(r) + a.t0 + t;
+      const float inverse = norm[t] > 0 ? 1 / norm[t] : 1;
+      float* o = O + t * s.dvp;
+      for (int j = 0; j < s.dvp; j += VL) store(o + j, load(o + j) * all(inverse));
+      store_row(c.out, at * s.dv, o, s.dv, c.bf16);
+      c.lse[at] = norm[t] > 0 ? top[t] + std::log(norm[t]) : LOG_ZERO;
+    }
+    return true;
+  }
+};
+
+// The sums before each segment of every pair that was cut: entry (task) of `before`, empty for whole pairs.
+template <bool BF> static std::vector<std::vector<float>> scan(const Call& c, const std::vector<Task>& tasks) {
+  const Dims s(c);
+  std::vector<std::vector<float>> before(tasks.size());
+  struct Unit { Task task; int of; std::vector<float> sums; };
+  std::vector<Unit> units;
+  for (size_t i = 0; i < tasks.size(); i++)
+    if (s.m && tasks[i].segment + 1 < tasks[i].segments) {
+      const int parts = std::min<int>(c.threads, (tasks[i].end - tasks[i].begin + CHUNK - 1) / CHUNK);
+      const int chunks = (tasks[i].end - tasks[i].begin) / CHUNK;
+      for (int p = 0; p < parts; p++) {
+        Task t = tasks[i];
+        t.end = t.begin + chunks * (p + 1) / parts * CHUNK;
+        t.begin += chunks * p / parts * CHUNK;
+        units.push_back({t, (int)i, std::vector<float>(Sums::size(s))});
+      }
+    }
+  if (!units.empty())
+    parallel(c, std::min<int>(c.threads, units.size()), [&](int slot) {
+      for (size_t u = slot; u < units.size(); u += std::min<size_t>(c.threads, units.size())) {
+        scratch().reset();
+        Walker<BF> w(c, units[u].task.b, units[u].task.g);
+        w.sums.clear(s);
+        w.sums_of(units[u].task.begin, units[u].task.end);
+        memcpy(units[u].sums.data(), w.sums.values, Sums::size(s) * sizeof(float));
+      }
+    });
+  size_t u = 0;
+  for (size_t i = 0; i < tasks.size(); i++) {
+    if (tasks[i].segments == 1 || !s.m) continue;
+    before[i].resize(Sums::size(s));
+    Sums now(before[i].data(), s);
+    if (tasks[i].segment == 0) now.read(c, s, (long)tasks[i].b * c.G + tasks[i].g);
+    else {
+      memcpy(before[i].data(), before[i - 1].data(), Sums::size(s) * sizeof(float));
+      for (; u < units.size() && units[u].of == (int)i - 1; u++) now.add(Sums(units[u].sums.data(), s), s);
+    }
+  }
+  return before;
+}
+
+template <bool BF> static void forward(const Call& c) {
+  int slots;
+  const auto tasks = plan(c, slots);
+  const auto before = scan<BF>(c, tasks);
+  parallel(c, slots, [&](int slot) {
+    for (size_t i = slot; i < tasks.size(); i += slots) {
+      const Task& t = tasks[i];
+      scratch().reset();
+      Forward<BF> f(c, t.b, t.g);
+      const long pair = (long)t.b * c.G + t.g;
+      if (before[i].empty()) f.sums.read(c, f.s, pair);
+      else memcpy(f.sums.values, before[i].data(), Sums::size(f.s) * sizeof(float));
+      for (int at = t.begin; at < t.end; at += CHUNK) f.run(at, std::min(CHUNK, t.end - at));
+      if (t.segment + 1 < t.segments) continue;
+      f.sums.write(c, f.s, pair);
+      const size_t width = f.s.dv * (c.bf16 ? 2 : 4);  // padding tokens
+      for (int r = 0; r < f.s.R; r++)
+        for (int at = f.rows.length; at < c.L; at++) {
+          memset((char*)c.out + (f.rows.head(r) + at) * width, 0, width);
+          c.lse[f.rows.head(r) + at] = LOG_ZERO;
+        }
+    }
+  });
+}

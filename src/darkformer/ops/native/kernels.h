@@ -1,0 +1,288 @@
+// Vectors, the exponential, packing and the matrix product every pass is made of.
+//
+// A "unit" is 32 bits: one float, or two neighbouring bfloat16 along the summed axis. Products then differ only in one
+// instruction (fused multiply-add, or the dot product of bfloat16 pairs with float32 accumulation).
+#pragma once
+#include <immintrin.h>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+typedef __m512 vf;
+constexpr int VL = 16, MR = 8, NV = 2;
+static inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+static inline vf all(float x) { return _mm512_set1_ps(x); }
+static inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline float hmax(vf a) { return _mm512_reduce_max_ps(a); }
+static inline float hsum(vf a) { return _mm512_reduce_add_ps(a); }
+static inline vf rounded(vf a) { return _mm512_roundscale_ps(a, 0); }
+// 2^n·p where x is not below the smallest normal exponent, exactly 0 elsewhere.
+static inline vf ldexp_or_zero(vf p, vf n, vf x) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, all(-87.0f), _CMP_GE_OQ), p, n);
+}
+static inline vf from_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+static inline __m512i bf16_bits(vf x) {  // round to nearest even, in the low halves
+  __m512i i = _mm512_castps_si512(x);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
+  return _mm512_srli_epi32(_mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+}
+#if defined(__AVX512BF16__)
+static inline void to_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+// Two bfloat16 in one unit: `low` first.
+static inline vf pair_bf16(vf low, vf high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low)));
+}
+#else
+static inline void to_bf16(uint16_t* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(x)));
+}
+static inline vf pair_bf16(vf low, vf high) {
+  return _mm512_castsi512_ps(_mm512_or_si512(bf16_bits(low), _mm512_slli_epi32(bf16_bits(high), 16)));
+}
+#endif
+static inline vf round_bf16(vf x) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(x), 16)); }
+static inline void transpose_block(const float* a, long lda, float* b, long ldb) {
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(a + i * lda);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      __m512d x = _mm512_castps_pd(t[i + j]), y = _mm512_castps_pd(t[i + j + 2]);
+      r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  for (int i = 0; i < 4; i++)
+    for (int h = 0; h < 2; h++) {
+      t[8 * h + i] = _mm512_shuffle_f32x4(r[8 * h + i], r[8 * h + i + 4], 0x88);
+      t[8 * h + i + 4] = _mm512_shuffle_f32x4(r[8 * h + i], r[8 * h + i + 4], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    _mm512_storeu_ps(b + i * ldb, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_ps(b + (i + 8) * ldb, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
+  }
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+typedef __m256 vf;
+constexpr int VL = 8, MR = 4, NV = 2;
+static inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+static inline vf all(float x) { return _mm256_set1_ps(x); }
+static inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline float hmax(vf a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+static inline float hsum(vf a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+static inline vf rounded(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vf ldexp_or_zero(vf p, vf n, vf x) {
+  // In two steps: n may be one above the largest exponent of a single factor.
+  __m256i i = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(n, all(-126.0f)), all(250.0f)));
+  __m256i half = _mm256_srai_epi32(i, 1), rest = _mm256_sub_epi32(i, half), bias = _mm256_set1_epi32(127);
+  vf a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  vf b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+  return _mm256_and_ps(_mm256_cmp_ps(x, all(-87.0f), _CMP_GE_OQ), p * a * b);
+}
+static inline vf from_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline void to_bf16(uint16_t* p, vf x) {
+  __m256i i = _mm256_castps_si256(x);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(i, 16), _mm256_set1_epi32(1));
+  i = _mm256_srli_epi32(_mm256_add_epi32(i, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(i, i), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+static inline vf pair_bf16(vf low, vf) { return low; }  // bfloat16 products exist with AVX-512 only
+static inline vf round_bf16(vf x) { return x; }
+static inline void transpose_block(const float* a, long lda, float* b, long ldb) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(a + i * lda);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(b + i * ldb, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(b + (i + 4) * ldb, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+#error "compile with AVX-512 or with AVX2 and FMA"
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_BF16 = true;
+#else
+constexpr bool HAS_BF16 = false;
+#endif
+
+template <bool BF> static inline vf mac(vf a, vf b, vf c) {
+#if defined(__AVX512BF16__)
+  if (BF) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#endif
+  return fma(a, b, c);
+}
+
+// e^x to about one unit in the last place; exactly 0 below -87. Coefficients: minimax of the Cephes library.
+static inline vf vexp(vf x) {
+  vf y = vmax(x, all(-100.0f));
+  vf n = rounded(y * all(1.44269504088896341f));
+  vf r = fma(n, all(-0.693359375f), y);
+  r = fma(n, all(2.12194440e-4f), r);
+  vf p = fma(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
+  p = fma(p, r, all(8.3334519073e-3f));
+  p = fma(p, r, all(4.1665795894e-2f));
+  p = fma(p, r, all(1.6666665459e-1f));
+  p = fma(p, r, all(5.0000001201e-1f));
+  return ldexp_or_zero(fma(p, r * r, r + all(1.0f)), n, x);
+}
+
+static inline int up16(int n) { return (n + 15) & ~15; }
+// The vectors that a tile's band touches: gemm computes these columns and no others.
+static inline int down(int n) { return n > 0 ? n & ~(VL - 1) : 0; }
+static inline int up(int n) { return (n + VL - 1) & ~(VL - 1); }
+constexpr int FAR_AWAY = 1 << 29;
+
+// Which part of a product is wanted. Rows come in tiles of MR; the band is given relative to the row.
+struct Band {
+  int out_lo = -FAR_AWAY, out_hi = FAR_AWAY;  // columns row+out_lo … row+out_hi of the result
+  int k_lo = -FAR_AWAY, k_hi = FAR_AWAY;      // summands row+k_lo … row+k_hi
+  bool k_from_column = false;                 // summands from the column's index on
+};
+
+// A left operand: element (i, k) at p[i·rs + k·cs], one of the strides being 1.
+struct Lhs {
+  const float* p;
+  long rs, cs;
+};
+
+template <bool BF, int NW>
+static inline __attribute__((always_inline)) void tile(const Lhs a, const float* b, long ldb, int k0, int k1, float* c,
+                                                       long ldc, bool accumulate) {
+  vf s[MR][NW];
+  for (int i = 0; i < MR; i++)
+    for (int v = 0; v < NW; v++) s[i][v] = accumulate ? load(c + i * ldc + v * VL) : all(0);
+  if (a.cs == 1) {
+    const float *p = a.p, *p3 = a.p + 3 * a.rs, *p6 = a.p + 6 * a.rs;
+    const long rs = a.rs;
+#pragma GCC unroll 2
+    for (int k = k0; k < k1; k++) {
+      vf w[NW];
+      for (int v = 0; v < NW; v++) w[v] = load(b + k * ldb + v * VL);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++) {
+        const float* row = i < 3 ? p : i < 6 ? p3 : p6;
+        vf x = all(row[(i % 3) * rs + k]);
+        for (int v = 0; v < NW; v++) s[i][v] = mac<BF>(x, w[v], s[i][v]);
+      }
+    }
+  } else {
+    const float* p = a.p + k0 * a.cs;
+#pragma GCC unroll 2
+    for (int k = k0; k < k1; k++, p += a.cs) {
+      vf w[NW];
+      for (int v = 0; v < NW; v++) w[v] = load(b + k * ldb + v * VL);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++) {
+        vf x = all(p[i]);
+        for (int v = 0; v < NW; v++) s[i][v] = mac<BF>(x, w[v], s[i][v]);
+      }
+    }
+  }
+  for (int i = 0; i < MR; i++)
+    for (int v = 0; v < NW; v++) store(c + i * ldc + v * VL, s[i][v]);
+}
+
+// C (M×N) = A (M×K) · B (K×N), or += . M and N are multiples of 16, K counts elements; B has units in its rows.
+template <bool BF>
+static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c, long ldc, bool accumulate,
+                 Band band = {}) {
+  for (int n = 0; n < N; n += NV * VL) {
+    for (int i = 0; i < M; i += MR) {
+      int k0 = i + band.k_lo > 0 ? i + band.k_lo : 0;
+      int k1 = i + MR + band.k_hi < K ? i + MR + band.k_hi : K;
+      if (band.k_from_column && n > k0) k0 = n;
+      if (BF) k0 = k0 / 2, k1 = (k1 + 1) / 2;
+      int first = i + band.out_lo, last = i + MR - 1 + band.out_hi;
+      bool left = first < n + VL && last >= n;
+      bool right = n + VL < N && first < n + 2 * VL && last >= n + VL;
+      Lhs rows{a.p + i * a.rs, a.rs, a.cs};
+      float* out = c + i * ldc + n;
+      if (left && right) tile<BF, NV>(rows, b + n, ldb, k0, k1, out, ldc, accumulate);
+      else if (left) tile<BF, 1>(rows, b + n, ldb, k0, k1, out, ldc, accumulate);
+      else if (right) tile<BF, 1>(rows, b + n + VL, ldb, k0, k1, out + VL, ldc, accumulate);
+    }
+  }
+}
+
+// b (cols×rows) = transpose of a (rows×cols); both sizes multiples of 16.
+static inline void transpose(const float* a, long lda, int rows, int cols, float* b, long ldb) {
+  for (int i = 0; i < rows; i += VL)
+    for (int j = 0; j < cols; j += VL) transpose_block(a + i * lda + j, lda, b + j * ldb + i, ldb);
+}
+
+// Neighbouring elements of each row as bfloat16 pairs: (rows×cols) floats → (rows×cols/2) units.
+static inline void pair_rows(const float* a, long lda, int rows, int cols, float* b, long ldb) {
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < cols; j += VL) to_bf16((uint16_t*)(b + i * ldb) + j, load(a + i * lda + j));
+}
+
+// Neighbouring rows as bfloat16 pairs: (rows×cols) floats → (rows/2×cols) units.
+static inline void pair_columns(const float* a, long lda, int rows, int cols, float* b, long ldb) {
+  for (int i = 0; i < rows; i += 2)
+    for (int j = 0; j < cols; j += VL)
+      store(b + (i / 2) * ldb + j, pair_bf16(load(a + i * lda + j), load(a + (i + 1) * lda + j)));
+}
+
+// Operands from float32 matrices. `to` is scratch, used where the operand is not the matrix itself.
+template <bool BF> static inline Lhs lhs(const float* a, long lda, int rows, int k, float* to) {
+  if (!BF) return {a, lda, 1};
+  pair_rows(a, lda, rows, k, to, k / 2);
+  return {to, k / 2, 1};
+}
+// The transpose of a (k×rows) as left operand. `tmp` holds rows×k floats.
+template <bool BF> static inline Lhs lhs_t(const float* a, long lda, int rows, int k, float* to, float* tmp) {
+  if (!BF) return {a, 1, lda};
+  transpose(a, lda, k, rows, tmp, k);
+  return lhs<true>(tmp, k, rows, k, to);
+}
+struct Rhs {
+  const float* p;
+  long ld;
+};
+template <bool BF> static inline Rhs rhs(const float* a, long lda, int k, int cols, float* to) {
+  if (!BF) return {a, lda};
+  pair_columns(a, lda, k, cols, to, cols);
+  return {to, cols};
+}
+// The transpose of a (cols×k) as right operand.
+template <bool BF> static inline Rhs rhs_t(const float* a, long lda, int cols, int k, float* to, float* tmp) {
+  if (!BF) {
+    transpose(a, lda, cols, k, to, cols);
+    return {to, cols};
+  }
+  pair_rows(a, lda, cols, k, tmp, up16(k / 2));
+  transpose(tmp, up16(k / 2), cols, up16(k / 2), to, cols);
+  return {to, cols};
+}

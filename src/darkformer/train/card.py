@@ -1,0 +1,145 @@
+"""The model card of a run, written from its record, and the upload of a run's model with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from ..config import InputError, RunFolderError
+from .record import read_json
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_STAGES = {"softmax": "softmax, before", "converted": "converted, calibrated", "finetuned": "finetuned"}
+
+
+def _shown(source: str) -> str:
+    """A name without the folders of the machine it was found on; ids of the hub and globs' patterns stay readable."""
+    path = Path(source).expanduser()
+    return path.name if path.is_absolute() or path.exists() or len(path.parts) > 2 else source
+
+
+def _base(record: Mapping[str, Any]) -> str | None:
+    name = record["model"]
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() and not name.endswith(".gguf") else None
+
+
+def _data(record: Mapping[str, Any], title: str, text: str) -> ModelCardData:
+    stage = list(record["scores"])[-1]
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type="text", dataset_name=f"held-out part of {text}",
+            metric_type=metric, metric_value=record["scores"][stage][metric],
+        )
+        for metric in ("perplexity", "accuracy")
+    ]  # fmt: skip
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", base_model=_base(record), model_name=title,
+        tags=["darkformer", "linear-attention", "random-features"], eval_results=results,
+    )  # fmt: skip
+
+
+def _scores(record: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {_STAGES.get(name, name)} | {s['loss']:.4f} | {s['perplexity']:.2f} | {s['accuracy']:.2%} | {s['tokens']} |"
+        for name, s in record["scores"].items()
+    ]
+    return "\n".join(["| | loss | perplexity | next-token accuracy | tokens |", "|---|---:|---:|---:|---:|", *rows])
+
+
+_TEXT = """
+# {title}
+
+{base} with its softmax attention replaced by linear attention (`{method}`, {features}), by
+[darkformer](https://arxiv.org/abs/2603.04127) {version}. The state it keeps while generating does not grow.
+
+```python
+import darkformer  # before loading: without it transformers computes plain softmax attention with these weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+```
+
+## Scores
+
+On the held-out part of {text}:
+
+{scores}
+
+## How it was made
+
+{training} Every option, by its name in `DarkConfig` and `TrainConfig`:
+
+| attention | | training | |
+|---|---|---|---|
+{options}
+
+Versions: {versions}. Commit {commit}, {device}, {date}.
+
+The licence and the limits of {base} apply.
+"""
+
+
+def _options(record: Mapping[str, Any]) -> str:
+    sides = (record["config"].items(), record["budget"].items())
+    rows = zip_longest(*sides, fillvalue=("", ""))
+    return "\n".join("| " + " | ".join(str(cell) for pair in row for cell in pair) + " |" for row in rows)
+
+
+def model_card(record: Mapping[str, Any], repo_id: str = "") -> ModelCard:
+    """The card of a `darkformer linearize` run, from the record it wrote; every number in it is the record's.
+
+    Args:
+        record: as returned by `linearize`, or read from `record.json`.
+        repo_id: name on the hub; `.` (the folder itself) stands in where there is none yet.
+
+    Raises:
+        InputError: the record is not one of `darkformer linearize`.
+    """
+    if record.get("command") != "linearize" or "scores" not in record:
+        raise InputError(
+            f"a record of {record.get('command')!r}: model cards are written from records of darkformer linearize."
+        )
+    config, budget, made = record["config"], record["budget"], record["environment"]
+    base, text = _shown(record["model"]), ", ".join(map(_shown, record["held_out"] or record["data"]))
+    title = repo_id.rsplit("/", 1)[-1] or f"{Path(base).stem}-{config['method']}"
+    trained = "Calibrated, not finetuned."
+    if steps := len(record["losses"]):
+        tokens = f"{budget['batch_size']} × {budget['seq_len']} tokens"
+        trained = f"Finetuned for {steps} steps of {tokens} (`train={budget['train']}`)."
+    body = _TEXT.format(
+        title=title, base=base, method=config["method"], repo=repo_id or ".", text=text, scores=_scores(record),
+        features=f"{config['num_features']} features, window {config['window']}, {config['sinks']} sinks",
+        version=made["versions"]["darkformer"], training=trained, options=_options(record),
+        versions=", ".join(f"{name} {number}" for name, number in made["versions"].items()),
+        commit=made["commit"] or "unknown", device=made["device"], date=made["date"],
+    )  # fmt: skip
+    return ModelCard(f"---\n{_data(record, title, text).to_yaml()}\n---\n{body}")
+
+
+def push_run(out: str | Path, repo_id: str, *, private: bool = False) -> str:
+    """Uploads `OUT/model` of a finished `linearize` run to the hub, with its card and its record. Returns the address.
+
+    The account is the one of `hf auth login`.
+
+    Raises:
+        RunFolderError: the folder holds no finished run. InputError: the hub refused (says why).
+    """
+    out = Path(out)
+    if not (out / "record.json").is_file() or not (out / "model" / "config.json").is_file():
+        raise RunFolderError(f"{out} holds no finished run of darkformer linearize (record.json and model/).")
+    record = read_json(out / "record.json")
+    card = model_card(record, repo_id)
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        card.save(out / "model" / "README.md")
+        return str(api.upload_folder(repo_id=repo_id, folder_path=out / "model", commit_message="darkformer linearize"))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"{repo_id}: the hub refused ({type(error).__name__}: {error}).") from error

@@ -1,0 +1,187 @@
+"""`darkformer bench`: what is refused, what the record holds, how it continues. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+from darkformer import plots
+from darkformer.cli import app
+from darkformer.cli_bench import print_bench
+from darkformer.config import RunFolderError
+from darkformer.cost import linear_attention_work, softmax_attention_work
+from darkformer.experiments import bench, bench_machine, bench_model, bench_paths
+from darkformer.experiments.bench import Bench, Plan, Sweep, crossover
+from darkformer.experiments.bench_paths import SOFTMAX, Shape, parity
+from darkformer.ops import attention as door
+from darkformer.train.report import Silent
+
+TINY = Shape("tiny", 2, 1, 16, 8, 0)
+PLAN = Plan("tiny", (Sweep((TINY, TINY._replace(window=4)), (64, 96), ("float32",)),), 0.0, (64,), False)
+
+
+class Lines(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_machine, "PRODUCTS", ((1, 16, 16, 16),))
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return Bench(PLAN, tmp_path_factory.mktemp("bench"), Silent()).run()
+
+
+def test_the_record_says_all_there_is_to_know(record: dict) -> None:
+    assert record["finished"] and record["environment"]["threads"] == torch.get_num_threads()
+    assert {"commit", "versions", "device"} <= record["environment"].keys()
+    paths = [path.name for path in bench_paths.own_paths()]
+    assert "chunked" in paths
+    # Softmax has no window, so it is measured once.
+    assert len(record["points"]) == 2 * 2 * (1 + 2 * len(paths))
+    for row in record["points"]:
+        assert row["median"] > 0 and row["iqr"] >= 0 and row["runs"] >= 1
+        assert row["peak_scratch_bytes"] is None or row["peak_scratch_bytes"] >= 0
+        assert row["fraction_of_bound"] == pytest.approx(row["bound_seconds"] / row["median"])
+    assert all(row["passed"] for row in record["parity"])
+    assert {row["path"] for row in record["decode"]} == {"recurrent", "sdpa"}
+    assert len(record["crossover"]) == 2 * 2 * len(paths)
+    assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient"])
+def test_a_wrong_backend_is_refused(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off by 1e-4 of its own: in the values, or in the gradients alone."""
+    right = door.BACKENDS["chunked"].function
+
+    def broken(problem: door.Problem) -> tuple[Tensor, door.AttentionState]:
+        output, state = right(problem)
+        if wrong == "output":
+            return output * (1 + 1e-4), state
+        return output + 1e-4 * (output - output.detach()), state
+
+    monkeypatch.setitem(door.BACKENDS, "chunked", door.BACKENDS["chunked"]._replace(function=broken))
+    monkeypatch.setattr(bench, "own_paths", lambda: [p for p in bench_paths.own_paths() if p.name == "chunked"])
+    lines = Lines()
+    found = Bench(PLAN, tmp_path, lines).run()
+    assert {row["path"] for row in found["points"]} == {"sdpa"} and not found["crossover"]
+    refused = [row for row in found["parity"] if row["passed"] is False]
+    assert {row["path"] for row in refused} == {"chunked"}
+    assert any("not reported: chunked" in line and "1.0e-04 > 5.0e-06" in line for line in lines.lines)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_paths_pass(dtype: str) -> None:
+    for path in [SOFTMAX, *bench_paths.own_paths()]:
+        result = parity(path, TINY._replace(window=4), dtype)
+        assert result["passed"], (path.name, result)
+
+
+def test_a_missing_peer_says_why() -> None:
+    peer = bench_paths.Path("nothing", lambda shape: __import__("no_such_package"), peer=True)
+    assert "no_such_package" in (bench_paths.why_not(peer, TINY, "float32") or "")
+
+
+def test_an_interrupted_sweep_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+    whole = bench.measure_point
+
+    def counted(*arguments: object) -> dict:
+        calls.append(arguments[:5])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench, "measure_point", counted)
+    with pytest.raises(KeyboardInterrupt):
+        Bench(PLAN, tmp_path, Silent()).run()
+    assert len(json.loads((tmp_path / "record.json").read_text())["points"]) == 2
+    found = Bench(PLAN, tmp_path, Silent()).run()
+    assert found["finished"] and len(calls) == len(found["points"]) + 1
+    Bench(PLAN, tmp_path, Silent()).run()  # a finished one is only shown again
+    assert len(calls) == len(found["points"]) + 1
+    with pytest.raises(RunFolderError, match="--overwrite"):
+        Bench(PLAN._replace(name="other"), tmp_path, Silent())
+
+
+def row(path: str, length: int, median: float) -> dict:
+    return {"path": path, "length": length, "median": median}
+
+
+def test_crossover() -> None:
+    quadratic = [row("sdpa", n, n * n / 1024) for n in (256, 1024, 4096)]
+    assert crossover([*quadratic, *(row("x", n, n) for n in (256, 1024, 4096))], "x") == pytest.approx(1024)
+    late = [row("x", n, 2.0 * n) for n in (256, 1024, 4096)]
+    assert crossover([*quadratic, *late], "x") == pytest.approx(2048)
+    assert crossover([*quadratic, *(row("x", n, 1e-3) for n in (256, 1024))], "x") == 256
+    assert crossover([*quadratic, *(row("x", n, 1e9) for n in (256, 1024))], "x") is None
+    assert crossover(quadratic, "x") is None
+
+
+def test_work_is_what_the_formulas_say() -> None:
+    sizes = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+    work = linear_attention_work(1000, num_features=128, window=0, **sizes)
+    token = 4 * 64 * 128 + 4 * 64 * 128 + 33 * (128 + 64) + 2 * 128
+    assert work.flops == 8000 * token and work.exps == 8000 * 256 and work.bytes == 4 * 4 * 64 * 8000
+    assert work.seconds(1e9, math.inf, math.inf) == work.flops / 1e9
+    assert work.seconds(math.inf, math.inf, 1e9) == work.bytes / 1e9
+    for backward in (False, True):
+        short, long = (linear_attention_work(n, num_features=128, window=64, backward=backward, **sizes)
+                       for n in (4096, 8192))  # fmt: skip
+        assert long.flops == 2 * short.flops
+        short, long = (softmax_attention_work(n, backward=backward, **sizes) for n in (4096, 8192))
+        assert 3.99 < long.flops / short.flops < 4
+
+
+def test_tables_and_plots_come_from_the_record(record: dict, tmp_path: Path) -> None:
+    console = Console(record=True, width=200)
+    print_bench(record, console)
+    text = console.export_text()
+    assert "crossover with softmax" in text and "× softmax" in text and "GFLOP/s" in text
+    for draw in (plots.time_against_length, plots.speed_up_against_length):
+        assert draw(record, tmp_path / f"{draw.__name__}.png").stat().st_size > 5000
+
+
+def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb, on tiny sizes: the crossover is said, record and plots are there; a second call repeats nothing."""
+    assert {direction for sweep in bench.quick_plan().sweeps for direction in sweep.directions} >= {"forward"}
+    assert not bench.quick_plan().model
+    monkeypatch.setattr(bench, "quick_plan", lambda: PLAN)
+    words = ["bench", "--quick", "--out", str(tmp_path)]
+    first = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert first.exit_code == 0 and "crossover with softmax" in first.output
+    assert {path.name for path in tmp_path.iterdir()} == {"record.json", "time.png", "speedup.png"}
+    monkeypatch.setattr(bench, "measure_point", None)
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+
+
+def test_end_to_end_tasks(model_folder: Path) -> None:
+    from darkformer import DarkConfig, convert, load_model
+
+    model = load_model(str(model_folder))
+    before = [r["task"] for r in bench_model.tasks(model, 40, 24, 16)]
+    convert(model, DarkConfig(num_features=8, window=4, sinks=1))
+    rows = bench_model.tasks(model, 40, 24, 16)
+    assert [r["task"] for r in rows] == before == ["prefill", "generation, one token", "training step"]
+    assert all(r["median"] > 0 for r in rows) and all(p.grad is None for p in model.parameters())
+
+
+def test_scratch_memory_is_seen() -> None:
+    held: list[Tensor] = []
+    found = bench_machine.peak_scratch(lambda: held.append(torch.ones(8 << 20) + 1), known=32 << 20)
+    if found is None:
+        pytest.skip("the system does not tell")
+    assert 24 << 20 < found < 48 << 20  # two tensors of 32 MiB at once, one of them known

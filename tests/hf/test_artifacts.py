@@ -1,0 +1,48 @@
+"""What released versions have written still loads, and computes what it did then (tests/artifacts/make.py wrote it)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tolerances import STREAM, relative_error
+from transformers import PreTrainedModel
+
+from darkformer import load_light, load_model
+
+ARTIFACTS = Path(__file__).parents[1] / "artifacts"
+VERSIONS = sorted(path.name for path in ARTIFACTS.iterdir() if (path / "recorded.safetensors").is_file())
+FORMS = ("default", "paper")
+
+
+def _load(version: str, form: str, kind: str) -> PreTrainedModel:
+    folder = ARTIFACTS / version
+    if kind == "full":
+        return load_model(str(folder / form / "full"))
+    return load_light(load_model(str(folder / "base")), folder / form / "light")
+
+
+def test_there_are_some() -> None:
+    assert VERSIONS
+    size = sum(path.stat().st_size for path in ARTIFACTS.rglob("*") if path.is_file())
+    assert size < 200_000 * len(VERSIONS)
+
+
+@pytest.mark.parametrize("kind", ["full", "light"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_loads_to_the_recorded_logits(version: str, form: str, kind: str) -> None:
+    recorded = load_file(ARTIFACTS / version / "recorded.safetensors")
+    model = _load(version, form, kind)
+    with torch.no_grad():
+        logits = model(recorded["input_ids"], use_cache=False).logits
+    assert relative_error(logits, recorded[form]) < STREAM  # other machines add in another order
+    other = recorded[FORMS[1 - FORMS.index(form)]]
+    assert (logits - other).abs().max() > 0.01  # the records of the two forms could not be exchanged
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_both_kinds_hold_the_same_tensors(version: str) -> None:
+    for form in FORMS:
+        full, light = (_load(version, form, kind).state_dict() for kind in ("full", "light"))
+        assert list(full) == list(light) and all(torch.equal(full[name], light[name]) for name in full)

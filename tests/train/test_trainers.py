@@ -1,0 +1,136 @@
+"""Other people's trainers need nothing but `convert` before them: HF's Trainer and trl's SFTTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from hf.families import DARK, disturb, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from darkformer import convert
+
+WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", "red", "blue", "green", "one", "two", "three"]
+WORDS += ["what", "is", "the"]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} {% else %}<bot> "
+    "{% generation %}{{ m.content }} <eos>{% endgeneration %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<bot> {% endif %}"
+)
+QUICK = dict(
+    per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, report_to="none",
+    use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+
+
+def _model(vocabulary: int = 99) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.15, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def _losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _chats() -> Dataset:
+    """Answers follow from the question, which lies beyond the window of 4."""
+    rows = []
+    for colour, number in (("red", "one"), ("blue", "two"), ("green", "three")):
+        for length in (1, 4, 9):
+            user = {"role": "user", "content": f"{colour} " + "what is the " * length}
+            rows.append({"messages": [user, {"role": "assistant", "content": number}]})
+    return Dataset.from_list(rows * 4)
+
+
+def test_trainer_with_nothing_but_convert(tmp_path: Path) -> None:
+    model = convert(_model(), DARK)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in tokens(1, 8).repeat(8, 4)]
+    trainer = Trainer(
+        model=model, train_dataset=rows, eval_dataset=rows[:2],
+        args=TrainingArguments(str(tmp_path), max_steps=20, save_steps=10, eval_strategy="no", **QUICK),
+    )  # fmt: skip
+    trainer.train()
+    losses = _losses(trainer)
+    assert losses[-1] < 0.2 * losses[0]
+    unchanged = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not unchanged  # every weight and everything that conversion added
+    assert trainer.evaluate()["eval_loss"] < 0.2 * losses[0]
+
+    resumed = Trainer(
+        model=convert(_model(), DARK), train_dataset=rows,
+        args=TrainingArguments(str(tmp_path), max_steps=20, save_strategy="no", **QUICK),
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert _losses(resumed) == losses
+    trainer.save_model(str(tmp_path / "final"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+def test_ragged_rows_through_the_collator_of_language_modelling(
+    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    # The amount of padding changes nothing: the same loss curve.
+    curves = []
+    for multiple in (1, 64):
+        lengths = (5, 17, 30, 31, 8, 12, 26, 9)
+        rows = [{"input_ids": tokens(1, length, seed=length)[0] % len(WORDS)} for length in lengths]
+        trainer = Trainer(
+            model=convert(_model(), DARK), train_dataset=rows,
+            data_collator=DataCollatorForLanguageModeling(chat_tokenizer, mlm=False, pad_to_multiple_of=multiple),
+            args=TrainingArguments(str(tmp_path / str(multiple)), max_steps=4, save_strategy="no", **QUICK),
+        )  # fmt: skip
+        trainer.train()
+        curves.append(_losses(trainer))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][0] > 1
+
+
+@pytest.mark.parametrize("assistant_only", [False, True], ids=["all tokens", "answers only"])
+def test_sft_trainer_on_chats(assistant_only: bool, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    chat_tokenizer.padding_side = "right"
+    model = disturb(convert(_model(len(WORDS)), DARK))
+    trainer = SFTTrainer(
+        model=model, train_dataset=_chats(), processing_class=chat_tokenizer,
+        args=SFTConfig(
+            str(tmp_path), max_steps=25, save_strategy="no", max_length=64, assistant_only_loss=assistant_only,
+            bf16=False, **QUICK,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    losses = _losses(trainer)
+    assert losses[-1] < 0.3 * losses[0]
+    model.eval()
+    chat_tokenizer.padding_side = "left"
+    asked = ("green what is the what is the", "red is")
+    questions = [[{"role": "user", "content": text}] for text in asked]
+    prompt = chat_tokenizer.apply_chat_template(
+        questions, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    )
+    answers = model.generate(**prompt, max_new_tokens=2, do_sample=False)[:, prompt["input_ids"].shape[1] :]
+    assert chat_tokenizer.batch_decode(answers) == ["three <eos>", "one <eos>"]
