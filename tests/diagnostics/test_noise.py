@@ -146,4 +146,6 @@ def test_rank_correlation() -> None:
 
 def test_the_library_has_a_configuration_for_every_estimator() -> None:
     for estimator in ESTIMATORS.values():
-        DarkConfig.paper(16, **estimator.changes)
+        config = DarkConfig.paper(16, **estimator.changes)
+        assert {name: getattr(config, name) for name in estimator.changes} == estimator.changes
+    assert len({estimator.title for estimator in ESTIMATORS.values()}) == len(ESTIMATORS)

@@ -27,6 +27,7 @@ from darkformer import (
 from darkformer.hf import light
 from darkformer.hf import load as loading
 from darkformer.hf.light import LIGHT_FILE
+from darkformer.hf.sealed import write_sealed
 from hf.families import DARK, PAPER, disturb, left_mask, linear, logits, tiny, tokens
 
 IDS, MASK = tokens(2, 40), left_mask([0, 11], 40)
@@ -198,29 +199,31 @@ class TestLoadingIsRefused:
     def test_missing_tensors(self, file: Path, name: str) -> None:
         header, tensors = light._read(file)
         del tensors[name]
-        light._write(file, header, tensors)
+        write_sealed(file, "darkformer", header, tensors)
         self._refused(file, InputError, rf"lacks 1 tensors \({name}")
 
     def test_tensors_beyond_the_configuration(self, file: Path) -> None:
         header, tensors = light._read(file)
-        light._write(file, header, tensors | {"model.layers.0.self_attn.dark.key_geometry": torch.zeros(2, 8, 8)})
+        write_sealed(
+            file, "darkformer", header, tensors | {"model.layers.0.self_attn.dark.key_geometry": torch.zeros(2, 8, 8)}
+        )
         self._refused(file, InputError, "beyond what its configuration needs")
 
     def test_another_shape(self, file: Path) -> None:
         header, tensors = light._read(file)
         name = "model.layers.0.self_attn.dark.projection"
-        light._write(file, header, tensors | {name: torch.zeros(2, 8, 8)})
+        write_sealed(file, "darkformer", header, tensors | {name: torch.zeros(2, 8, 8)})
         self._refused(file, InputError, r"is \(2, 8, 8\), this model needs \(2, 16, 8\)")
 
     def test_an_unknown_field_of_a_newer_version(self, file: Path) -> None:
         header, tensors = light._read(file)
         header["config"]["temperature"] = 1.0
-        light._write(file, header, tensors)
+        write_sealed(file, "darkformer", header, tensors)
         self._refused(file, ConfigError, r"temperature.*newer darkformer")
 
     def test_a_newer_layout(self, file: Path) -> None:
         header, tensors = light._read(file)
-        light._write(file, header | {"layout": 2, "version": "9.0"}, tensors)
+        write_sealed(file, "darkformer", header | {"layout": 2, "version": "9.0"}, tensors)
         self._refused(file, ConfigError, r"layout 2.*darkformer 9\.0; upgrade")
 
     def test_someone_elses_file(self, file: Path) -> None:

@@ -27,13 +27,13 @@ ESTIMATORS: dict[str, Estimator] = {
     "performer": Estimator("Performer", {}),
     "oprf": Estimator("OPRF", {"proposal": "oprf"}),
     "optimal": Estimator("optimal proposal", {"proposal": "optimal"}),
-    "centered": Estimator("Performer, centred", {"center": True}),
+    "centered": Estimator("centred", {"center": True}),
     "balanced": Estimator("centred, balanced", {"center": True, "balance": True}),
     "balanced-oprf": Estimator("centred, balanced, OPRF", {"center": True, "balance": True, "proposal": "oprf"}),
     "balanced-optimal": Estimator(
         "centred, balanced, optimal proposal", {"center": True, "balance": True, "proposal": "optimal"}
     ),
-    "whitened": Estimator("centred, whitened (DARK's geometry)", {"center": True}, whitened=True),
+    "whitened": Estimator("centred, whitened", {"center": True}, whitened=True),
 }
 
 

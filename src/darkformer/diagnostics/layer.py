@@ -65,23 +65,12 @@ class Layer:
         self, number: int, every: Moments, far: Moments, captured: Sequence[Any], config: DarkConfig, effort: Effort
     ) -> None:
         self.number, self.every, self.far, self.config, self.effort = number, every, far, config, effort
-        self.captured = captured  # query, key, value, mask, scaling
         self.groups, self.heads = captured[1].shape[1], captured[0].shape[1]
         self.paper = DarkConfig.paper(effort.counts[-1])
         self.probe = Probe(*captured, config=self.paper, tokens=effort.tokens, dtype=torch.float64)
 
     def _map(self, name: str, moments: Moments, num_features: int) -> FeatureMap:
         return estimator_map(name, moments, num_features, layer=self.number, heads=self.heads, seed=self.effort.seed)
-
-    def _parameters(self, fm: FeatureMap, scale: float = 1.0) -> Any:
-        p = fm.parameters_for(torch.float64)
-        if scale == 1.0:
-            return p
-        eye = torch.eye(fm.head_dim, dtype=torch.float64).expand(self.groups, -1, -1)
-        return p._replace(
-            query_map=scale * (eye if p.query_map is None else p.query_map),
-            key_map=scale * (eye if p.key_map is None else p.key_map),
-        )
 
     def geometry(self) -> list[dict[str, Any]]:
         """Norms, spectra, anisotropy and the admissibility of Theorem 3.2."""
@@ -95,10 +84,7 @@ class Layer:
                 row[f"{side}_mean_square"] = float(self.every.mean(side)[g].square().sum())
             for name, shape in shapes.items():
                 row[name] = {field: values[g] for field, values in shape.items()}
-            top = {name: row[name]["eigenvalues"][0] for name in shapes}
-            # Raw heads count with their means: the theorem's Λ is the second moment of centred inputs.
             row["inadmissible"] = sum(v >= 0.5 for v in row["balanced"]["eigenvalues"])
-            row["largest"] = top
         return rows
 
     def mass(self) -> list[dict[str, float]]:
@@ -138,7 +124,7 @@ class Layer:
         none = torch.zeros(self.groups, dtype=torch.float64)
         result = {}
         for name in ESTIMATORS:
-            p = self._parameters(self._map(name, self.every, self.effort.counts[-1]))
+            p = self._map(name, self.every, self.effort.counts[-1]).parameters_for(torch.float64)
             kernels = self.probe.kernels(p, self.effort.counts)
             result[name] = {
                 m: self.probe.error(self.probe.far_part(kernel), none).sqrt().tolist()
@@ -159,10 +145,10 @@ class Layer:
         """
         own, m_own = self.config.window, self.config.num_features
         counts = tuple(sorted({*self.effort.counts, m_own}))
-        fm = self._map("balanced", self.far, counts[-1])
+        parameters = self._map("balanced", self.far, counts[-1]).parameters_for(torch.float64)
         every: dict[int, dict[int, list[Tensor]]] = {w: {} for w in sorted({*WINDOWS, own})}
         for scale in SCALES:
-            for m, kernel in zip(counts, self.probe.kernels(self._parameters(fm, scale), counts), strict=True):
+            for m, kernel in zip(counts, self.probe.kernels(parameters.scaled(scale), counts), strict=True):
                 for window, by_m in every.items():
                     if window == own or m == m_own:
                         self.probe.split(DarkConfig(window=window, sinks=self.config.sinks))
@@ -183,7 +169,7 @@ class Layer:
 
     def noise(self) -> list[dict[str, Any]]:
         """Bound, first-order and predicted error of the centred, balanced estimator (window 0), per head."""
-        p = self._parameters(self._map("balanced", self.every, 1))
+        p = self._map("balanced", self.every, 1).parameters_for(torch.float64)
         assert p.query_center is not None and p.key_center is not None
         assert p.query_map is not None and p.key_map is not None
         generator = torch.Generator().manual_seed(self.effort.seed)
@@ -220,7 +206,8 @@ class Layer:
         over queries is given. Underflow: the share of rows whose normaliser is below float32's smallest number
         if the stabiliser is the maximum over a chunk of `CHUNK` keys, as in the chunked operator with window 0.
         """
-        lq, lk = self.probe.log_features(self._parameters(self._map("balanced", self.every, self.config.num_features)))
+        fm = self._map("balanced", self.every, self.config.num_features)
+        lq, lk = self.probe.log_features(fm.parameters_for(torch.float64))
         past = lk.logcumsumexp(2)  # (B, G, L, m) causal sums of every feature
         share = (lq + past[:, :, None]).softmax(-1)
         size = 1 / share.square().sum(-1)  # (B, G, R, L)
@@ -255,7 +242,7 @@ def diagnose_layer(layer: Layer) -> list[dict[str, Any]]:
                 "error": {n: {m: e[g] for m, e in by.items()} for n, by in errors.items()},
                 "default_error": {w: {m: e[g] for m, e in by.items()} for w, by in default["error"].items()},
                 "exact_part_error": {w: e[g] for w, e in default["exact_part"].items()},
-                "scale": default["scale"][g] if default["scale"] else None,
+                "scale": default["scale"][g],
             }
         )
     return rows

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, DarkConfig, InputError, NonFiniteError, RunFolderError
+from ..diagnostics.estimators import ESTIMATORS
 from ..diagnostics.layer import Effort, Layer, diagnose_layer
 from ..diagnostics.probe import real_tokens
 from ..diagnostics.summary import agreement, measured_rows, recommendations
 from ..features.maps import FeatureMap
-from ..features.moments import Moments
+from ..features.moments import Moments, tokens_needed
 from ..hf.convert import convert, dark_layers, observing, revert
+from ..hf.load import load_model, load_tokenizer
 from ..train.data import load_documents, token_blocks
 from ..train.record import environment, write_json
 from ..train.report import Reporter, Silent
+from .diagnosis_report import write_diagnosis
 
 #: Tokens whose moments are collected, in sequences of `Effort.tokens`, before the probe sequence.
 MOMENT_TOKENS = 4096
@@ -37,11 +40,9 @@ class _Collector:
         self, fm: FeatureMap, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, _: Tensor
     ) -> None:
         real = real_tokens(mask, query)
-        grouped = query.unflatten(1, (fm.num_kv_heads, -1)) * scaling**0.5
-        for store, keep in ((self.every, real), (self.far, real & (real.cumsum(1) > fm.config.sinks))):
+        for store, sinks in ((self.every, 0), (self.far, fm.config.sinks)):
             moments = store.setdefault(fm.layer, Moments(fm.num_kv_heads, fm.head_dim))
-            moments.add("query", grouped, real)
-            moments.add("key", key * scaling**0.5, keep)
+            moments.add_layer(query, key, scaling, real, sinks)
 
 
 def dead_heads(moments: Moments) -> list[int]:
@@ -73,7 +74,8 @@ class Diagnosis:
         self, collected: _Collector, config: DarkConfig, effort: Effort, layers: Sequence[int], advance: Any
     ) -> None:
         self.collected, self.config, self.effort, self.advance = collected, config, effort, advance
-        self.layers, self.rows, self.done = layers, [], 0  # type: tuple[Sequence[int], list[dict[str, Any]], int]
+        self.layers, self.done = layers, 0
+        self.rows: list[dict[str, Any]] = []
 
     def __call__(self, fm: FeatureMap, *captured: Any) -> None:
         if fm.layer not in self.layers:
@@ -105,10 +107,10 @@ def _chosen_layers(model: Any, wanted: Sequence[int]) -> list[int]:
 
 def _check_tokens(blocks: Tensor, dim: int) -> None:
     tokens = (len(blocks) - 1) * blocks.shape[1]
-    if tokens < 2 * dim:
+    if tokens < tokens_needed(dim):
         raise InputError(
             f"the text gives {tokens} tokens besides the probe sequence, a covariance of dimension {dim} needs "
-            f"{2 * dim} at the least: give more text with --data."
+            f"{tokens_needed(dim)} at the least: give more text with --data."
         )
 
 
@@ -130,8 +132,8 @@ def diagnose(
         config: window, sinks and m that are recommended against. layers: numbers; all without.
 
     Returns:
-        A record's part: `rows` (one a layer and kv head; `problem` says why one could not be measured), `agreement`,
-        `recommendations`, `problems`.
+        A record's part: `rows` (one a layer and kv head; `problem` says why one could not be measured), `problems`,
+        and where any head could be measured `estimators` (name → title), `agreement`, `recommendations`.
 
     Raises:
         InputError: too few tokens. ConfigError: a layer the model does not have.
@@ -140,7 +142,7 @@ def diagnose(
     convert(model, DarkConfig(num_features=1, window=config.window, sinks=config.sinks, convert_sliding=True))
     problems: list[str] = []
     try:
-        chosen = _chosen_layers(model, layers)
+        wanted = _chosen_layers(model, layers)
         first = next(dark_layers(model))
         _check_tokens(blocks, first.head_dim)
         collected = _Collector()
@@ -149,7 +151,7 @@ def diagnose(
             for i, batch in enumerate(batches):
                 problems += _forward(model, batch)
                 advance(i + 1, len(batches))
-        chosen = [layer for layer in chosen if layer in collected.far]
+        chosen = [layer for layer in wanted if layer in collected.far]
         with reporter.stage("layer by layer", len(chosen)) as advance:
             run = Diagnosis(collected, config, effort, chosen, advance)
             with observing(model, run):
@@ -158,21 +160,18 @@ def diagnose(
     finally:
         revert(model)
     reached = {row["layer"] for row in run.rows}
-    for layer in sorted(set(_asked(layers, groups)) - reached):
+    for layer in sorted(set(wanted) - reached):
         why = "not reached: " + (problems[0] if problems else "no tokens came by")
         run.rows += [_marked(layer, g, why) for g in range(groups[layer])]
     result: dict[str, Any] = {"rows": sorted(run.rows, key=lambda r: (r["layer"], r["head"]))}
     result["problems"] = sorted({*problems, *(r["problem"] for r in run.rows if r["problem"])})
     if measured_rows(run.rows):
+        result["estimators"] = {name: estimator.title for name, estimator in ESTIMATORS.items()}
         result["agreement"] = agreement(run.rows, config.num_features)
         result["recommendations"] = recommendations(
             run.rows, window=config.window, m=config.num_features, exact_share=exact_share
         )
     return result
-
-
-def _asked(layers: Sequence[int], groups: dict[int, int]) -> Sequence[int]:
-    return layers or list(groups)
 
 
 def _forward(model: Any, batch: Tensor) -> list[str]:
@@ -201,9 +200,6 @@ def run_diagnosis(
     Raises:
         DarkformerError: bad input, or a folder that is not empty.
     """
-    from ..hf.load import load_model, load_tokenizer
-    from .diagnosis_report import write_diagnosis
-
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise RunFolderError(f"{out} is not empty: --overwrite replaces what a diagnosis wrote, --out avoids it.")
     started = time.perf_counter()

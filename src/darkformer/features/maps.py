@@ -32,6 +32,16 @@ class FeatureParameters(NamedTuple):
     config: DarkConfig
     layer: int
 
+    def scaled(self, scale: float) -> FeatureParameters:
+        """Those of `scale` times the mapped queries and keys: a colder kernel for scale < 1."""
+        if scale == 1.0 or self.projection is None:
+            return self
+        eye = torch.eye(self.projection.shape[-1]).to(self.projection)
+        return self._replace(
+            query_map=scale * (eye if self.query_map is None else self.query_map),
+            key_map=scale * (eye if self.key_map is None else self.key_map),
+        )
+
 
 def _gaussian(parameters: FeatureParameters, x: Tensor, linear: Tensor | None, center: Tensor | None) -> Tensor:
     """ωᵀy - ½‖y‖² with y = linear·(x - center). x (B, G, T, d) → (B, G, T, m). Lemma 2.1 of the paper."""

@@ -11,6 +11,11 @@ from .proposals import PairMoments, inadmissible, pair_moments, proposal_covaria
 from .transforms import balance
 
 
+def tokens_needed(dim: int) -> int:
+    """Tokens below which a covariance of this dimension says nothing."""
+    return 2 * dim
+
+
 class Moments:
     """Streaming first and second moments of a layer's scaled queries and keys, in float64."""
 
@@ -26,6 +31,14 @@ class Moments:
         self.total[side] += rows.sum(1)
         self.square[side] += rows.mT @ rows
 
+    def add_layer(self, query: Tensor, key: Tensor, scaling: float, real: Tensor, sinks: int) -> None:
+        """One call's queries (B, H, L, d) and keys (B, G, L, d) at the real tokens (B, L), each times √scaling.
+
+        The first `sinks` keys of a row are left out: they stay exact, and they are the outliers.
+        """
+        self.add("query", query.unflatten(1, (key.shape[1], -1)) * scaling**0.5, real)
+        self.add("key", key * scaling**0.5, real & (real.cumsum(1) > sinks))
+
     def mean(self, side: str) -> Tensor:
         """(G, d)."""
         return self.total[side] / self.count[side]
@@ -38,10 +51,11 @@ class Moments:
 
     def check(self, purpose: str) -> None:
         """Raises InputError if there are fewer tokens than twice the dimension: a covariance of them says nothing."""
-        needed = 2 * self.total["key"].shape[1]
+        dim = self.total["key"].shape[1]
+        needed = tokens_needed(dim)
         if self.count["key"] < needed:
             raise InputError(
-                f"{purpose} saw {self.count['key']} tokens per head, a covariance of dimension {needed // 2} "
+                f"{purpose} saw {self.count['key']} tokens per head, a covariance of dimension {dim} "
                 f"needs {needed} at the least: give longer or more batches."
             )
 

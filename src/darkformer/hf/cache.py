@@ -36,11 +36,15 @@ class History:
         """Tokens that can be taken back."""
         return sum(mask.shape[1] for _, _, mask in self.pieces)
 
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        key, value, mask = zip(*self.pieces, strict=True)
+        return torch.cat(key, dim=2), torch.cat(value, dim=2), torch.cat(mask, dim=1)
+
     def after(self, tokens: int, feature_map: Any) -> AttentionState | None:
         """The state once the first `tokens` of the recorded ones are in it."""
         if tokens == 0:
             return self.state
-        key, value, mask = (torch.cat(x, dim=-2 if x[0].dim() == 4 else 1) for x in zip(*self.pieces, strict=True))
+        key, value, mask = self._joined()
         key, value, mask = key[:, :, :tokens], value[:, :, :tokens], mask[:, :tokens]
         query = key.repeat_interleave(feature_map.num_heads // feature_map.num_kv_heads, dim=1)  # any will do
         _, state = attention(
@@ -51,7 +55,7 @@ class History:
     def drop(self, tokens: int, feature_map: Any) -> None:
         """Forgets how to take back the first `tokens` of the recorded ones."""
         self.state = self.after(tokens, feature_map)
-        key, value, mask = (torch.cat(x, dim=-2 if x[0].dim() == 4 else 1) for x in zip(*self.pieces, strict=True))
+        key, value, mask = self._joined()
         self.pieces = [(key[:, :, tokens:], value[:, :, tokens:], mask[:, tokens:])]
 
     def select(self, rows: Tensor) -> None:

@@ -11,30 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..config import ConfigError, ConversionError, DarkConfig, InputError
 from .convert import check_convertible, convert_from, dark_layers, revert
-from .fingerprint import describe_base, digest, split_tensors
+from .fingerprint import describe_base, split_tensors
+from .sealed import checksum, read_sealed, write_sealed
 
 LIGHT_FILE = "darkformer.safetensors"
 #: Version of the file's layout. A reader refuses higher ones, and goes on reading lower ones.
 LAYOUT = 1
-
-
-def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    return digest(tensors | {json.dumps(header, sort_keys=True): torch.zeros(0)})
-
-
-def _write(file: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    metadata = {"format": "pt", "darkformer": json.dumps(header), "checksum": _checksum(header, tensors)}
-    part = file.with_suffix(".part")  # a killed run leaves the old file or the new one
-    save_file(tensors, part, metadata=metadata)
-    part.replace(file)
 
 
 def save_light(model: PreTrainedModel, folder: str | Path) -> Path:
@@ -70,7 +59,7 @@ def save_light(model: PreTrainedModel, folder: str | Path) -> Path:
     header = {"layout": LAYOUT, "version": __version__, "config": config.to_dict(), "base": dict(known)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / LIGHT_FILE, header, {name: x.detach().cpu().contiguous() for name, x in added.items()})
+    write_sealed(folder / LIGHT_FILE, "darkformer", header, added)
     return folder / LIGHT_FILE
 
 
@@ -83,9 +72,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     damaged = f"{file} is damaged (cut short or altered): copy it again from where it was saved."
     try:
-        with safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
+        metadata, tensors = read_sealed(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{damaged} ({error})") from error
     if "darkformer" not in metadata:
@@ -100,7 +87,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file} has layout {layout}, this version reads up to {LAYOUT}: "
             f"it was written by darkformer {header.get('version')}; upgrade this installation."
         )
-    if metadata.get("checksum") != _checksum(header, tensors):
+    if metadata.get("checksum") != checksum(header, tensors):
         raise InputError(f"{damaged} (its checksum does not agree)")
     return header, tensors
 

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -20,6 +18,7 @@ from ..ops.problem import AttentionState
 from .cache import DarkCacheLayer
 from .convert import converted_modules
 from .fingerprint import digest, split_tensors
+from .sealed import checksum, read_sealed, write_sealed
 
 #: Version of the file's layout. A reader refuses higher ones.
 LAYOUT = 1
@@ -34,10 +33,6 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
     own, added = split_tensors(model)
     config = modules[0].dark.config.to_dict()
     return {"configuration": config, "features": digest(added), "weights": digest(own)}
-
-
-def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    return digest(tensors | {json.dumps(header, sort_keys=True): torch.zeros(0)})
 
 
 def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -71,19 +66,12 @@ def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
             raise ConversionError(f"layer {module.layer_idx} of the cache holds no state: run the model with it first.")
         layer.bind(module)
     described = [_tensors_of(layer) for layer in cache.layers]
-    tensors = {
-        f"layers.{i}.{name}": x.detach().cpu().contiguous()
-        for i, (_, given) in enumerate(described)
-        for name, x in given.items()
-    }
+    tensors = {f"layers.{i}.{name}": x for i, (_, given) in enumerate(described) for name, x in given.items()}
     header = {
         "layout": LAYOUT, "version": __version__, "layers": [kind for kind, _ in described], **_identity(model),
     }  # fmt: skip
-    metadata = {"format": "pt", "darkformer_cache": json.dumps(header), "checksum": _checksum(header, tensors)}
     file = Path(file)
-    part = file.with_name(file.name + ".part")  # a killed run leaves the old file or the new one
-    save_file(tensors, part, metadata=metadata)
-    part.replace(file)
+    write_sealed(file, "darkformer_cache", header, tensors)
     return file
 
 
@@ -91,9 +79,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not file.is_file():
         raise InputError(f"{file}: no such file.")
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata, tensors = read_sealed(file)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: cannot be read ({error}): it is damaged, or no safetensors file.") from error
     if "darkformer_cache" not in metadata:
@@ -101,7 +87,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header = json.loads(metadata["darkformer_cache"])
     if header["layout"] > LAYOUT:
         raise InputError(f"{file}: written by darkformer {header['version']}, newer than {__version__}: upgrade.")
-    if _checksum(header, tensors) != metadata.get("checksum"):
+    if checksum(header, tensors) != metadata.get("checksum"):
         raise InputError(f"{file}: its checksum does not fit its content: it is damaged; save the cache again.")
     return header, tensors
 

@@ -23,11 +23,15 @@ from .streamed import streamed
 
 
 class Backend(NamedTuple):
-    """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can."""
+    """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can.
+
+    `softcap`: whether it applies a soft cap to the exact part's logits.
+    """
 
     name: str
     why_not: Callable[[Problem], str | None]
     function: Callable[[Problem], tuple[Tensor, AttentionState]]
+    softcap: bool = False
 
 
 def _why_not_exact(problem: Problem) -> str | None:
@@ -54,24 +58,22 @@ def _why_not_streamed(problem: Problem) -> str | None:
     return None if problem.is_causal else "it is causal only"
 
 
-#: Backends that apply a soft cap to the exact part's logits.
-SOFTCAPPED = {"exact", "recurrent", "streamed", "reference"}
 #: In order of preference; `auto` takes the first without a reason against it.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("exact", _why_not_exact, exact),
-        Backend("recurrent", _why_not_recurrent, recurrent),
+        Backend("exact", _why_not_exact, exact, softcap=True),
+        Backend("recurrent", _why_not_recurrent, recurrent, softcap=True),
         Backend("native", _why_not_native, native),
         Backend("chunked", _why_not_chunked, chunked),
-        Backend("streamed", _why_not_streamed, streamed),
-        Backend("reference", lambda problem: None, reference),
+        Backend("streamed", _why_not_streamed, streamed, softcap=True),
+        Backend("reference", lambda problem: None, reference, softcap=True),
     )
 }
 
 
 def _why_not(backend: Backend, problem: Problem) -> str | None:
-    if problem.softcap is not None and backend.name not in SOFTCAPPED:
+    if problem.softcap is not None and not backend.softcap:
         return "it cannot cap logits"
     return backend.why_not(problem)
 

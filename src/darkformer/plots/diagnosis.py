@@ -11,16 +11,6 @@ import numpy as np
 from . import COLORS, _save, plt
 
 Rows = Sequence[Mapping[str, Any]]
-TITLES = {
-    "performer": "Performer",
-    "oprf": "OPRF",
-    "optimal": "optimal proposal",
-    "centered": "centred",
-    "balanced": "centred, balanced",
-    "balanced-oprf": "centred, balanced, OPRF",
-    "balanced-optimal": "centred, balanced, optimal proposal",
-    "whitened": "centred, whitened",
-}
 
 
 def _good(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -94,7 +84,7 @@ def error_against_features(record: Mapping[str, Any], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
     counts = list(rows[0]["error"]["balanced"])
     at = [int(c) for c in counts]
-    for color, (name, title) in zip(COLORS[1:], TITLES.items(), strict=False):
+    for color, (name, title) in zip(COLORS[1:], record["estimators"].items(), strict=False):
         axes.plot(
             at, [np.mean([r["error"][name][c] for r in rows]) for c in counts], marker="o", color=color, label=title
         )

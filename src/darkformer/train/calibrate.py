@@ -57,11 +57,7 @@ def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Momen
         fm: FeatureMap, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, _: Tensor
     ) -> None:
         layer = moments.setdefault(fm.layer, Moments(fm.num_kv_heads, fm.head_dim))
-        real = real_tokens(mask, query)
-        grouped = query.unflatten(1, (fm.num_kv_heads, -1))
-        layer.add("query", grouped * scaling**0.5, real)
-        # The sinks stay exact, and they are the outliers: the features' statistics leave them out.
-        layer.add("key", key * scaling**0.5, real & (real.cumsum(1) > fm.config.sinks))
+        layer.add_layer(query, key, scaling, real_tokens(mask, query), fm.config.sinks)
 
     with observing(model, observer):
         for batch in batches:
@@ -90,13 +86,7 @@ def _try_scale(fm: FeatureMap, probe: Probe, proposals: HeadProposals | None, sc
         every = torch.full((fm.num_kv_heads,), scale)
         allowed = proposals.exists(every)
         proposals.set_(every)
-    start = fm.parameters_for(torch.float32)
-    scaled = start._replace(
-        far_bias=None,
-        query_map=None if start.query_map is None else start.query_map * scale,
-        key_map=None if start.key_map is None else start.key_map * scale,
-    )
-    far = probe.features(scaled)
+    far = probe.features(fm.parameters_for(torch.float32)._replace(far_bias=None).scaled(scale))
     biases = probe.biases(far) if fm.far_bias is not None else [far.normaliser.new_zeros(fm.num_kv_heads)]
     return [_Try(scale, bias, probe.error(far, bias), allowed) for bias in biases]
 
