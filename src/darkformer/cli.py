@@ -76,6 +76,7 @@ ProposalWeights = Annotated[bool, _dark("proposal_weights", "--proposal-weights/
 ColdStart = Annotated[bool, _dark("cold_start", "--cold-start/--no-cold-start")]
 FarBias = Annotated[bool, _dark("far_bias", "--far-bias/--no-far-bias")]
 ConvertSliding = Annotated[bool, _dark("convert_sliding", "--convert-sliding/--keep-sliding")]
+KeepExact = Annotated[list[int], _dark("keep_exact", "--keep-exact")]
 Train = Annotated[str, _train("train", "--train")]
 Steps = Annotated[int, _train("steps", "--steps")]
 Lr = Annotated[float, _train("lr", "--lr")]
@@ -91,7 +92,7 @@ Paper = Annotated[
     typer.Option(
         "--paper",
         help="The paper's exact form: window 0, sinks 0, no change of variables, M from the identity. Of the other "
-        "attention options only --method, --features, --draw and --convert-sliding count beside it.",
+        "attention options only --method, --features, --draw, --convert-sliding and --keep-exact count beside it.",
         rich_help_panel="Attention",
     ),
 ]
@@ -120,6 +121,7 @@ def linearize(
     cold_start: ColdStart = DARK.cold_start,
     far_bias: FarBias = DARK.far_bias,
     convert_sliding: ConvertSliding = DARK.convert_sliding,
+    keep_exact: KeepExact = [],  # noqa: B006
     train: Train = TRAIN.train,
     steps: Steps = TRAIN.steps,
     lr: Lr = TRAIN.lr,
@@ -141,12 +143,14 @@ def linearize(
     from .train.linearize import linearize as run
 
     if paper:
-        config = DarkConfig.paper(features, method=method, draw=draw, seed=seed, convert_sliding=convert_sliding)
+        config = DarkConfig.paper(
+            features, method=method, draw=draw, seed=seed, convert_sliding=convert_sliding, keep_exact=tuple(keep_exact)
+        )
     else:
         config = DarkConfig(
             method=method, num_features=features, window=window, sinks=sinks, center=center, balance=balance, tied=tied,
             draw=draw, proposal=proposal, proposal_weights=proposal_weights, cold_start=cold_start, far_bias=far_bias,
-            convert_sliding=convert_sliding, seed=seed,
+            convert_sliding=convert_sliding, keep_exact=tuple(keep_exact), seed=seed,
         )  # fmt: skip
     budget = TrainConfig(
         train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size,

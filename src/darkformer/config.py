@@ -129,6 +129,10 @@ class DarkConfig:
     convert_sliding: bool = option(
         False, "Also convert layers that already attend through a sliding window; they then see everything before them."
     )
+    keep_exact: tuple[int, ...] = option(
+        (),
+        "Layer that keeps softmax attention and its growing cache (`darkformer diagnose` says which). Repeat for more.",
+    )
     seed: int = option(0, "Seed of the projections; layer and head are mixed in, so this number alone reproduces them.")
 
     def __post_init__(self) -> None:
@@ -142,6 +146,9 @@ class DarkConfig:
         for name in ("center", "balance", "tied", "proposal_weights", "cold_start", "far_bias", "convert_sliding"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False.")
+        for layer in self.keep_exact:
+            _check_integer("keep_exact", layer, 0)
+        object.__setattr__(self, "keep_exact", tuple(sorted(set(self.keep_exact))))  # JSON gives lists
         if self.method == "local" and self.window == 0:
             raise ConfigError("method='local' with window=0 leaves nothing to attend to: give window >= 1.")
 
@@ -154,6 +161,10 @@ class DarkConfig:
         )  # fmt: skip
         return cls(num_features=num_features, **{**form, **changes})
 
+    def at_layer(self, layer: int) -> DarkConfig:
+        """What this configuration means for one layer: `exact` where it is one of `keep_exact`."""
+        return dataclasses.replace(self, method="exact") if layer in self.keep_exact else self
+
     @property
     def feature_count(self) -> int:
         """Features a head really carries: 0 for the methods without any."""
@@ -161,7 +172,7 @@ class DarkConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "keep_exact": list(self.keep_exact)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DarkConfig:

@@ -15,7 +15,7 @@ from darkformer.diagnostics.estimators import (
     predicted_log_moment,
     spectrum,
 )
-from darkformer.diagnostics.noise import expected_error, output_noise
+from darkformer.diagnostics.noise import Draws, output_noise, sample_draws, typical_noise
 from darkformer.diagnostics.summary import rank_correlation, ranks
 from darkformer.features.moments import Moments
 
@@ -46,14 +46,22 @@ def _measured(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, at: Ten
 
 
 def _noise(scale: float, draws: int = 20_000) -> tuple:
+    """First-order noise, draws and exact output; the inputs of `_measured`."""
     query, key, value, weight = _inputs(scale)
     at = torch.arange(10, LENGTH, 7)
-    noise = output_noise(query[at], key, value, weight, at, draws=draws, generator=torch.Generator().manual_seed(1))
-    return noise, (query[at], key, value, weight, at)
+    seen = torch.arange(LENGTH) <= at[:, None]
+    exact = (query[at] @ key.mT + weight).masked_fill(~seen, -torch.inf).softmax(-1) @ value
+    found = sample_draws(query[at], key, value, weight, seen, draws=draws, generator=torch.Generator().manual_seed(1))
+    return output_noise(found, exact), found, exact, (query[at], key, value, weight, at)
+
+
+def _typical(found: Draws, exact: Tensor, m: int) -> float:
+    noise = typical_noise(found, exact, torch.ones(len(exact), dtype=torch.float64), [m])
+    return float(noise.mean() / exact.square().sum(-1).mean())
 
 
 def test_first_order_noise_is_the_measured_one_for_many_features() -> None:
-    noise, inputs = _noise(0.5)
+    noise, *_, inputs = _noise(0.5)
     errors = _measured(*inputs, m=1000, runs=200)
     standard_error = errors.std() / len(errors) ** 0.5
     assert abs(errors.mean() - noise.first_order / 1000) < 4 * standard_error + 0.05 * noise.first_order / 1000
@@ -61,30 +69,40 @@ def test_first_order_noise_is_the_measured_one_for_many_features() -> None:
 
 @pytest.mark.parametrize("scale", [0.3, 0.6, 0.9])
 def test_no_proposal_beats_the_bound(scale: float) -> None:
-    noise, _ = _noise(scale)
+    noise, *_ = _noise(scale)
     assert 0 < noise.bound <= noise.first_order
+
+
+def test_a_single_draws_output_averages_to_the_exact_one() -> None:
+    _, found, exact, _ = _noise(0.6, draws=50_000)
+    mean = (found.own[..., None] * found.output).sum(0)
+    assert torch.allclose(mean, exact, atol=0.05)
+    assert float(found.divergence.min()) > 0
 
 
 def test_the_bound_of_one_query_is_below_its_spread() -> None:
     query, key, value, weight = _inputs(0.6)
-    at = torch.tensor([40])
-    noise = output_noise(query[at], key, value, weight, at, draws=50_000, generator=torch.Generator().manual_seed(2))
+    seen = torch.arange(LENGTH)[None] <= 40
+    exact = (query[40:41] @ key.mT + weight).masked_fill(~seen, -torch.inf).softmax(-1) @ value
+    generator = torch.Generator().manual_seed(2)
+    found = sample_draws(query[40:41], key, value, weight, seen, draws=50_000, generator=generator)
+    bound = output_noise(found, exact).bound
+    spread = float((found.own * (found.output - exact).square().sum(-1)).sum() / exact.square().sum())
     # With one query the bound is (E_ψ₀ ‖o_ω - o‖)², and the spread is E_ψ₀ ‖o_ω - o‖²: Jensen's gap in between.
-    assert noise.bound < float(noise.spread[0])
-    assert noise.bound > 0.5 * float(noise.spread[0])
+    assert 0.5 * spread < bound < spread
 
 
 @pytest.mark.parametrize(("scale", "m"), [(0.5, 16), (1.0, 64), (1.5, 64)])
-def test_the_expected_error_is_near_the_measured_one(scale: float, m: int) -> None:
-    noise, inputs = _noise(scale)
+def test_the_typical_error_is_near_the_measured_one(scale: float, m: int) -> None:
+    _, found, exact, inputs = _noise(scale)
     measured = float(_measured(*inputs, m=m, runs=60).mean())
-    assert measured / 2.5 < expected_error(noise, m) < 2.5 * measured
+    assert measured / 2.5 < _typical(found, exact, m) < 2.5 * measured
 
 
 def test_with_many_features_the_error_lies_between_the_typical_one_and_the_first_order() -> None:
-    noise, inputs = _noise(0.5)
+    noise, found, exact, inputs = _noise(0.5)
     measured = float(_measured(*inputs, m=256, runs=60).mean())
-    assert expected_error(noise, 256) < measured < noise.first_order / 256
+    assert _typical(found, exact, 256) < measured < noise.first_order / 256
 
 
 def _moments(scale: float) -> tuple[Moments, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from .estimators import (
     predicted_log_moment,
     spectrum,
 )
-from .noise import expected_error, output_noise
+from .prediction import Predictor
 from .probe import Probe
 
 #: Numbers of features at which the output error is measured.
@@ -47,8 +47,8 @@ class Effort:
     tokens: int = 512  # of a sequence, for what is quadratic
     pairs: int = 128  # for measured second moments
     draws: int = 4096  # per pair
-    queries: int = 32  # per query head, for the noise of the output
-    noise_draws: int = 1024
+    queries: int = 16  # per query head, for the predicted noise of the output
+    noise_draws: int = 512
     seed: int = 0
 
 
@@ -68,6 +68,7 @@ class Layer:
         self.groups, self.heads = captured[1].shape[1], captured[0].shape[1]
         self.paper = DarkConfig.paper(effort.counts[-1])
         self.probe = Probe(*captured, config=self.paper, tokens=effort.tokens, dtype=torch.float64)
+        self.predictor = Predictor(self.probe, queries=effort.queries, draws=effort.noise_draws, seed=effort.seed)
 
     def _map(self, name: str, moments: Moments, num_features: int) -> FeatureMap:
         return estimator_map(name, moments, num_features, layer=self.number, heads=self.heads, seed=self.effort.seed)
@@ -145,59 +146,70 @@ class Layer:
         """
         own, m_own = self.config.window, self.config.num_features
         counts = tuple(sorted({*self.effort.counts, m_own}))
-        parameters = self._map("balanced", self.far, counts[-1]).parameters_for(torch.float64)
         every: dict[int, dict[int, list[Tensor]]] = {w: {} for w in sorted({*WINDOWS, own})}
+        alone = []
+        parameters = self._map("balanced", self.far, counts[-1]).parameters_for(torch.float64)
         for scale in SCALES:
             for m, kernel in zip(counts, self.probe.kernels(parameters.scaled(scale), counts), strict=True):
                 for window, by_m in every.items():
                     if window == own or m == m_own:
                         self.probe.split(DarkConfig(window=window, sinks=self.config.sinks))
                         by_m.setdefault(m, []).append(self._least_error(kernel))
+                if m == m_own:
+                    self.probe.split(self.paper)
+                    alone.append(self.probe.error(self.probe.far_part(kernel), kernel.new_zeros(self.groups)))
         exact_part = {}
         for window in every:
             self.probe.split(DarkConfig(window=window, sinks=self.config.sinks))
             exact_part[window] = self.probe.error_exact_part().sqrt().tolist()
         self.probe.split(self.paper)
-        table = torch.stack(every[own][m_own])
         return {
             "error": {
                 w: {m: torch.stack(e).amin(0).sqrt().tolist() for m, e in by_m.items()} for w, by_m in every.items()
             },
             "exact_part": exact_part,
-            "scale": [SCALES[i] for i in table.argmin(0)],
+            "measured": {"features": torch.stack(alone).sqrt(), "default": torch.stack(every[own][m_own]).sqrt()},
         }
+
+    def scales(self, measured: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """Per head error against the geometry's scale at the configured m, measured and predicted, of both forms.
+
+        Args:
+            measured: (S, G) errors of features alone and of the default form.
+        """
+        parameters = self._map("balanced", self.far, 1).parameters_for(torch.float64)
+        forms = {"features": self.paper, "default": self.config}
+        predicted = {}
+        for name, form in forms.items():
+            self.probe.split(form)
+            found = [
+                self.predictor.errors(parameters.scaled(s), [self.config.num_features], biased=name == "default")[0]
+                for s in SCALES
+            ]
+            predicted[name] = torch.stack(found)
+        self.probe.split(self.paper)
+        moments = self.predictor.moment_scale(parameters, SCALES, self.config.num_features)
+        rows = []
+        for g in range(self.groups):
+            row: dict[str, Any] = {"scales": list(SCALES), "moments": moments[g]}
+            for name in forms:
+                row[name] = {"measured": measured[name][:, g].tolist(), "predicted": predicted[name][:, g].tolist()}
+            rows.append(row)
+        return rows
 
     def noise(self) -> list[dict[str, Any]]:
         """Bound, first-order and predicted error of the centred, balanced estimator (window 0), per head."""
         p = self._map("balanced", self.every, 1).parameters_for(torch.float64)
-        assert p.query_center is not None and p.key_center is not None
-        assert p.query_map is not None and p.key_map is not None
-        generator = torch.Generator().manual_seed(self.effort.seed)
-        length = int(self.probe.real[0].sum())
-        positions = torch.linspace(min(8, length - 1), length - 1, min(self.effort.queries, length)).long()
-        rows = []
-        for g in range(self.groups):
-            key = (self.probe.k[0, g, :length] - p.key_center[g]) @ p.key_map[g].mT
-            weight = self.probe.k[0, g, :length] @ p.query_center[g]
-            found = []
-            for r in range(self.heads // self.groups):
-                query = (self.probe.q[0, g, r, positions] - p.query_center[g]) @ p.query_map[g].mT
-                found.append(
-                    output_noise(
-                        query, key, self.probe.v[0, g, :length], weight, positions,
-                        draws=self.effort.noise_draws, generator=generator,
-                    )
-                )  # fmt: skip
-            mean = {m: sum(expected_error(n, m) for n in found) / len(found) for m in self.effort.counts}
-            rows.append(
-                {
-                    "bound": math.sqrt(sum(n.bound for n in found) / len(found)),
-                    "first_order": math.sqrt(sum(n.first_order for n in found) / len(found)),
-                    "predicted": {m: math.sqrt(e) for m, e in mean.items()},
-                    "divergence": float(torch.cat([n.divergence for n in found]).median()),
-                }
-            )
-        return rows
+        predicted = self.predictor.errors(p, self.effort.counts, biased=False)
+        return [
+            {
+                "bound": math.sqrt(sum(n.bound for n in noises) / len(noises)),
+                "first_order": math.sqrt(sum(n.first_order for n in noises) / len(noises)),
+                "predicted": {m: float(predicted[i, g]) for i, m in enumerate(self.effort.counts)},
+                "divergence": float(divergence.median()),
+            }
+            for g, (noises, divergence) in enumerate(self.predictor.noise(p))
+        ]
 
     def sample_size(self) -> list[dict[str, float]]:
         """Effective number of the features, and underflow, of the centred, balanced estimator at m = `num_features`.
@@ -227,6 +239,7 @@ def diagnose_layer(layer: Layer) -> list[dict[str, Any]]:
     """All of it, one dict a key/value head. Keys of `m` and windows are integers here and strings in JSON."""
     geometry, mass, noise, size = layer.geometry(), layer.mass(), layer.noise(), layer.sample_size()
     moments, errors, default = layer.moments(), layer.errors(), layer.default()
+    scales = layer.scales(default["measured"])
     rows = []
     for g in range(layer.groups):
         rows.append(
@@ -242,7 +255,7 @@ def diagnose_layer(layer: Layer) -> list[dict[str, Any]]:
                 "error": {n: {m: e[g] for m, e in by.items()} for n, by in errors.items()},
                 "default_error": {w: {m: e[g] for m, e in by.items()} for w, by in default["error"].items()},
                 "exact_part_error": {w: e[g] for w, e in default["exact_part"].items()},
-                "scale": default["scale"][g],
+                "by_scale": scales[g],
             }
         )
     return rows

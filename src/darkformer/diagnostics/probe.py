@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -57,7 +58,7 @@ class Probe:
         self.rows = self.real[:, None, None, :, None]
         self._splits: dict[tuple[int, int], tuple[Tensor, Part, Part]] = {}
         self.split(config)
-        self.target = self._output(self.far)
+        self.target = self.output(self.far)
 
     def split(self, config: DarkConfig) -> None:
         """Another division into the exact part and the far one; what was made once is kept."""
@@ -71,15 +72,44 @@ class Probe:
     def _part(self, weights: Tensor) -> Part:
         return Part(weights @ self.v[:, :, None], weights.sum(-1, keepdim=True))
 
-    def _output(self, far: Part) -> Tensor:
+    def output(self, far: Part) -> Tensor:
+        """(B, G, R, L, d_v) with `far` as the far part."""
         normaliser = (self.near.normaliser + far.normaliser).clamp_min(1e-30)
         return (self.near.numerator + far.numerator) / normaliser * self.rows
+
+    def share(self, far: Part) -> Tensor:
+        """(B, G, R, L, 1) share of `far` in the normaliser."""
+        return far.normaliser / (self.near.normaliser + far.normaliser).clamp_min(1e-30)
+
+    def biased(self, far: Part, bias: Tensor) -> Part:
+        """`far` times exp(bias), bias (G,)."""
+        factor = bias.exp()[:, None, None, None]
+        return Part(far.numerator * factor, far.normaliser * factor)
 
     def log_features(self, parameters: FeatureParameters) -> tuple[Tensor, Tensor]:
         """ℓ_q (B, G, R, L, m) and ℓ_k (B, G, L, m)."""
         heads, length = self.q.shape[2:4]
         lq = query_log_features(parameters, self.q.flatten(2, 3), self.position.repeat(1, heads))
         return lq.unflatten(2, (heads, length)), key_log_features(parameters, self.k, self.position)
+
+    def mapped(self, parameters: FeatureParameters) -> tuple[Tensor, Tensor]:
+        """Queries (B, G, R, L, d) and keys (B, G, L, d) as the features see them: centred, balanced, scaled."""
+        p, query, key = parameters, self.q, self.k
+        if p.query_center is not None and p.key_center is not None:
+            query, key = query - p.query_center[:, None, None], key - p.key_center[:, None]
+        if p.query_map is not None and p.key_map is not None:
+            query, key = query @ p.query_map[:, None].mT, key @ p.key_map.mT
+        return query, key
+
+    def expected_kernel(self, parameters: FeatureParameters) -> Tensor:
+        """What `kernels` tends to as m grows, (B, G, R, L, L): the colder kernel at scales below 1."""
+        query, key = self.mapped(parameters)
+        logits = query @ key[:, :, None].mT
+        b, c = parameters.query_center, parameters.key_center
+        if b is not None and c is not None:
+            constant = (b * c).sum(-1)[:, None, None, None]
+            logits = logits + (self.k @ b[..., None]).mT[:, :, None] + self.q @ c[:, None, :, None] - constant
+        return (logits - self.top).clamp_max(80.0).exp()
 
     def features(self, parameters: FeatureParameters) -> Part:
         """The far part by the features of `parameters`."""
@@ -96,10 +126,11 @@ class Probe:
         high_q, high_k = lq.amax(-1, keepdim=True), lk.amax((-2, -1), keepdim=True)[:, :, None]
         query, key = (lq - high_q).exp(), (lk[:, :, None] - high_k).exp()
         shift = (high_q + high_k - self.top).clamp_max(80.0).exp()
-        kernel: Tensor | float = 0.0
-        for start, count in zip((0, *counts), counts, strict=False):
-            kernel = kernel + query[..., start:count] @ key[..., start:count].mT
-            yield kernel * shift * (parameters.config.num_features / count)
+        kernel = query[..., : counts[0]] @ key[..., : counts[0]].mT
+        yield kernel * (shift * (parameters.config.num_features / counts[0]))
+        for start, count in itertools.pairwise(counts):
+            kernel += query[..., start:count] @ key[..., start:count].mT
+            yield kernel * (shift * (parameters.config.num_features / count))
 
     def bias(self, far: Part) -> Tensor:
         """Per kv head: the median over queries of log(exact far mass / the features' far mass)."""
@@ -109,8 +140,7 @@ class Probe:
 
     def error(self, far: Part, bias: Tensor) -> Tensor:
         """Per kv head: ‖output - exact output‖² / ‖exact output‖² over real tokens, the features times exp(bias)."""
-        factor = bias.exp()[:, None, None, None]
-        output = self._output(Part(far.numerator * factor, far.normaliser * factor))
+        output = self.output(self.biased(far, bias))
         return (output - self.target).square().sum((0, 2, 3, 4)) / self.target.square().sum((0, 2, 3, 4))
 
     def biases(self, far: Part) -> list[Tensor]:

@@ -78,20 +78,52 @@ def recommendations(rows: Sequence[Row], *, window: int, m: int, exact_share: fl
     }
 
 
-def agreement(rows: Sequence[Row], m: int) -> dict[str, float]:
-    """Rank correlations over heads of predicted with measured quantities.
+def _best(by_scale: Row, form: str, side: str) -> int:
+    errors = by_scale[form][side]
+    return min(range(len(errors)), key=lambda i: errors[i])
 
-    output: predicted error of the output (`noise.expected_error`) with the measured one, centred, balanced, m features.
+
+def scale_agreement(rows: Sequence[Row], form: str) -> dict[str, Any]:
+    """How well predictions over the geometry's scale (features alone, or the default form) agree with measurement.
+
+    rank: Spearman's ρ over heads at every scale, and `best` at each head's best measured scale.
+    hits: share of heads whose best scale is the predicted one; cost: mean ratio of the measured error at the scale
+    predicted to the least one; `moments_hits`, `moments_cost`: the same for the scale from moments alone.
+    """
+    good = [r["by_scale"] for r in measured_rows(rows)]
+    scales = good[0]["scales"]
+    rank = {
+        str(s): rank_correlation(*([r[form][side][i] for r in good] for side in ("predicted", "measured")))
+        for i, s in enumerate(scales)
+    }
+    best = [_best(r, form, "measured") for r in good]
+    rank["best"] = rank_correlation(
+        *([r[form][side][i] for r, i in zip(good, best, strict=True)] for side in ("predicted", "measured"))
+    )
+    result: dict[str, Any] = {"rank": rank}
+    chosen = {"": [_best(r, form, "predicted") for r in good], "moments_": [scales.index(r["moments"]) for r in good]}
+    for name, indices in chosen.items():
+        pairs = list(zip(good, indices, best, strict=True))
+        result[f"{name}hits"] = mean(i == b for _, i, b in pairs)
+        result[f"{name}cost"] = mean(r[form]["measured"][i] / r[form]["measured"][b] for r, i, b in pairs)
+    return result
+
+
+def agreement(rows: Sequence[Row], m: int) -> dict[str, Any]:
+    """Predicted against measured quantities over heads, rank correlations where nothing else is said.
+
+    output: predicted error of features alone at scale 1 with the measured one (centred, balanced, m features).
     moment: predicted E[L] with that error. `moment:NAME`, one an estimator: E[L] of cold queries and keys, predicted
-        with measured.
+        with measured. `features`, `default`: `scale_agreement` of the two forms.
     """
     good = measured_rows(rows)
     measured = [r["error"]["balanced"][m] for r in good]
-    result = {
+    result: dict[str, Any] = {
         "output": rank_correlation([r["predicted"][m] for r in good], measured),
         "moment": rank_correlation([r["log_moment"]["balanced"]["predicted"] for r in good], measured),
+        **{form: scale_agreement(rows, form) for form in ("features", "default")},
     }
-    for name in good[0]["log_moment"] if good else ():
+    for name in good[0]["log_moment"]:
         pairs = [r["log_moment"][name] for r in good]
         result[f"moment:{name}"] = rank_correlation(
             [p["cold_predicted"] for p in pairs], [p["cold_measured"] for p in pairs]

@@ -59,7 +59,7 @@ def _bytes(config: DarkConfig | None, model: Any) -> dict[str, int]:
     head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     shape = {"num_kv_heads": getattr(settings, "num_key_value_heads", None) or heads, "head_dim": head_dim}
     kinds = getattr(settings, "layer_types", None) or ["full_attention"] * settings.num_hidden_layers
-    converted = {fm.layer for fm in dark_layers(model)}
+    converted = {fm.layer for fm in dark_layers(model) if fm.config.method != "exact"}
     own = cache = 0
     for layer, kind in enumerate(kinds):
         sliding = kind == "sliding_attention" and getattr(settings, "sliding_window", None)

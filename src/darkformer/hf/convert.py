@@ -18,7 +18,7 @@ from .fingerprint import describe_base
 from .interface import NAME, Observer, take_cache
 
 
-def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "layer_idx") and type(module).__name__.endswith(("Attention", "SelfAttention")):
             yield name, module
@@ -60,7 +60,8 @@ def check_convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, A
     """Attention modules this configuration converts, by name.
 
     Raises:
-        ConversionError: nothing to convert, or a module that does not go through transformers' attention interface.
+        ConversionError: nothing to convert, a module that does not go through transformers' attention interface, or
+            a layer in `keep_exact` that would not be converted anyway.
     """
     found = list(_attention_modules(model))
     if not found:
@@ -82,6 +83,12 @@ def check_convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, A
             f"all {len(found)} attention layers of {type(model).__name__} are sliding-window layers, linear already: "
             "set convert_sliding=True to convert them nevertheless."
         )
+    present = sorted({module.layer_idx for _, module in chosen})
+    if unknown := sorted(set(config.keep_exact) - set(present)):
+        raise ConversionError(
+            f"keep_exact names layer {', '.join(map(str, unknown))}, which this configuration does not convert: "
+            f"choose from {', '.join(map(str, present))}."
+        )
     return chosen
 
 
@@ -99,7 +106,7 @@ def _attach(module: Any, config: DarkConfig) -> None:
     heads = module.config.num_attention_heads
     head_dim = getattr(module, "head_dim", None) or module.config.hidden_size // heads
     feature_map = FeatureMap(
-        config,
+        config.at_layer(module.layer_idx),
         num_heads=heads,
         num_kv_heads=getattr(module.config, "num_key_value_heads", None) or heads,
         head_dim=head_dim,

@@ -133,25 +133,47 @@ def mass_split(record: Mapping[str, Any], path: Path) -> Path:
 
 
 def predicted_against_measured(record: Mapping[str, Any], path: Path) -> Path:
-    """One point a head: second moments left, output errors right; colour is the layer."""
-    rows, m = _good(record), str(record["config"]["num_features"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.6), constrained_layout=True)
-    layer = [r["layer"] for r in rows]
+    """One point a head: second moments, features alone and the default form at their best scales; colour: the layer."""
+    rows, m = _good(record), record["config"]["num_features"]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), constrained_layout=True)
+    layer, agreement = [r["layer"] for r in rows], record["agreement"]
     moments = [r["log_moment"]["balanced"] for r in rows]
-    panels = (
-        (left, [p["cold_predicted"] for p in moments], [p["cold_measured"] for p in moments],
-         "log second moment of cold inputs, nats",
-         record["agreement"]["moment:balanced"]),
-        (right, [r["predicted"][m] for r in rows], [r["error"]["balanced"][m] for r in rows],
-         f"relative error of the output, m = {m}", record["agreement"]["output"]),
-    )  # fmt: skip
-    for ax, x, y, title, rho in panels:
+    panels = [
+        ([p["cold_predicted"] for p in moments], [p["cold_measured"] for p in moments],
+         "log second moment, cold inputs (nats)", agreement["moment:balanced"]),
+    ]  # fmt: skip
+    for form, title in (("features", "features alone"), ("default", "default form")):
+        found = [r["by_scale"][form] for r in rows]
+        best = [int(np.argmin(f["measured"])) for f in found]
+        pair = [[f[side][i] for f, i in zip(found, best, strict=True)] for side in ("predicted", "measured")]
+        panels.append((*pair, f"error, {title}, m = {m}, best scale", agreement[form]["rank"]["best"]))
+    for ax, (x, y, title, rho) in zip(axes, panels, strict=True):
         points = ax.scatter(x, y, c=layer, cmap="viridis", s=22)
-        high = max(*x, *y)
-        ax.plot([0, high], [0, high], color="black", linewidth=1, linestyle="--")
-        ax.set_xlabel(f"predicted {title}")
+        low, high = min(*x, *y), max(*x, *y)
+        ax.plot([low, high], [low, high], color="black", linewidth=1, linestyle="--")
+        ax.set_xlabel("predicted")
         ax.set_ylabel("measured")
-        ax.set_title(f"rank correlation {rho:.2f}", fontsize=10)
+        ax.set_title(f"{title}\nrank correlation {rho:.2f}", fontsize=10)
         ax.grid(alpha=0.3)
-    figure.colorbar(points, ax=right, label="layer")
+    figure.colorbar(points, ax=axes[-1], label="layer")
+    return _save(figure, path)
+
+
+def error_against_scale(record: Mapping[str, Any], path: Path) -> Path:
+    """Error against the geometry's scale, measured and predicted: median over heads, 10th to 90th percentile."""
+    rows, m = _good(record), record["config"]["num_features"]
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), constrained_layout=True)
+    scales = rows[0]["by_scale"]["scales"]
+    for ax, (form, title) in zip(axes, {"features": "features alone", "default": "default form"}.items(), strict=True):
+        for color, side in (("#d55e00", "measured"), ("#0072b2", "predicted")):
+            errors = np.array([r["by_scale"][form][side] for r in rows])
+            low, middle, high = np.percentile(errors, (10, 50, 90), axis=0)
+            ax.plot(scales, middle, marker="o", color=color, label=side)
+            ax.fill_between(scales, low, high, color=color, alpha=0.15)
+        ax.set_xlabel("scale of the geometry (1: softmax's own, smaller: colder)")
+        ax.set_title(f"{title}, m = {m}", fontsize=10)
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("relative error of the attention output")
+    axes[0].legend(frameon=False)
     return _save(figure, path)
