@@ -183,6 +183,15 @@ def _forward(model: Any, batch: Tensor) -> list[str]:
     return []
 
 
+def rounded(values: Any, digits: int = 6) -> Any:
+    """Nested lists and dicts with every float at `digits` significant digits: half a record's bytes are noise."""
+    if isinstance(values, dict):
+        return {key: rounded(value, digits) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [rounded(value, digits) for value in values]
+    return float(f"{values:.{digits}g}") if isinstance(values, float) else values
+
+
 def run_diagnosis(
     model_name: str,
     out: Path,
@@ -211,7 +220,7 @@ def run_diagnosis(
     record = {
         "command": "diagnose", "model": Path(model_name).name, "data": list(data), "config": config.to_dict(),
         "effort": asdict(effort), "tokens": int(blocks.numel()), "environment": environment(),
-        "seconds": round(time.perf_counter() - started, 1), **result,
+        "seconds": round(time.perf_counter() - started, 1), **rounded(result),
     }  # fmt: skip
     write_json(out / "record.json", record)
     write_diagnosis(record, out)
