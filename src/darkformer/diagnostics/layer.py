@@ -133,12 +133,6 @@ class Layer:
             }
         return result
 
-    def _least_error(self, kernel: Tensor) -> Tensor:
-        """(G,) squared error at the best of the biases, as calibration chooses it."""
-        part = self.probe.far_part(kernel)
-        tried = torch.stack([self.probe.error(part, bias) for bias in self.probe.biases(part)])
-        return tried.nan_to_num(nan=torch.inf).amin(0)
-
     def default(self) -> dict[str, Any]:
         """The default form, scale and bias searched per head: error against m, against the window, exact part alone.
 
@@ -154,7 +148,7 @@ class Layer:
                 for window, by_m in every.items():
                     if window == own or m == m_own:
                         self.probe.split(DarkConfig(window=window, sinks=self.config.sinks))
-                        by_m.setdefault(m, []).append(self._least_error(kernel))
+                        by_m.setdefault(m, []).append(self.probe.least_error(self.probe.far_part(kernel)))
                 if m == m_own:
                     self.probe.split(self.paper)
                     alone.append(self.probe.error(self.probe.far_part(kernel), kernel.new_zeros(self.groups)))

@@ -149,6 +149,10 @@ class Probe:
         matched = self.bias(far)
         return [none, *(matched + offset for offset in BIAS_OFFSETS)]
 
+    def least_error(self, far: Part) -> Tensor:
+        """Per kv head, `error` at the best of `biases`, as calibration chooses it."""
+        return torch.stack([self.error(far, bias) for bias in self.biases(far)]).nan_to_num(nan=torch.inf).amin(0)
+
     def error_exact_part(self) -> Tensor:
         """Per kv head, as `error`, with no features at all."""
         return self.error(self.far, self.far.normaliser.new_full((self.k.shape[1],), -math.inf))

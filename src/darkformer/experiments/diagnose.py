@@ -29,7 +29,7 @@ from .diagnosis_report import write_diagnosis
 MOMENT_TOKENS = 4096
 
 
-class _Collector:
+class Collector:
     """Streams moments of every layer: of all keys, and of the keys behind the sinks."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Diagnosis:
     """The second part of the pass: on the probe sequence every layer is analysed as its tensors come by."""
 
     def __init__(
-        self, collected: _Collector, config: DarkConfig, effort: Effort, layers: Sequence[int], advance: Any
+        self, collected: Collector, config: DarkConfig, effort: Effort, layers: Sequence[int], advance: Any
     ) -> None:
         self.collected, self.config, self.effort, self.advance = collected, config, effort, advance
         self.layers, self.done = layers, 0
@@ -145,7 +145,7 @@ def diagnose(
         wanted = _chosen_layers(model, layers)
         first = next(dark_layers(model))
         _check_tokens(blocks, first.head_dim)
-        collected = _Collector()
+        collected = Collector()
         batches = blocks[:-1].split(2)
         with reporter.stage("moments of queries and keys", len(batches)) as advance, observing(model, collected):
             for i, batch in enumerate(batches):
