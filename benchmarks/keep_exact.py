@@ -1,9 +1,9 @@
-"""Does the diagnosis name the right layers to leave exact? Loss of SmolLM2-135M with none, those, and others left exact.
+"""Does the diagnosis name the right layers to leave exact? Loss of SmolLM2-135M with those, others, and none.
 
 python benchmarks/keep_exact.py --diagnosis benchmarks/records/smollm2.json --out benchmarks/records/keep-exact.json
 
-The default form, calibrated, no finetuning; held-out text. Compared with the diagnosis's choice: as many layers with the
-least error, and random ones.
+The default form, calibrated, no finetuning; held-out text. Compared with the choice of the diagnosis: as many layers
+with the least error, and random ones.
 """
 
 from __future__ import annotations
