@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,42 @@ def run(model_name: str, blocks: Tensor, out: Path) -> None:
     with tqdm(total=len(collected.every), unit="layer") as bar, observing(model, Runner(collected, record, out, bar)):
         model(blocks[-1:], use_cache=False)
     write_json(out, {**record, "environment": environment()})
+
+
+def means(record: dict[str, Any]) -> dict[str, float]:
+    """Combination → mean error over all heads of all layers."""
+    layers = record["layers"].values()
+    names = next(iter(layers))
+    every = {name: [error for layer in layers for error in layer[name]] for name in names}
+    return {name: sum(errors) / len(errors) for name, errors in every.items()}
+
+
+def _rows(found: list[dict[str, float]], form: str, draw: str) -> Iterator[str]:
+    for proposal, side in itertools.product(PROPOSALS, ("raw", "balanced")):
+        cells = [f"{f[f'{form}/{proposal}/{side}/{draw}/{s}']:.3f}" for f in found for s in SCALES]
+        yield f"| {proposal} | {'centred, balanced' if side == 'balanced' else 'raw'} | {' | '.join(cells)} |"
+
+
+def tables(records: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one table a form at the orthogonal draw, and one of the draws. `records`: model's title → record."""
+    found = [means(record) for record in records.values()]
+    heads = " | ".join(f"{title}, {s}" for title in records for s in SCALES)
+    rule = "|---|---|" + "---|" * (len(SCALES) * len(found))
+    parts = []
+    for form, title in (("features", "Features alone"), ("window", "Window 64, 4 sinks and features")):
+        parts += [f"**{title}**, orthogonal draws", "", f"| proposal | inputs | {heads} |", rule]
+        parts += [*_rows(found, form, "orthogonal"), ""]
+        if form == "window":
+            alone = ", ".join(f"{t} {f['exact part']:.3f}" for t, f in zip(records, found, strict=True))
+            parts += [f"Window and sinks without features: {alone}.", ""]
+    parts += ["**Draws**, isotropic, centred and balanced, scale 0.5", ""]
+    columns = [(t, form) for t in records for form in FORMS]
+    parts += ["| draw | " + " | ".join(f"{t}, {'alone' if f == 'features' else 'window'}" for t, f in columns) + " |"]
+    parts += ["|---|" + "---|" * len(columns)]
+    for draw in DRAWS:
+        cells = [f"{f[f'{form}/isotropic/balanced/{draw}/0.5']:.3f}" for f in found for form in FORMS]
+        parts += [f"| {draw} | {' | '.join(cells)} |"]
+    return "\n".join(parts)
 
 
 def main() -> None:
