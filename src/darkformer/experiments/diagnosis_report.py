@@ -71,7 +71,8 @@ def advice(record: Mapping[str, Any]) -> list[str]:
     rho = record["agreement"]
     return [
         f"Try {flags}: with m = {m['choice']} the mean error is within 5 % of that with "
-        f"{max(map(int, m['mean_error']))}; mean error by window {errors}.",
+        f"{max(map(int, m['mean_error']))}; mean error by window {errors} "
+        f"(on {record['effort']['tokens']} tokens; longer texts have more beyond a window).",
         f"Least error of features alone at m = {record['config']['num_features']}: {record['estimators'][best]} "
         f"({estimators[best]:.2f}; Performer {estimators['performer']:.2f}).",
         f"Layers to leave exact first ({told['exact_layers']['share']:.0%} of them): "
