@@ -23,8 +23,8 @@ GEMMA3 = Gemma3TextConfig(
     vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
     num_key_value_heads=1, head_dim=256,
 )  # fmt: skip
-#: Layers of the models that are timed; the rest is a straight line.
-FEW = (1, 3)
+#: Layers of the models that are timed, as far as there are so many; the rest is a straight line.
+FEW = (1, 8)
 #: Loading, converting, checkpoints and writing of a run: this many steps' time, and this many seconds.
 OVERHEAD_STEPS, OVERHEAD_SECONDS = 2.0, 2.0
 #: A token that is only scored, beside one that is trained on; calibration of the library's form, in steps' time.
@@ -61,9 +61,10 @@ def _step_seconds(model: Any, ids: torch.Tensor) -> float:
 def measure_base(base: Base, scale: Scale) -> Speed:
     """Seconds of a training step of DARK on this base, from `FEW` of its layers with random weights."""
     config = _config(base, scale)
-    layers, config.num_hidden_layers = config.num_hidden_layers, FEW[1]
+    layers, config.num_hidden_layers = config.num_hidden_layers, min(FEW[1], config.num_hidden_layers)
+    timed = config.num_hidden_layers
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: FEW[1]]
+        config.layer_types = config.layer_types[:timed]
     model = AutoModelForCausalLM.from_config(config)
     convert(model, DarkConfig.paper(base.num_features, convert_sliding=True))
     ids = torch.randint(5, config.vocab_size, (base.batch_size, base.seq_len))
@@ -71,8 +72,8 @@ def measure_base(base: Base, scale: Scale) -> Speed:
     model.config.num_hidden_layers = FEW[0]
     model.model.layers = model.model.layers[: FEW[0]]
     fewer = _step_seconds(model, ids)
-    layer = max(0.0, more - fewer) / (FEW[1] - FEW[0])
-    return Speed(fewer + layer * (layers - FEW[0]), ids.numel())
+    layer = max(0.0, more - fewer) / (timed - FEW[0])
+    return Speed(more + layer * (layers - timed), ids.numel())
 
 
 def measure(scale: Scale, runs: Iterable[Run]) -> dict[str, Speed]:
