@@ -80,6 +80,6 @@ def print_rows(rows: list[list[str]], title: str, console: Console) -> None:
 
 
 def print_tables(tables: dict[str, list[list[str]]], console: Console) -> None:
-    """One table a figure."""
-    for figure, rows in tables.items():
-        print_rows(rows, f"figure {figure}", console)
+    """One table a figure, and the claims."""
+    for name, rows in tables.items():
+        print_rows(rows, name, console)

@@ -20,13 +20,15 @@ FIGURES = ("1",)
 QUESTION = "What does attention cost against the length of the sequence?"
 #: Lengths from which on a slope is fitted: below, fixed costs hide it.
 ASYMPTOTIC = 2048
+#: Length at which other numbers of features are measured as well.
+OTHERS_AT = 8192
 
 
 def measure(scale: Scale, folder: Path, reporter: Reporter) -> list[dict[str, Any]]:
     """One record line a point: seconds and peak scratch memory of a forward pass, by `darkformer bench`."""
     sweep = Sweep((WIDE,), scale.lengths, ("float32",), ("forward",))
-    features = tuple(WIDE._replace(name=f"m {m}", features=m) for m in (64, 256, 512))
-    more = Sweep(features, (min(8192, scale.lengths[-1]),), ("float32",), ("forward",))
+    others = tuple(WIDE._replace(name=f"m {m}", features=m) for m in (64, 256, 512))
+    more = Sweep(others, tuple(n for n in scale.lengths if n == OTHERS_AT), ("float32",), ("forward",))
     plan = Plan("figure 1", (sweep, more), seconds=0.6, decode=(), model=False)
     try:
         bench = Bench(plan, folder, reporter)

@@ -121,8 +121,13 @@ class Scale:
     small: dict[str, Any] = field(default_factory=dict)  # fields of the small model's configuration
 
     def settings(self) -> dict[str, Any]:
-        """Plain values for the run folder."""
-        return {"command": "reproduce", **asdict(self)}
+        """Plain values for the run folder, one a field, so that a change can be named: `2-top.small.steps`."""
+        plain = asdict(self)
+        parts = {e.key: asdict(e) for e in self.experiments} | {f"base {n}": asdict(b) for n, b in self.bases.items()}
+        for name in ("experiments", "bases"):
+            del plain[name]
+        inner = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+        return {"command": "reproduce", **plain, **inner}
 
     def shortened(self, steps: int) -> Scale:
         """At most `steps` steps a run, grids a quarter of that, figure 1 up to 4,096 tokens."""

@@ -10,7 +10,7 @@ from typing import Any
 from ...config import ConfigError, InputError, RunFolderError
 from ...train.record import open_run
 from ..console import RichReporter
-from . import figure1, figure2, figure3, figure4, figure5, timing
+from . import figure1, figure2, figure3, figure4, figure5, timing, verdicts
 from .bases import check_available
 from .corpus import Corpus
 from .plan import Run, Scale, planned
@@ -50,15 +50,17 @@ def table_markdown(rows: Sequence[Sequence[str]]) -> str:
 def draw(out: Path, figures: Sequence[str], *, strict: bool = False) -> dict[str, list[list[str]]]:
     """Draws figures from the records in `out` alone: `plots/*.png`, `tables/*.md`. Returns their tables.
 
+    The verdicts on the paper's claims, from all records there are, come last, under the name `claims`.
+
     Args:
         strict: a figure without a record is an error; else it is left out.
 
     Raises:
         InputError: no record (with `strict`).
     """
-    tables = {}
+    tables, records = {}, {figure: read_lines(record_file(out, figure)) for figure in FIGURES}
     for figure in figures:
-        lines = read_lines(record_file(out, figure))
+        lines = records[figure]
         if not lines:
             if strict:
                 raise InputError(
@@ -67,9 +69,11 @@ def draw(out: Path, figures: Sequence[str], *, strict: bool = False) -> dict[str
                 )
             continue
         FIGURES[figure].draw(lines, out / "plots")
-        tables[figure] = FIGURES[figure].table(lines)
+        tables[f"figure{figure}"] = FIGURES[figure].table(lines)
+    tables["claims"] = verdicts.rows({figure: lines for figure, lines in records.items() if lines})
+    for name, rows in tables.items():
         (out / "tables").mkdir(parents=True, exist_ok=True)
-        (out / "tables" / f"figure{figure}.md").write_text(table_markdown(tables[figure]), encoding="utf-8")
+        (out / "tables" / f"{name}.md").write_text(table_markdown(rows), encoding="utf-8")
     return tables
 
 

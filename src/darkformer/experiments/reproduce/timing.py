@@ -28,7 +28,7 @@ FEW = (1, 8)
 #: Loading, converting, checkpoints and writing of a run: this many steps' time, and this many seconds.
 OVERHEAD_STEPS, OVERHEAD_SECONDS = 2.0, 2.0
 #: A token that is only scored, beside one that is trained on; calibration of the library's form, in steps' time.
-EVALUATION, CALIBRATION = 0.3, 10.0
+EVALUATION, CALIBRATION = 0.35, 10.0
 
 
 class Speed(NamedTuple):
