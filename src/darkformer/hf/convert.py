@@ -200,8 +200,11 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Within the block the model computes softmax attention and shows every converted layer's q, k, v to `observer`.
+def observing(model: nn.Module, observer: Observer, *, softmax: bool = True) -> Iterator[None]:
+    """Within the block every converted layer's q, k, v and output are shown to `observer`, without gradients.
+
+    Args:
+        softmax: the model computes softmax attention meanwhile. False: what it is converted to.
 
     Raises:
         ConversionError: no layer is converted, or an adapter of peft has wrapped the feature maps.
@@ -212,11 +215,12 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
             f"{type(model).__name__} has no converted attention layer to observe: convert it first, and calibrate it "
             "before an adapter of peft takes over its feature maps."
         )
+    name = "dark_observer" if softmax else "dark_watcher"
     try:
         for module in modules:
-            module.__dict__["dark_observer"] = observer
+            module.__dict__[name] = observer
         with torch.no_grad():
             yield
     finally:
         for module in modules:
-            module.__dict__.pop("dark_observer", None)
+            module.__dict__.pop(name, None)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ..config import InputError, MissingExtraError
+from .docstrings import docstring_documents, pydoc_documents
 
 #: The text every machine with Python has: the language reference's topics.
 PYDOC = "pydoc"
+#: Those and the docstrings of the standard library, numpy and torch: several megabytes on every installation.
+PYTHON = "python"
 #: Every n-th document is held out for validation.
 HOLD_OUT_EVERY = 8
 
@@ -38,13 +41,6 @@ def read_file(path: Path) -> str:
         ) from error
 
 
-def pydoc_documents() -> list[str]:
-    """The topics of Python's own documentation (`pydoc_data.topics`), in a fixed order."""
-    from pydoc_data.topics import topics
-
-    return [topics[name] for name in sorted(topics)]
-
-
 def _dataset_documents(name: str, limit: int) -> list[str]:
     if importlib.util.find_spec("datasets") is None:
         raise MissingExtraError(
@@ -60,7 +56,8 @@ def _dataset_documents(name: str, limit: int) -> list[str]:
     except Exception as error:  # datasets raises whatever its many back ends raise
         raise InputError(
             f"--data {name}: matches no file, and as a dataset's name it cannot be loaded "
-            f"({type(error).__name__}: {error}). Give text files, globs, '{PYDOC}', or NAME[:SUBSET] of a dataset."
+            f"({type(error).__name__}: {error}). Give text files, globs, '{PYDOC}', '{PYTHON}', or NAME[:SUBSET] of a "
+            "dataset."
         ) from error
     if not rows or "text" not in rows[0]:
         raise InputError(
@@ -70,7 +67,7 @@ def _dataset_documents(name: str, limit: int) -> list[str]:
 
 
 def load_documents(sources: Sequence[str], limit: int = 20_000) -> list[str]:
-    """Documents from text files, globs, `pydoc`, or a dataset's name (`NAME` or `NAME:SUBSET`, its column `text`).
+    """Documents from text files, globs, `pydoc`, `python`, or a dataset's `NAME` or `NAME:SUBSET` (its column `text`).
 
     Args:
         limit: rows taken from a streamed dataset.
@@ -82,6 +79,9 @@ def load_documents(sources: Sequence[str], limit: int = 20_000) -> list[str]:
     for source in sources:
         if source == PYDOC:
             documents += pydoc_documents()
+            continue
+        if source == PYTHON:
+            documents += docstring_documents()
             continue
         path = Path(source).expanduser()  # a file's own name may hold the characters of a glob
         matches = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))

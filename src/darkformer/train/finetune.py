@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import math
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -169,9 +171,23 @@ def _arguments(budget: TrainConfig, out: Path) -> TrainingArguments:
     )
 
 
+def _complete(checkpoint: Path) -> bool:
+    """Trainer writes its state last, so a process killed while it saved leaves none, or half of one."""
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
 def _checkpoint(out: Path, resume: bool) -> str | None:
-    """The last checkpoint in `out`, which only a resumed run may find there: it would be taken for this run's."""
+    """The last complete checkpoint in `out`, which only a resumed run may find there: it would be taken for this run's.
+
+    A resumed run deletes the ones that a kill cut short.
+    """
     last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    while last and resume and not _complete(Path(last)):
+        shutil.rmtree(last)
+        last = get_last_checkpoint(str(out))
     if last and not resume:
         raise RunFolderError(f"{out} holds {Path(last).name} of another run: resume=True continues it.")
     return last
