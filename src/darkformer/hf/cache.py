@@ -85,6 +85,7 @@ class DarkCacheLayer(CacheLayerMixin):
         self.history: History | None = None
         self.owner: Any = None  # weak reference to the attention module; a copy of the cache keeps it
         self.versions: tuple[int, ...] = ()
+        self.awaited = False  # whether a converted module is about to hand over keys and values
 
     def bind(self, module: Any) -> DarkCacheLayer:
         """Notes whose state this is.
@@ -149,6 +150,17 @@ class DarkCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hands new keys and values through and counts them.
+
+        Raises:
+            ConversionError: softmax attention asks, which would take the new keys for all there are.
+        """
+        if not self.awaited:
+            raise ConversionError(
+                f"past_key_values holds the state of a converted model ({self.seen} tokens), and softmax attention "
+                "needs their keys and values: start with an empty cache, or go on with the converted model."
+            )
+        self.awaited = False
         self.is_initialized = True
         self.seen += key_states.shape[-2]
         return key_states, value_states
@@ -255,7 +267,8 @@ def own_layer(cache: Cache, module: Any) -> DarkCacheLayer:
         if cache.__dict__.get("records_past"):
             layer.activate_past_recording()
         cache.layers[module.layer_idx] = layer
-    return layer.bind(module)
+    layer.bind(module).awaited = True
+    return layer
 
 
 def _note_recording() -> None:

@@ -104,8 +104,9 @@ def _exact(
             raise ConversionError("statistics are taken from rows of one document each: give no packed documents.")
         if not is_causal:
             raise ConversionError(
-                f"layer {feature_map.layer} is bidirectional: calibration and diagnosis measure causal attention only. "
-                "Use or train this encoder as darkformer.convert leaves it."
+                f"layer {feature_map.layer} is bidirectional, an encoder's: calibrate and diagnose measure what a causal "
+                "query sees, so their scales and biases would be wrong here. Finetune the encoder as darkformer.convert "
+                "leaves it; without any training DarkConfig(method='local') keeps nearer to softmax than features do."
             )
         with _naming(feature_map):  # statistics of NaN would be refused later, without the layer's name
             check_finite(query=query, key=key, value=value)
@@ -164,8 +165,17 @@ def dark_attention(
 
 @torch.compiler.disable
 def take_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`."""
+    """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`.
+
+    Raises:
+        ConversionError: `set_attn_implementation` has turned softmax on under a converted model.
+    """
     module.__dict__.pop("dark_cache", None)
+    if (chosen := module.config._attn_implementation) != NAME:
+        raise ConversionError(
+            f"layer {module.dark.layer} is converted, but its attn_implementation was set to {chosen!r}: softmax would "
+            f"be computed silently. Call darkformer.revert(model) first, or model.set_attn_implementation({NAME!r})."
+        )
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # the latter: GPT-NeoX
     if cache is not None and module.dark.config.method != "exact" and "dark_observer" not in module.__dict__:
         module.__dict__["dark_cache"] = own_layer(cache, module)
