@@ -12,7 +12,7 @@ from tolerances import STREAM, relative_error
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from darkformer import ConversionError, DarkConfig, InputError, cost, dark_layers, load_cache, save_cache
+from darkformer import ConversionError, DarkConfig, InputError, convert, cost, dark_layers, load_cache, save_cache
 from darkformer.hf import cache as cache_module
 from darkformer.hf.cache import DarkCacheLayer, cache_bytes
 from hf.families import DARK, PAPER, left_mask, linear, logits, positions, tiny, tokens
@@ -146,6 +146,29 @@ class TestWhose:
         cache = self._filled(linear("llama"))
         with pytest.raises(ConversionError, match="layer 0 of past_key_values was filled by another converted model"):
             linear("llama")(tokens(1, 1), past_key_values=cache)
+
+    @pytest.mark.parametrize("new", [1, 3])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-neox", "gemma3"])
+    def test_a_softmax_model(self, family: str, new: int) -> None:
+        # One token at a time nothing else would notice: softmax over the new key alone is a number too.
+        with torch.no_grad():
+            cache = linear(family)(tokens(1, 12), use_cache=True).past_key_values
+        for softmax in (tiny(family), convert(tiny(family), DarkConfig(method="exact"))):
+            with pytest.raises(
+                ConversionError, match=r"holds the state of a converted model \(12 tokens\).*empty cache"
+            ):
+                softmax(tokens(1, new), past_key_values=copy.deepcopy(cache), use_cache=True)
+
+    def test_a_softmax_model_with_a_loaded_cache(self, tmp_path: Path) -> None:
+        model = linear("llama")
+        file = save_cache(self._filled(model), model, tmp_path / "prompt.safetensors")
+        with pytest.raises(ConversionError, match="softmax attention needs their keys"):
+            tiny("llama")(tokens(1, 1), past_key_values=load_cache(file, model))
+
+    def test_a_batch_of_another_size(self) -> None:
+        model = linear("llama")
+        with pytest.raises(InputError, match="the state belongs to another batch"):
+            model(tokens(2, 1), past_key_values=self._filled(model))
 
     def test_other_draws(self) -> None:
         model = linear("llama")

@@ -178,6 +178,16 @@ class TestAssisted:
             model.generate(ids, **GREEDY, return_dict_in_generate=True).past_key_values
         )
 
+    def test_a_converted_draft_of_a_softmax_model(self, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        removed: list[int] = []
+        crop = DarkCacheLayer.crop
+        monkeypatch.setattr(DarkCacheLayer, "crop", lambda self, n: removed.append(-n) or crop(self, n))
+        target, draft = tiny("llama"), linear("llama")
+        draft.generation_config.num_assistant_tokens = 4
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        assert torch.equal(target.generate(ids, assistant_model=draft, **GREEDY), target.generate(ids, **GREEDY))
+        assert max(removed) > 0  # the draft's own states were taken back
+
     def test_with_sliding_layers_and_a_cap(self) -> None:
         for family in ("gemma3", "gemma2"):
             model, draft, ids = linear(family), linear(family), tokens(1, 12)
