@@ -104,9 +104,9 @@ def _exact(
             raise ConversionError("statistics are taken from rows of one document each: give no packed documents.")
         if not is_causal:
             raise ConversionError(
-                f"layer {feature_map.layer} is bidirectional, an encoder's: calibrate and diagnose measure what a causal "
-                "query sees, so their scales and biases would be wrong here. Finetune the encoder as darkformer.convert "
-                "leaves it; without any training DarkConfig(method='local') keeps nearer to softmax than features do."
+                f"layer {feature_map.layer} is bidirectional, an encoder's: calibrate and diagnose measure what a "
+                "causal query sees, so their scales and biases would be wrong here. Finetune the encoder as "
+                "darkformer.convert leaves it; untrained, DarkConfig(method='local') is nearer to softmax."
             )
         with _naming(feature_map):  # statistics of NaN would be refused later, without the layer's name
             check_finite(query=query, key=key, value=value)
