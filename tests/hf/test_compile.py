@@ -54,11 +54,17 @@ def test_generated_code_is_eager(name: str) -> None:
 
 
 def test_generation_through_a_compiled_forward() -> None:
+    # The mixin's test_generate_compilation_all_outputs.
     model, ids, mask = linear("llama"), tokens(2, 9), left_mask([0, 4], 9)
-    options = dict(attention_mask=mask, max_new_tokens=4, do_sample=False)
+    options = dict(
+        attention_mask=mask, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True,
+        output_hidden_states=True,
+    )  # fmt: skip
     wanted = model.generate(ids, **options)
     model.forward = torch.compile(model.forward, backend="eager")
-    assert torch.equal(model.generate(ids, **options), wanted)
+    found = model.generate(ids, **options)
+    assert torch.equal(found.sequences, wanted.sequences) and len(found.hidden_states) == 4
+    assert relative_error(torch.stack(found.logits), torch.stack(wanted.logits)) <= STREAM
 
 
 def _gradients(model: PreTrainedModel, run: object) -> dict[str, Tensor]:

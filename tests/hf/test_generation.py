@@ -99,6 +99,18 @@ class TestMixin:
         assert torch.equal(model.generate(inputs_embeds=embedded, **options), expected[:, 12:])
         assert torch.equal(model.generate(ids, inputs_embeds=embedded, **options), expected)
 
+    def test_generate_from_inputs_embeds_with_static_cache(
+        self, model: PreTrainedModel, ids: Tensor, greedy: Tensor
+    ) -> None:
+        embedded = model.get_input_embeddings()(ids)
+        out = model.generate(inputs_embeds=embedded, cache_implementation="static", **GREEDY)
+        assert torch.equal(out, greedy[:, 12:])
+
+    def test_generate_from_random_inputs_embeds(self, model: PreTrainedModel) -> None:
+        embedded = torch.randn(2, 12, 48)
+        found, wanted = (model.generate(inputs_embeds=embedded, use_cache=use, **GREEDY) for use in (True, False))
+        assert torch.equal(found, wanted) and not torch.equal(found[0], found[1])
+
     def test_generate_continue_from_past_key_values(self, model: PreTrainedModel, ids: Tensor, greedy: Tensor) -> None:
         first = model.generate(ids, do_sample=False, max_new_tokens=5, return_dict_in_generate=True)
         rest = model.generate(
