@@ -92,7 +92,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """The record's rows as the markdown table of docs/families.md: medians, and bytes after the last token."""
     lines = [
-        "| prompt | prefill, softmax | prefill, converted | step, softmax | step, converted | cache, softmax | converted |",
+        "| prompt | prefill, softmax | converted | steps, softmax | converted | cache MiB, softmax | converted |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for length in sorted({row["length"] for row in record["rows"]}):
