@@ -5,6 +5,7 @@ and not only the shapes. Which do not apply, and why, is in docs/families.md.
 """
 
 import inspect
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -271,6 +272,17 @@ class TestAround:
             given = tokenizer(prompt, return_tensors="pt").input_ids
             wanted = model.generate(given, **GREEDY)[0, given.shape[1] :]
             assert text.split() == tokenizer.decode(wanted, skip_special_tokens=True).split()
+
+    def test_pipeline_from_a_folder(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        prompt, options = "w5 w7 w9 w11 w2 w3 w8", dict(return_full_text=False, **GREEDY)
+        write = pipeline("text-generation", model=str(tmp_path), device="cpu")
+        ours = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        softmax = pipeline("text-generation", model=tiny("llama"), tokenizer=tokenizer, device="cpu")
+        assert write(prompt, **options) == ours(prompt, **options) != softmax(prompt, **options)
 
     def test_chat(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         chat = [{"role": "user", "content": "w5 w7 w9"}]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import darkformer
 from darkformer import ConfigError, DarkConfig, InputError, convert, dark_layers, load_light, revert, save_light
 from darkformer.hf.load import load_model
-from hf.families import DARK, PAPER, disturb, left_mask, linear, logits, tiny, tokens
+from hf.families import DARK, FAMILIES, PAPER, disturb, left_mask, linear, logits, tiny, tokens
 
 IDS, MASK = tokens(2, 40), left_mask([0, 11], 40)
 CONFIGS = {
@@ -48,6 +48,21 @@ def test_load_is_bit_equal(family: str, config: DarkConfig, tmp_path: Path) -> N
     model = linear(family, config)
     model.save_pretrained(tmp_path)
     _assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert"])
+def test_other_heads_on_the_same_weights(family: str, tmp_path: Path) -> None:
+    model = linear(family)
+    model.save_pretrained(tmp_path)
+    given = dict(input_ids=IDS, attention_mask=MASK)
+    with torch.no_grad():
+        body = AutoModel.from_pretrained(tmp_path)(**given).last_hidden_state
+        assert torch.equal(body, model.base_model(**given).last_hidden_state)
+        assert not torch.equal(body, tiny(family).base_model(**given).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    layers = list(zip(dark_layers(classifier), dark_layers(model), strict=True))
+    assert len(layers) == len(FAMILIES[family].layers)
+    assert all(torch.equal(x, a.state_dict()[name]) for a, b in layers for name, x in b.state_dict().items())
 
 
 def test_only_safetensors_and_omega_among_them(family: str, tmp_path: Path) -> None:
