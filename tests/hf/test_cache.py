@@ -163,6 +163,19 @@ class TestWhose:
         with pytest.raises(ConversionError, match="softmax attention needs their keys"):
             tiny("llama")(tokens(1, 1), past_key_values=load_cache(file, model))
 
+    def test_a_mask_that_hides_what_was_read(self) -> None:
+        # Softmax has the keys and can leave some out at any time; sums cannot.
+        model, ids = linear("llama"), tokens(2, 20)
+        with torch.no_grad():
+            cache = model(ids[:, :15], attention_mask=left_mask([0, 4], 15), use_cache=True).past_key_values
+        hidden = left_mask([0, 4], 20)
+        hidden[1, 6:9] = 0
+        for new in (1, 5):
+            options = dict(past_key_values=copy.deepcopy(cache), position_ids=torch.arange(15, 15 + new)[None])
+            with pytest.raises(ConversionError, match=r"shows 8 tokens of row 1 .* read 11.*cannot be hidden later"):
+                model(ids[:, 15 : 15 + new], attention_mask=hidden[:, : 15 + new], **options)
+        model(ids[:, 15:], attention_mask=left_mask([0, 4], 20), past_key_values=cache)
+
     def test_a_batch_of_another_size(self) -> None:
         model = linear("llama")
         with pytest.raises(InputError, match="the state belongs to another batch"):

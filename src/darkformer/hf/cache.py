@@ -108,6 +108,23 @@ class DarkCacheLayer(CacheLayerMixin):
         self.owner, self.versions = weakref.ref(module), versions
         return self
 
+    def check_past(self, mask: Tensor, new: int) -> None:
+        """Compares a mask (B, K), booleans of which the last `new` are of tokens to come, with what was read.
+
+        Raises:
+            ConversionError: it hides tokens that are in the sums already, or shows some that are not.
+        """
+        if self.state is None or mask.shape[1] != self.seen:  # a mask of the new tokens alone says nothing of others
+            return
+        said, read = mask[:, :-new].sum(1), self.state.count.to(mask.device)
+        if bool((said != read).any()):
+            row = int((said != read).nonzero()[0])
+            raise ConversionError(
+                f"attention_mask shows {int(said[row])} tokens of row {row} before this call, and past_key_values has "
+                f"read {int(read[row])}: what is in the sums cannot be hidden later. Pass the mask they were read "
+                "with, or start with an empty cache."
+            )
+
     def extend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any
     ) -> Tensor:

@@ -149,6 +149,8 @@ def dark_attention(
     if feature_map.config.method == "exact" or "dark_observer" in module.__dict__:
         output = _exact(module, query, key, value, (mask, documents), scaling, is_causal, softcap)
         return output.transpose(1, 2).to(dtype).contiguous(), None
+    if cache is not None and mask is not None:
+        cache.check_past(mask, query.shape[2])
     mask = None if mask is None else mask[:, -query.shape[2] :]
     options: dict[str, Any] = dict(scaling=scaling, is_causal=is_causal, softcap=softcap)
     with _naming(feature_map):
