@@ -25,6 +25,7 @@ IDS, MASK = tokens(2, 24), left_mask([0, 5], 24)
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
