@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.row:  # the fresh process of one row
         print(json.dumps(measure(options, options.row[0], int(options.row[1]))))
         return
-    surroundings, rows = environment(), []
+    surroundings, rows = {**environment(), "load_average_before": os.getloadavg()[0]}, []
     print(f"{'attention':>10} {'prompt':>7} {'prefill tok/s':>14} {'decode tok/s':>13} {'IQR':>6} {'cache MiB':>10}")
     given = list(arguments if arguments is not None else sys.argv[1:])
     for length in options.lengths:
@@ -150,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
             "dtype": "float32", "settings": settings, "rows": rows,
         }  # fmt: skip
         write_json(options.out, record)
+        print(table(record))
 
 
 if __name__ == "__main__":
