@@ -12,9 +12,21 @@ from tolerances import STREAM, relative_error
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from darkformer import ConversionError, DarkConfig, InputError, convert, cost, dark_layers, load_cache, save_cache
+from darkformer import (
+    ConfigError,
+    ConversionError,
+    DarkConfig,
+    InputError,
+    convert,
+    cost,
+    dark_layers,
+    load_cache,
+    save_cache,
+)
 from darkformer.hf import cache as cache_module
+from darkformer.hf import saved_cache
 from darkformer.hf.cache import DarkCacheLayer, cache_bytes
+from darkformer.hf.sealed import write_sealed
 from hf.families import DARK, PAPER, left_mask, linear, logits, positions, tiny, tokens
 
 LENGTH = 24
@@ -284,6 +296,18 @@ class TestFiles:
         save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
         with pytest.raises(InputError, match="holds no cache"):
             load_cache(tmp_path / "other.safetensors", model)
+
+    def test_a_configuration_of_another_version(self, tmp_path: Path) -> None:
+        model = linear("llama")
+        file = self._saved(tmp_path, model)
+        header, tensors = saved_cache._read(file)
+        del header["configuration"]["seed"]  # as if it had come after this file: it has its default
+        write_sealed(file, "darkformer_cache", header, tensors)
+        assert load_cache(file, model).get_seq_length() == 12
+        header["configuration"]["temperature"] = 1.0
+        write_sealed(file, "darkformer_cache", header, tensors)
+        with pytest.raises(ConfigError, match=r"temperature.*newer darkformer"):
+            load_cache(file, model)
 
     def test_a_file_from_the_future(self, tmp_path: Path) -> None:
         model = linear("llama")

@@ -97,7 +97,7 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
 
     Raises:
         InputError: a damaged file, or one of another model, of other draws or of another configuration.
-        ConfigError: a field of its configuration that a newer version added. ConversionError: the model is not converted.
+        ConfigError: a newer version wrote it. ConversionError: the model is not converted.
     """
     file = Path(file)
     header, tensors = _read(file)
