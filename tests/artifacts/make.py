@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import darkformer
 
 HERE = Path(__file__).parent
+PROMPT = 32
 
 
 def base() -> LlamaForCausalLM:
@@ -23,6 +24,13 @@ def base() -> LlamaForCausalLM:
         num_key_value_heads=1, head_dim=8, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def write_cache(model: LlamaForCausalLM, ids: torch.Tensor, folder: Path) -> None:
+    """The state after `PROMPT` tokens; the recorded logits of the others say what must come out of it."""
+    cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
+    darkformer.save_cache(cache, model, folder / "prompt.safetensors")
 
 
 def write(folder: Path) -> None:
@@ -42,6 +50,7 @@ def write(folder: Path) -> None:
         model.save_pretrained(folder / name / "full")
         with torch.no_grad():
             recorded[name] = model(ids, use_cache=False).logits
+        write_cache(model, ids, folder / name)
     save_file(recorded, folder / "recorded.safetensors")
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tolerances import STREAM, relative_error
 from transformers import PreTrainedModel
 
-from darkformer import load_light, load_model
+from darkformer import load_cache, load_light, load_model
 
 ARTIFACTS = Path(__file__).parents[1] / "artifacts"
 VERSIONS = sorted(path.name for path in ARTIFACTS.iterdir() if (path / "recorded.safetensors").is_file())
@@ -39,6 +39,21 @@ def test_loads_to_the_recorded_logits(version: str, form: str, kind: str) -> Non
     assert relative_error(logits, recorded[form]) < STREAM  # other machines add in another order
     other = recorded[FORMS[1 - FORMS.index(form)]]
     assert (logits - other).abs().max() > 0.01  # the records of the two forms could not be exchanged
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_saved_prompt_goes_on_to_the_recorded_logits(version: str, form: str) -> None:
+    recorded = load_file(ARTIFACTS / version / "recorded.safetensors")
+    model, ids = _load(version, form, "full"), recorded["input_ids"]
+    cache = load_cache(ARTIFACTS / version / form / "prompt.safetensors", model)
+    seen = cache.get_seq_length()
+    assert 0 < seen < ids.shape[1]
+    with torch.no_grad():
+        rest = model(ids[:, seen:], past_key_values=cache).logits
+        alone = model(ids[:, seen:], use_cache=False).logits
+    assert relative_error(rest, recorded[form][:, seen:]) < STREAM
+    assert relative_error(alone, recorded[form][:, seen:]) > 0.01  # the prompt is in the file and nowhere else
 
 
 @pytest.mark.parametrize("version", VERSIONS)

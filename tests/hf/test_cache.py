@@ -12,9 +12,21 @@ from tolerances import STREAM, relative_error
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from darkformer import ConversionError, DarkConfig, InputError, cost, dark_layers, load_cache, save_cache
+from darkformer import (
+    ConfigError,
+    ConversionError,
+    DarkConfig,
+    InputError,
+    convert,
+    cost,
+    dark_layers,
+    load_cache,
+    save_cache,
+)
 from darkformer.hf import cache as cache_module
+from darkformer.hf import saved_cache
 from darkformer.hf.cache import DarkCacheLayer, cache_bytes
+from darkformer.hf.sealed import write_sealed
 from hf.families import DARK, PAPER, left_mask, linear, logits, positions, tiny, tokens
 
 LENGTH = 24
@@ -147,6 +159,40 @@ class TestWhose:
         with pytest.raises(ConversionError, match="layer 0 of past_key_values was filled by another converted model"):
             linear("llama")(tokens(1, 1), past_key_values=cache)
 
+    @pytest.mark.parametrize("new", [1, 3])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-neox", "gemma3"])
+    def test_a_softmax_model(self, family: str, new: int) -> None:
+        # One token at a time nothing else would notice: softmax over the new key alone is a number too.
+        with torch.no_grad():
+            cache = linear(family)(tokens(1, 12), use_cache=True).past_key_values
+        for softmax in (tiny(family), convert(tiny(family), DarkConfig(method="exact"))):
+            with pytest.raises(ConversionError, match=r"state of a converted model \(12 tokens\).*empty cache"):
+                softmax(tokens(1, new), past_key_values=copy.deepcopy(cache), use_cache=True)
+
+    def test_a_softmax_model_with_a_loaded_cache(self, tmp_path: Path) -> None:
+        model = linear("llama")
+        file = save_cache(self._filled(model), model, tmp_path / "prompt.safetensors")
+        with pytest.raises(ConversionError, match="softmax attention needs their keys"):
+            tiny("llama")(tokens(1, 1), past_key_values=load_cache(file, model))
+
+    def test_a_mask_that_hides_what_was_read(self) -> None:
+        # Softmax has the keys and can leave some out at any time; sums cannot.
+        model, ids = linear("llama"), tokens(2, 20)
+        with torch.no_grad():
+            cache = model(ids[:, :15], attention_mask=left_mask([0, 4], 15), use_cache=True).past_key_values
+        hidden = left_mask([0, 4], 20)
+        hidden[1, 6:9] = 0
+        for new in (1, 5):
+            options = dict(past_key_values=copy.deepcopy(cache), position_ids=torch.arange(15, 15 + new)[None])
+            with pytest.raises(ConversionError, match=r"shows 8 tokens of row 1 .* read 11.*cannot be hidden later"):
+                model(ids[:, 15 : 15 + new], attention_mask=hidden[:, : 15 + new], **options)
+        model(ids[:, 15:], attention_mask=left_mask([0, 4], 20), past_key_values=cache)
+
+    def test_a_batch_of_another_size(self) -> None:
+        model = linear("llama")
+        with pytest.raises(InputError, match="the state belongs to another batch"):
+            model(tokens(2, 1), past_key_values=self._filled(model))
+
     def test_other_draws(self) -> None:
         model = linear("llama")
         cache = self._filled(model)
@@ -250,6 +296,18 @@ class TestFiles:
         save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
         with pytest.raises(InputError, match="holds no cache"):
             load_cache(tmp_path / "other.safetensors", model)
+
+    def test_a_configuration_of_another_version(self, tmp_path: Path) -> None:
+        model = linear("llama")
+        file = self._saved(tmp_path, model)
+        header, tensors = saved_cache._read(file)
+        del header["configuration"]["seed"]  # as if it had come after this file: it has its default
+        write_sealed(file, "darkformer_cache", header, tensors)
+        assert load_cache(file, model).get_seq_length() == 12
+        header["configuration"]["temperature"] = 1.0
+        write_sealed(file, "darkformer_cache", header, tensors)
+        with pytest.raises(ConfigError, match=r"temperature.*newer darkformer"):
+            load_cache(file, model)
 
     def test_a_file_from_the_future(self, tmp_path: Path) -> None:
         model = linear("llama")

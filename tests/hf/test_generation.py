@@ -5,6 +5,7 @@ and not only the shapes. Which do not apply, and why, is in docs/families.md.
 """
 
 import inspect
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -99,6 +100,18 @@ class TestMixin:
         assert torch.equal(model.generate(inputs_embeds=embedded, **options), expected[:, 12:])
         assert torch.equal(model.generate(ids, inputs_embeds=embedded, **options), expected)
 
+    def test_generate_from_inputs_embeds_with_static_cache(
+        self, model: PreTrainedModel, ids: Tensor, greedy: Tensor
+    ) -> None:
+        embedded = model.get_input_embeddings()(ids)
+        out = model.generate(inputs_embeds=embedded, cache_implementation="static", **GREEDY)
+        assert torch.equal(out, greedy[:, 12:])
+
+    def test_generate_from_random_inputs_embeds(self, model: PreTrainedModel) -> None:
+        embedded = torch.randn(2, 12, 48)
+        found, wanted = (model.generate(inputs_embeds=embedded, use_cache=use, **GREEDY) for use in (True, False))
+        assert torch.equal(found, wanted) and not torch.equal(found[0], found[1])
+
     def test_generate_continue_from_past_key_values(self, model: PreTrainedModel, ids: Tensor, greedy: Tensor) -> None:
         first = model.generate(ids, do_sample=False, max_new_tokens=5, return_dict_in_generate=True)
         rest = model.generate(
@@ -178,6 +191,16 @@ class TestAssisted:
             model.generate(ids, **GREEDY, return_dict_in_generate=True).past_key_values
         )
 
+    def test_a_converted_draft_of_a_softmax_model(self, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        removed: list[int] = []
+        crop = DarkCacheLayer.crop
+        monkeypatch.setattr(DarkCacheLayer, "crop", lambda self, n: removed.append(-n) or crop(self, n))
+        target, draft = tiny("llama"), linear("llama")
+        draft.generation_config.num_assistant_tokens = 4
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        assert torch.equal(target.generate(ids, assistant_model=draft, **GREEDY), target.generate(ids, **GREEDY))
+        assert max(removed) > 0  # the draft's own states were taken back
+
     def test_with_sliding_layers_and_a_cap(self) -> None:
         for family in ("gemma3", "gemma2"):
             model, draft, ids = linear(family), linear(family), tokens(1, 12)
@@ -249,6 +272,17 @@ class TestAround:
             given = tokenizer(prompt, return_tensors="pt").input_ids
             wanted = model.generate(given, **GREEDY)[0, given.shape[1] :]
             assert text.split() == tokenizer.decode(wanted, skip_special_tokens=True).split()
+
+    def test_pipeline_from_a_folder(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        prompt, options = "w5 w7 w9 w11 w2 w3 w8", dict(return_full_text=False, **GREEDY)
+        write = pipeline("text-generation", model=str(tmp_path), device="cpu")
+        ours = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        softmax = pipeline("text-generation", model=tiny("llama"), tokenizer=tokenizer, device="cpu")
+        assert write(prompt, **options) == ours(prompt, **options) != softmax(prompt, **options)
 
     def test_chat(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         chat = [{"role": "user", "content": "w5 w7 w9"}]

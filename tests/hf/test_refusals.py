@@ -13,6 +13,10 @@ from transformers import (
     BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -26,7 +30,18 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from darkformer import ConversionError, DarkConfig, InputError, MissingExtraError, NonFiniteError, convert, revert
+from darkformer import (
+    ConversionError,
+    DarkConfig,
+    InputError,
+    MissingExtraError,
+    NonFiniteError,
+    calibrate,
+    convert,
+    revert,
+)
+from darkformer.diagnostics.layer import Effort
+from darkformer.experiments.diagnose import diagnose
 from darkformer.hf import load
 from darkformer.hf.convert import observing
 from darkformer.hf.interface import dark_attention
@@ -125,10 +140,36 @@ def test_statistics_of_packed_documents() -> None:
         model(tokens(1, 20), position_ids=RESTART, use_cache=False)
 
 
-def test_statistics_of_an_encoder() -> None:
-    model = linear("bert")
-    with pytest.raises(ConversionError, match="layer 0 is bidirectional: calib"), observing(model, lambda *_: None):
+ENCODER = r"layer \d is bidirectional, an encoder's: calibrate and diagnose.*Finetune the encoder.*method='local'"
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_statistics_of_an_encoder(family: str) -> None:
+    model = linear(family)
+    with pytest.raises(ConversionError, match=ENCODER), observing(model, lambda *_: None):
         model(tokens(1, 20))
+    with pytest.raises(ConversionError, match=ENCODER):
+        calibrate(model, [tokens(2, 40)])
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_diagnosis_of_an_encoder(family: str) -> None:
+    model, ids = tiny(family), tokens(1, 20)
+    before = logits(model, ids)
+    with pytest.raises(ConversionError, match=ENCODER):
+        diagnose(model, tokens(8, 64), DARK, Effort(tokens=64))
+    assert torch.equal(logits(model, ids), before)  # and it is a softmax model again
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_softmax_turned_on_under_a_converted_model(implementation: str) -> None:
+    model, ids = linear("llama"), tokens(1, 20)
+    wanted = logits(model, ids)
+    model.set_attn_implementation(implementation)
+    with pytest.raises(ConversionError, match=rf"attn_implementation was set to '{implementation}'.*revert\(model\)"):
+        model.generate(ids, max_new_tokens=3)
+    model.set_attn_implementation("darkformer")
+    assert torch.equal(logits(model, ids), wanted)
 
 
 def test_positions_at_pads_are_free() -> None:
@@ -141,9 +182,18 @@ def test_positions_at_pads_are_free() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def test_a_four_dimensional_mask() -> None:
-    with pytest.raises(ConversionError, match=r"an attention mask of shape \(1, 1, 20, 20\) is not read"):
-        linear("llama")(tokens(1, 20), attention_mask=torch.ones(1, 1, 20, 20, dtype=torch.bool).tril())
+FOUR = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+PREFIX = FOUR | (torch.arange(20) < 5)  # the first five tokens see each other both ways, as images and prefixes do
+
+
+@pytest.mark.parametrize("config", [DARK, DarkConfig(method="exact")], ids=["linear", "exact"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    "mask", [FOUR, PREFIX, torch.zeros(PREFIX.shape).masked_fill(~PREFIX, -1e38)], ids=["causal", "prefix", "added"]
+)
+def test_a_four_dimensional_mask(family: str, config: DarkConfig, mask: torch.Tensor) -> None:
+    with pytest.raises(ConversionError, match=r"an attention mask of shape \(1, 1, 20, 20\) is not read.*revert"):
+        linear(family, config)(tokens(1, 20), attention_mask=mask)
 
 
 def test_a_mask_function_that_is_not_known() -> None:
@@ -173,6 +223,12 @@ SMALL = dict(vocab_size=99, num_attention_heads=2, hidden_size=16, num_hidden_la
 BART = dict(vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
             decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
 
+GEMMA3N = dict(
+    SMALL, num_hidden_layers=2, layer_types=["full_attention"] * 2, num_kv_shared_layers=1, num_key_value_heads=1,
+    head_dim=8, intermediate_size=16, vocab_size_per_layer_input=99, hidden_size_per_layer_input=4, altup_num_inputs=2,
+    laurel_rank=2, activation_sparsity_pattern=[0.0] * 2,
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("build", "reason"),
@@ -192,8 +248,28 @@ BART = dict(vocab_size=99, d_model=16, encoder_layers=1, decoder_layers=1, encod
             ),
             r"GptOssAttention\) adds a learned sink",
         ),
+        (
+            lambda: DeepseekV3ForCausalLM(
+                DeepseekV3Config(
+                    num_key_value_heads=2,
+                    kv_lora_rank=4,
+                    q_lora_rank=None,
+                    qk_nope_head_dim=4,
+                    qk_rope_head_dim=4,
+                    v_head_dim=4,
+                    first_k_dense_replace=1,
+                    intermediate_size=16,
+                    **SMALL,
+                )
+            ),
+            r"DeepseekV3Attention\) is latent attention",
+        ),
+        (
+            lambda: Gemma3nForCausalLM(Gemma3nTextConfig(**GEMMA3N)),
+            r"layers\.1\.self_attn .* from another layer's cache",
+        ),
     ],
-    ids=["Bart", "GPT-2 with cross-attention", "BERT with cross-attention", "gpt-oss"],
+    ids=["Bart", "GPT-2 with cross-attention", "BERT with cross-attention", "gpt-oss", "DeepSeek", "shared keys"],
 )
 def test_families_that_cannot_be_converted(build: Callable[[], PreTrainedModel], reason: str) -> None:
     model = build()

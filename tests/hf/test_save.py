@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import darkformer
-from darkformer import ConfigError, DarkConfig, convert, dark_layers, revert
+from darkformer import ConfigError, DarkConfig, InputError, convert, dark_layers, load_light, revert, save_light
 from darkformer.hf.load import load_model
-from hf.families import DARK, PAPER, disturb, left_mask, linear, logits, tiny, tokens
+from hf.families import DARK, FAMILIES, PAPER, disturb, left_mask, linear, logits, tiny, tokens
 
 IDS, MASK = tokens(2, 40), left_mask([0, 11], 40)
 CONFIGS = {
@@ -48,6 +48,21 @@ def test_load_is_bit_equal(family: str, config: DarkConfig, tmp_path: Path) -> N
     model = linear(family, config)
     model.save_pretrained(tmp_path)
     _assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert"])
+def test_other_heads_on_the_same_weights(family: str, tmp_path: Path) -> None:
+    model = linear(family)
+    model.save_pretrained(tmp_path)
+    given = dict(input_ids=IDS, attention_mask=MASK)
+    with torch.no_grad():
+        body = AutoModel.from_pretrained(tmp_path)(**given).last_hidden_state
+        assert torch.equal(body, model.base_model(**given).last_hidden_state)
+        assert not torch.equal(body, tiny(family).base_model(**given).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    layers = list(zip(dark_layers(classifier), dark_layers(model), strict=True))
+    assert len(layers) == len(FAMILIES[family].layers)
+    assert all(torch.equal(x, a.state_dict()[name]) for a, b in layers for name, x in b.state_dict().items())
 
 
 def test_only_safetensors_and_omega_among_them(family: str, tmp_path: Path) -> None:
@@ -127,6 +142,42 @@ def test_a_config_from_the_future_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(config), "utf-8")
     with pytest.raises(ConfigError, match=r"temperature.*newer darkformer"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+class Bomb:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.trace), "w")
+
+
+def test_loading_runs_no_code_from_the_folder(tmp_path: Path) -> None:
+    model, folder, trace = linear("llama"), tmp_path / "model", tmp_path / "ran"
+    model.save_pretrained(folder)
+    save_light(model, folder / "light")
+    for place in (folder, folder / "light"):
+        code = f"open({str(trace)!r}, 'w')\nclass Custom: pass\n"
+        for name in ("modeling_custom.py", "configuration_custom.py", "darkformer.py", "__init__.py", "conftest.py"):
+            (place / name).write_text(code)
+        for name in ("pytorch_model.bin", "training_args.bin", "darkformer.bin"):
+            torch.save({"weight": Bomb(trace)}, place / name)
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_custom.Custom", "AutoConfig": "configuration_custom.Custom"}
+    file.write_text(json.dumps(config), "utf-8")
+    for load in (AutoModelForCausalLM.from_pretrained, lambda path: load_model(str(path))):
+        _assert_equal(load(folder), model)
+    _assert_equal(load_light(tiny("llama"), folder / "light"), model)
+    assert not trace.exists()
+    (folder / "model.safetensors").unlink()  # nor where pickled weights are all there is
+    with pytest.raises(InputError, match="its weights are pickled and hold more than tensors"):
+        load_model(str(folder))
+    assert not trace.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert trace.exists()  # the control: the pickle does what it should not be allowed to
 
 
 LOADER = """

@@ -111,6 +111,26 @@ def test_ragged_rows_through_the_collator_of_language_modelling(
     assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][0] > 1
 
 
+def _sft_losses(folder: Path, tokenizer: PreTrainedTokenizerFast, **options: object) -> list[float]:
+    tokenizer.padding_side = "right"
+    trainer = SFTTrainer(
+        model=disturb(convert(_model(len(WORDS)), DARK)), train_dataset=_chats(), processing_class=tokenizer,
+        args=SFTConfig(str(folder), max_steps=4, save_strategy="no", bf16=False, **options, **QUICK),  # type: ignore[arg-type]
+    )  # fmt: skip
+    trainer.train()
+    return _losses(trainer)
+
+
+def test_chats_that_share_a_row_stay_separate(chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    # Without padding all chats of a batch come in one row, with position_ids that restart and cu_seq_lens: the same
+    # loss curve. Packed by length (trl's default) rows hold other chats together, and the model learns as well.
+    padded = _sft_losses(tmp_path / "padded", chat_tokenizer, max_length=None)
+    free = _sft_losses(tmp_path / "free", chat_tokenizer, max_length=None, padding_free=True)
+    assert free == pytest.approx(padded, rel=1e-5)
+    packed = _sft_losses(tmp_path / "packed", chat_tokenizer, max_length=64, packing=True)
+    assert packed[-1] < 0.5 * packed[0]
+
+
 @pytest.mark.parametrize("assistant_only", [False, True], ids=["all tokens", "answers only"])
 def test_sft_trainer_on_chats(assistant_only: bool, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     chat_tokenizer.padding_side = "right"

@@ -85,6 +85,7 @@ class DarkCacheLayer(CacheLayerMixin):
         self.history: History | None = None
         self.owner: Any = None  # weak reference to the attention module; a copy of the cache keeps it
         self.versions: tuple[int, ...] = ()
+        self.awaited = False  # whether a converted module is about to hand over keys and values
 
     def bind(self, module: Any) -> DarkCacheLayer:
         """Notes whose state this is.
@@ -106,6 +107,23 @@ class DarkCacheLayer(CacheLayerMixin):
                 )
         self.owner, self.versions = weakref.ref(module), versions
         return self
+
+    def check_past(self, mask: Tensor, new: int) -> None:
+        """Compares a mask (B, K), booleans of which the last `new` are of tokens to come, with what was read.
+
+        Raises:
+            ConversionError: it hides tokens that are in the sums already, or shows some that are not.
+        """
+        if self.state is None or mask.shape[1] != self.seen:  # a mask of the new tokens alone says nothing of others
+            return
+        said, read = mask[:, :-new].sum(1), self.state.count.to(mask.device)
+        if bool((said != read).any()):
+            row = int((said != read).nonzero()[0])
+            raise ConversionError(
+                f"attention_mask shows {int(said[row])} tokens of row {row} before this call, and past_key_values has "
+                f"read {int(read[row])}: what is in the sums cannot be hidden later. Pass the mask they were read "
+                "with, or start with an empty cache."
+            )
 
     def extend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any
@@ -149,6 +167,17 @@ class DarkCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hands new keys and values through and counts them.
+
+        Raises:
+            ConversionError: softmax attention asks, which would take the new keys for all there are.
+        """
+        if not self.awaited:
+            raise ConversionError(
+                f"past_key_values holds the state of a converted model ({self.seen} tokens), and softmax attention "
+                "needs their keys and values: start with an empty cache, or go on with the converted model."
+            )
+        self.awaited = False
         self.is_initialized = True
         self.seen += key_states.shape[-2]
         return key_states, value_states
@@ -255,7 +284,8 @@ def own_layer(cache: Cache, module: Any) -> DarkCacheLayer:
         if cache.__dict__.get("records_past"):
             layer.activate_past_recording()
         cache.layers[module.layer_idx] = layer
-    return layer.bind(module)
+    layer.bind(module).awaited = True
+    return layer
 
 
 def _note_recording() -> None:

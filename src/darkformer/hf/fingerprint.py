@@ -47,7 +47,9 @@ def digest(tensors: Mapping[str, Tensor], *, values: bool = False) -> str:
 def describe_base(model: nn.Module) -> dict[str, Any] | None:
     """Name, dtype and fingerprint of the model's own weights; None while they are not there (meta device).
 
-    One pass over the weights: 1 to 2 GB a second on a CPU with SHA instructions.
+    One pass over the weights: 1 to 2 GB a second on a CPU with SHA instructions. It cannot wait until something is
+    saved, because nothing cheaper tells whether the weights are still those that were converted: what writes through
+    `.data` (peft's merge does) leaves the tensor, its memory and its version counter as they were.
     """
     own, _ = split_tensors(model)
     if any(tensor.is_meta for tensor in own.values()):

@@ -104,8 +104,9 @@ def _exact(
             raise ConversionError("statistics are taken from rows of one document each: give no packed documents.")
         if not is_causal:
             raise ConversionError(
-                f"layer {feature_map.layer} is bidirectional: calibration and diagnosis measure causal attention only. "
-                "Use or train this encoder as darkformer.convert leaves it."
+                f"layer {feature_map.layer} is bidirectional, an encoder's: calibrate and diagnose measure what a "
+                "causal query sees, so their scales and biases would be wrong here. Finetune the encoder as "
+                "darkformer.convert leaves it; untrained, DarkConfig(method='local') is nearer to softmax."
             )
         with _naming(feature_map):  # statistics of NaN would be refused later, without the layer's name
             check_finite(query=query, key=key, value=value)
@@ -148,6 +149,8 @@ def dark_attention(
     if feature_map.config.method == "exact" or "dark_observer" in module.__dict__:
         output = _exact(module, query, key, value, (mask, documents), scaling, is_causal, softcap)
         return output.transpose(1, 2).to(dtype).contiguous(), None
+    if cache is not None and mask is not None:
+        cache.check_past(mask, query.shape[2])
     mask = None if mask is None else mask[:, -query.shape[2] :]
     options: dict[str, Any] = dict(scaling=scaling, is_causal=is_causal, softcap=softcap)
     with _naming(feature_map):
@@ -164,8 +167,17 @@ def dark_attention(
 
 @torch.compiler.disable
 def take_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`."""
+    """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`.
+
+    Raises:
+        ConversionError: `set_attn_implementation` has turned softmax on under a converted model.
+    """
     module.__dict__.pop("dark_cache", None)
+    if (chosen := module.config._attn_implementation) != NAME:
+        raise ConversionError(
+            f"layer {module.dark.layer} is converted, but its attn_implementation was set to {chosen!r}: softmax would "
+            f"be computed silently. Call darkformer.revert(model) first, or model.set_attn_implementation({NAME!r})."
+        )
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # the latter: GPT-NeoX
     if cache is not None and module.dark.config.method != "exact" and "dark_observer" not in module.__dict__:
         module.__dict__["dark_cache"] = own_layer(cache, module)

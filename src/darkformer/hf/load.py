@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -127,6 +128,11 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options)
     except DarkformerError:
         raise
+    except UnpicklingError as error:
+        raise InputError(
+            f"{model}: cannot be loaded: its weights are pickled and hold more than tensors, so reading them would run "
+            "code from the file. Ask for safetensors, or save them as such where you trust the file."
+        ) from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{model}: cannot be loaded as a causal language model: {error}") from error
     if extra:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .._version import __version__
-from ..config import ConversionError, InputError
+from ..config import ConversionError, DarkConfig, InputError
 from ..ops.problem import AttentionState
 from .cache import DarkCacheLayer
 from .convert import converted_modules
@@ -97,11 +97,13 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
 
     Raises:
         InputError: a damaged file, or one of another model, of other draws or of another configuration.
-        ConversionError: the model is not converted.
+        ConfigError: a newer version wrote it. ConversionError: the model is not converted.
     """
     file = Path(file)
     header, tensors = _read(file)
     identity = _identity(model)
+    # What an earlier version wrote lacks the fields that came later: they have their defaults.
+    header["configuration"] = DarkConfig.from_dict(header["configuration"]).to_dict()
     meaning = {
         "configuration": "its configuration is another one",
         "features": "its draws or what calibration and training made of its features are others",

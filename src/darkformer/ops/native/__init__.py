@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -65,7 +66,10 @@ def _library_reason() -> str | None:
         load.library()
         from .selftest import selftest
 
-        selftest()
+        # The first caller may be in inference mode, under autocast or inside a checkpoint that counts saved tensors;
+        # all of that belongs to its thread, so the test has one of its own.
+        with ThreadPoolExecutor(1) as own:
+            own.submit(selftest).result()
     except BuildError as error:
         print(
             f"darkformer: the native attention is not available, torch's operators do the work: {error}",
