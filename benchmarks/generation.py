@@ -30,6 +30,7 @@ from darkformer.train.record import environment, write_json
 
 KINDS = ("softmax", "darkformer")
 MIB = 2**20
+MARK = "<!-- generation -->"
 
 
 def prepare(options: argparse.Namespace, kind: str) -> Any:
@@ -117,6 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sinks", type=int, default=4, help="Exact sinks of the converted model.")
     parser.add_argument("--threads", type=int, help="Threads of every row.")
     parser.add_argument("--out", type=Path, help="Where to write the record (JSON); without it, print only.")
+    parser.add_argument("--page", type=Path, help="Markdown page whose table is replaced, beside --out.")
     parser.add_argument("--row", nargs=2, metavar=("KIND", "LENGTH"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -152,6 +154,9 @@ def main(arguments: list[str] | None = None) -> None:
         }  # fmt: skip
         write_json(options.out, record)
         print(table(record))
+        if options.page:
+            before, _, after = options.page.read_text(encoding="utf-8").split(MARK)
+            options.page.write_text(f"{before}{MARK}\n{table(record)}\n{MARK}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

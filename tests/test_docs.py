@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,19 @@ def test_the_demos_table_is_the_committed_record() -> None:
         assert note in README
     for name in ("accuracy", "error"):
         assert (ROOT / "docs" / "figures" / f"demo-{name}.png").is_file()
+
+
+def test_the_table_of_generation_is_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "records" / "generation.json").read_text(encoding="utf-8"))
+    table = runpy.run_path(str(ROOT / "benchmarks" / "generation.py"))["table"]
+    shown = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").split("<!-- generation -->")[1]
+    assert shown.strip() == table(record)
+    assert {(row["attention"], row["length"]) for row in record["rows"]} == {
+        (kind, length) for kind in ("softmax", "darkformer") for length in (512, 2048, 8192)
+    }
+    ours = [row for row in record["rows"] if row["attention"] == "darkformer"]
+    assert len({row[f"cache_bytes_after_{when}"] for row in ours for when in ("prompt", "all")}) == 1  # constant
+    assert record["environment"]["commit"] and "changes" not in record["environment"]["commit"]
 
 
 def test_the_default_beats_the_papers_form_in_the_record() -> None:
