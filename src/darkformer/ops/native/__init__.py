@@ -50,6 +50,8 @@ def _unfit(problem: Problem) -> str | None:
         return f"it computes in float32 and bfloat16, not in {query.dtype}"
     if not problem.is_causal:
         return "it is causal only"
+    if problem.softcap is not None:
+        return "it cannot cap logits"
     if config.method not in METHODS:
         return f"method={config.method!r} is not among {', '.join(METHODS)}"
     sizes = (max(query.shape[-1], problem.value.shape[-1]), config.feature_count, config.window)
