@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..config import ConfigError, InputError, NonFiniteError
 from ..features.maps import FeatureMap
+from .assembled import assembled
+from .assembled import why_not as _why_not_assembled
 from .chunked import chunked
 from .exact import exact
 from .native import native
@@ -55,6 +57,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("recurrent", _why_not_recurrent, recurrent),
         Backend("native", _why_not_native, native),
         Backend("chunked", _why_not_chunked, chunked),
+        Backend("assembled", _why_not_assembled, assembled),
         Backend("reference", lambda problem: None, reference),
     )
 }
