@@ -31,9 +31,8 @@ def near_stand_in(
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     logits = q @ k.mT * scaling
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    b, t, j = (torch.arange(n).view(s) for n, s in zip((len(q), q.shape[2], k.shape[2]),
-                                                      ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True))  # fmt: skip
-    mask = seen(b, torch.tensor(0), t, j)[:, None]
+    b, t, j = (torch.arange(n, device=q.device) for n in (len(q), q.shape[2], k.shape[2]))
+    mask = seen(b[:, None, None], b[:0], t[:, None], j)[:, None]
     logits = torch.where(mask, logits, -1e30)
     return logits.softmax(-1) * mask @ v, torch.where(mask.any(-1), logits.logsumexp(-1), -1e30)
 
