@@ -35,7 +35,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.query.device.type != "cuda":
         return f"it needs CUDA, the tensors are on {problem.query.device.type}"
     if importlib.util.find_spec("fla") is None:
-        return "it needs the package flash-linear-attention: pip install 'darkformer[gpu]'"
+        return "it needs the operators of flash-linear-attention: pip install 'darkformer[gpu]'"
     return None
 
 
