@@ -132,9 +132,10 @@ class DarkCacheLayer(CacheLayerMixin):
         Raises:
             ConversionError: it hides tokens that are in the sums already, or shows some that are not.
         """
-        if self.state is None or mask.shape[1] != self.seen:  # a mask of the new tokens alone says nothing of others
+        count = self._step.count if self._step is not None else None if self._state is None else self._state.count
+        if count is None or mask.shape[1] != self.seen:  # a mask of the new tokens alone says nothing of others
             return
-        said, read = mask[:, :-new].sum(1), self.state.count.to(mask.device)
+        said, read = mask[:, :-new].sum(1), count.to(mask.device)
         if bool((said != read).any()):
             row = int((said != read).nonzero()[0])
             raise ConversionError(

@@ -100,6 +100,11 @@ class Step:
             raise NonFiniteError("query, key or value hold NaN or infinity: the token was not taken.")
         return output
 
+    @property
+    def count(self) -> Tensor:
+        """(B,) int64, tokens seen; changes with the next one."""
+        return self._tensors[-1]
+
     def state(self) -> AttentionState:
         """A copy of the state after the last token."""
         found = {}
