@@ -142,6 +142,7 @@ def started(cache: Path, marker: Path, compiler: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", FALLBACK], env=environment, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
     )  # fmt: skip
     until = time.monotonic() + 60
     while not marker.exists():
