@@ -13,6 +13,7 @@ from hf import families
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import darkformer
+from darkformer.experiments.bench_targets import targets_markdown
 from darkformer.experiments.report import markdown_table, notes
 from darkformer.hf.load import demo_model_path, load_tokenizer, save_model
 
@@ -122,6 +123,18 @@ def test_commands_in_the_docs_parse() -> None:
         sub = command.commands[words[1]]
         flags = {flag for p in sub.params for flag in (*p.opts, *p.secondary_opts)}
         assert {word for word in words if word.startswith("--")} <= flags, words
+
+
+BENCH = ROOT / "benchmarks" / "records" / "bench.json"
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="no full sweep has been recorded")
+def test_the_targets_in_the_readme_are_the_committed_record() -> None:
+    record = json.loads(BENCH.read_text(encoding="utf-8"))
+    assert record["finished"] and record["plan"] == "full"
+    assert targets_markdown(record) in README
+    for name in ("time", "speedup"):
+        assert (ROOT / "docs" / "figures" / f"bench-{name}.png").is_file()
 
 
 def test_what_the_docs_say_of_recall_is_the_record() -> None:

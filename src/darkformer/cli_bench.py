@@ -29,6 +29,7 @@ def register(app: typer.Typer, console: Console) -> None:
         import torch
 
         from .experiments.bench import Bench, full_plan, quick_plan
+        from .experiments.bench_targets import targets_markdown
         from .experiments.console import RichReporter
         from .plots import speed_up_against_length, time_against_length
 
@@ -39,6 +40,9 @@ def register(app: typer.Typer, console: Console) -> None:
         time_against_length(record, out / "time.png")
         speed_up_against_length(record, out / "speedup.png")
         console.print(f"Record: {out / 'record.json'}   plots: {out / 'time.png'}, {out / 'speedup.png'}", markup=False)
+        if not quick:
+            (out / "targets.md").write_text(targets_markdown(record), encoding="utf-8")
+            console.print(f"Each target beside its value: {out / 'targets.md'}", markup=False)
 
 
 def print_bench(record: dict[str, Any], console: Console) -> None:

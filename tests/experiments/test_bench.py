@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -20,7 +21,9 @@ from darkformer.cost import linear_attention_work, softmax_attention_work
 from darkformer.experiments import bench, bench_machine, bench_model, bench_paths
 from darkformer.experiments.bench import Bench, Plan, Sweep, crossover
 from darkformer.experiments.bench_paths import SOFTMAX, Shape, parity
+from darkformer.experiments.bench_targets import AIMS, targets_markdown
 from darkformer.ops import attention as door
+from darkformer.ops import native
 from darkformer.train.report import Silent
 
 TINY = Shape("tiny", 2, 1, 16, 8, 0)
@@ -57,7 +60,8 @@ def test_the_record_says_all_there_is_to_know(record: dict) -> None:
         assert row["peak_scratch_bytes"] is None or row["peak_scratch_bytes"] >= 0
         assert row["fraction_of_bound"] == pytest.approx(row["bound_seconds"] / row["median"])
     assert all(row["passed"] for row in record["parity"])
-    assert {row["path"] for row in record["decode"]} == {"recurrent", "sdpa"}
+    steps = {"step"} if native.unavailable() is None else set()
+    assert {row["path"] for row in record["decode"]} == {"recurrent", "sdpa"} | steps
     assert len(record["crossover"]) == 2 * 2 * len(paths)
     assert json.loads(json.dumps(record)) == record
 
@@ -153,6 +157,58 @@ def test_tables_and_plots_come_from_the_record(record: dict, tmp_path: Path) -> 
     assert "crossover with softmax" in text and "× softmax" in text and "GFLOP/s" in text
     for draw in (plots.time_against_length, plots.speed_up_against_length):
         assert draw(record, tmp_path / f"{draw.__name__}.png").stat().st_size > 5000
+
+
+def synthetic(speed: float) -> dict:
+    """A full record in which every path of ours is `speed` times as fast as softmax at 4k, and linear."""
+    points = []
+    for sweep in bench.full_plan().sweeps:
+        for shape in sweep.shapes:
+            for dtype, direction, length in itertools.product(sweep.dtypes, sweep.directions, sweep.lengths):
+                paths = ["native", "chunked", *(p.name for p in bench_paths.PEERS if sweep.peers)]
+                for path in [*paths, *([] if shape.window else ["sdpa"])]:
+                    median = (length / 4096) ** 2 if path == "sdpa" else length / 4096 / speed
+                    median *= 100 if path in [p.name for p in bench_paths.PEERS] else 1
+                    points.append({"shape": shape._asdict(), "length": length, "dtype": dtype, "direction": direction,
+                                   "path": path, "median": median, "fraction_of_bound": 0.5,
+                                   "peak_scratch_bytes": 20_000_000})  # fmt: skip
+    parity = [{"path": "native", "dtype": dtype, "errors": {"output": e}, "allowed": {"output": 1.3 * e}}
+              for dtype, e in (("float32", 1e-6), ("bfloat16", 1e-3))]  # fmt: skip
+    crossing = [{"shape": bench.WIDE._asdict(), "dtype": a.dtype, "direction": a.direction, "path": a.path,
+                 "tokens": 700.0} for a in AIMS]  # fmt: skip
+    tasks = ("prefill", "training step", "generation, one token")
+    model = [{"task": task, "model": name, "median": median}
+             for task in tasks for name, median in (("softmax", 2.0), ("linear", 1.0))]  # fmt: skip
+    return {"points": points, "parity": parity, "crossover": crossing, "model": model, "decode": [],
+            "limits": {"gemm_flops": {"float32": 1e11, "bfloat16": 2e11}},
+            "environment": {"device": "a machine", "threads": 2, "commit": "abc"}}  # fmt: skip
+
+
+def test_the_targets_beside_what_was_measured() -> None:
+    text = targets_markdown(synthetic(8.0))
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    # 8 at 4k, 16 at 8k, 32, 128: all but the aim 10 at 4k of one row
+    forward = next(x for x in text.splitlines() if "`native` forward, W 0 | float32" in x)
+    assert "**8.0** (8) | **16.0** (14) | **32.0** (27) | **128.0** (95) | 0.50 (0.80)" in forward
+    backward = next(x for x in text.splitlines() if "`native` forward+backward, W 0 | bfloat16" in x)
+    assert "| 8.0 (10) |" in backward and "**0.50** (0.40)" in backward
+    assert "(5.6)" in next(x for x in text.splitlines() if "`native` forward, W 64 | float32" in x)
+    assert lines["crossover, `native` forward, float32"].endswith("| 700 tokens | ✗ |")
+    assert lines["crossover, `chunked` forward, float32"].endswith("| 700 tokens | ✓ |")
+    assert "| 100× | ✓ |" in lines["`native` against performer-pytorch, forward at 4k"]
+    assert "| 20 MB | ✗ |" in lines["scratch memory at 64k, `native`, forward and backward"]
+    assert "| 20 MB | ✓ |" in lines["scratch memory at 64k, `chunked`, forward and backward"]
+    assert "| 1.00 | ✓ |" in lines["slope of time 4k–64k, `native` forward, float32"]
+    assert "| 1.0 | ✓ |" in lines["worst error of `native`, float32 (× 10⁻⁶)"]
+    assert "| 1.00× | ✓ |" in lines["worst error of `native`, bfloat16, of softmax's own"]
+    assert "| 16× | ✓ |" in lines["Gemma's shape at 8k, forward+backward, bfloat16"]
+    assert "| 2× | ✗ |" in lines["SmolLM2-135M, bfloat16: prefill at 8k"]
+
+
+def test_every_target_has_its_points_in_the_full_plan() -> None:
+    assert "–" not in targets_markdown(synthetic(8.0)).replace("4k–64k", "")
+    nothing = targets_markdown(synthetic(8.0) | {"points": [], "parity": [], "crossover": [], "model": []})
+    assert "✓" not in nothing and "✗" not in nothing and "**" not in nothing
 
 
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

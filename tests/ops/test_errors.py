@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import INVARIANT, relative_error
 from torch import Tensor
 
 from darkformer import AttentionState, ConfigError, InputError, NonFiniteError, attention
 from darkformer.ops.attention import BACKENDS
 
-from .cases import Case, make_inputs, make_map
+from .cases import NATIVE, NATIVE_BFLOAT16, Case, Way, make_inputs, make_map, needs_native
 
 CASE = Case(length=5, window=2, sinks=1)
 
@@ -208,6 +209,39 @@ def test_a_mask_of_integers_means_the_same() -> None:
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     assert torch.equal(call(key_mask=mask), call(key_mask=mask.bool()))
     assert torch.equal(call(key_mask=torch.ones(2, 5, dtype=torch.int32)), call())
+
+
+STRIDED = {
+    "token major": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last dimension strided": lambda x: x.mT.contiguous().mT,
+    "a slice of more": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:1, :1, :, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(Way(name) for name in ("chunked", "recurrent", "exact", "reference")),
+        *(pytest.param(way, marks=needs_native) for way in (NATIVE, NATIVE_BFLOAT16)),
+    ],
+    ids=str,
+)
+def test_any_strides(way: Way, layout: str) -> None:
+    """Non-contiguous and expanded tensors, forward and backward, are what their copies are."""
+    case = replace(
+        CASE, length=1 if way.backend == "recurrent" else 70, method="exact" if way.backend == "exact" else "dark"
+    )
+    made = make_map(case).to(way.dtype if way.dtype == torch.float64 else torch.float32)
+    found = []
+    for copied in (False, True):
+        leaves = [STRIDED[layout](x) for x in make_inputs(case, dtype=way.dtype)]
+        leaves = [(x.clone(memory_format=torch.contiguous_format) if copied else x).requires_grad_() for x in leaves]
+        output = attention(*leaves, made, backend=way.backend)
+        output.sum().backward()  # an expanded cotangent
+        found.append([output.detach(), *(x.grad for x in leaves)])
+    assert all(relative_error(x, y) <= INVARIANT[torch.float64] for x, y in zip(*found, strict=True))
 
 
 def test_backends_have_one_signature() -> None:

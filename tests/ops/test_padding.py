@@ -10,10 +10,11 @@ from torch import Tensor
 from darkformer import FeatureMap, attention
 from darkformer.config import METHODS
 
-from .cases import Case, make_inputs, make_map
+from .cases import Case, Way, make_inputs, make_map
 from .test_recurrent import state_errors
 
-BACKENDS = ("auto", "reference")
+#: In float32 `auto` is the compiled backend wherever there is one and it takes the problem.
+WAYS = (Way("auto"), Way("reference"), Way("auto", torch.float32))
 CONFIGS = [
     Case(length=12, window=0, sinks=0),
     Case(length=12, window=5, sinks=3, tied=False),
@@ -29,21 +30,21 @@ def spread(x: Tensor, mask: Tensor, filling: float) -> Tensor:
     return wide
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("case", CONFIGS, ids=str)
-def test_pads_may_hold_anything(case: Case, causal: bool, backend: str) -> None:
-    made = make_map(case)
+def test_pads_may_hold_anything(case: Case, causal: bool, way: Way) -> None:
+    made = make_map(case, way.dtype)
     mask = torch.rand(case.batch, case.length) > 0.4
     mask[:, 3] = True
     found = []
     for filling in (0.0, float("nan"), float("inf"), -1e30):
         made.zero_grad()
         pads = ~mask[:, None, :, None]
-        inputs = [x.masked_fill(pads, filling).requires_grad_() for x in make_inputs(case)]
-        output = attention(*inputs, made, key_mask=mask, is_causal=causal, backend=backend)
+        inputs = [x.masked_fill(pads, filling).requires_grad_() for x in make_inputs(case, dtype=way.dtype)]
+        output = attention(*inputs, made, key_mask=mask, is_causal=causal, backend=way.backend)
         assert output.masked_select(pads).eq(0).all()
-        (output * torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)).sum().backward()
+        (output * torch.linspace(-1, 1, output.numel(), dtype=way.dtype).view(output.shape)).sum().backward()
         for x in inputs:
             assert x.grad.masked_select(pads).eq(0).all()
             assert x.grad.isfinite().all()
@@ -53,53 +54,56 @@ def test_pads_may_hold_anything(case: Case, causal: bool, backend: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("case", CONFIGS, ids=str)
 @settings(max_examples=6)
 @given(places=st.lists(st.booleans(), min_size=1, max_size=90), side=st.sampled_from(["left", "right", "anywhere"]))
-def test_amount_and_side_of_padding(case: Case, causal: bool, backend: str, places: list[bool], side: str) -> None:
+def test_amount_and_side_of_padding(case: Case, causal: bool, way: Way, places: list[bool], side: str) -> None:
     real = torch.tensor(places)
     if side != "anywhere":
         real = real.sort(stable=True, descending=side == "right").values
-    made, count = make_map(case), int(real.sum())
-    inputs = [x[:1] for x in make_inputs(case, count)]
-    options = {"is_causal": causal, "return_state": causal, "backend": backend}
+    made, count = make_map(case, way.dtype), int(real.sum())
+    inputs = [x[:1] for x in make_inputs(case, count, way.dtype)]
+    options = {"is_causal": causal, "return_state": causal, "backend": way.backend}
     want = attention(*inputs, made, **options)
     found = attention(*(spread(x, real[None], 7.0) for x in inputs), made, key_mask=real[None], **options)
     if causal:
         (found, state), (want, want_state) = found, want
         if case.method != "exact" and count:
-            assert max(state_errors(state, want_state).values()) <= INVARIANT
-    assert relative_error(found[:, :, real], want) <= INVARIANT
+            assert max(state_errors(state, want_state).values()) <= INVARIANT[way.dtype]
+    assert relative_error(found[:, :, real], want) <= INVARIANT[way.dtype]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("case", CONFIGS, ids=str)
-def test_rows_do_not_see_each_other(case: Case, causal: bool, backend: str) -> None:
+def test_rows_do_not_see_each_other(case: Case, causal: bool, way: Way) -> None:
     """Batch 1 is no special case: each row of a ragged batch equals that row alone, and alone without its pads."""
     case = Case(**vars(case) | {"batch": 4, "length": 70})
-    made, inputs = make_map(case), make_inputs(case)
+    made, inputs = make_map(case, way.dtype), make_inputs(case, dtype=way.dtype)
     mask = torch.ones(4, 70, dtype=torch.bool)
     mask[1, :30] = mask[2, 5:] = mask[3, 10:60] = False
-    options = {"is_causal": causal, "backend": backend}
+    options = {"is_causal": causal, "backend": way.backend}
     together = attention(*inputs, made, key_mask=mask, **options)
     for b, real in enumerate(mask):
         row = [x[b : b + 1] for x in inputs]
-        assert relative_error(attention(*row, made, key_mask=mask[b : b + 1], **options)[0], together[b]) <= INVARIANT
+        assert (
+            relative_error(attention(*row, made, key_mask=mask[b : b + 1], **options)[0], together[b])
+            <= INVARIANT[way.dtype]
+        )
         alone = attention(*(x[:, :, real] for x in row), made, **options)
-        assert relative_error(alone[0], together[b][:, real]) <= INVARIANT
+        assert relative_error(alone[0], together[b][:, real]) <= INVARIANT[way.dtype]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("case", CONFIGS, ids=str)
-def test_a_fully_masked_row(case: Case, causal: bool, backend: str) -> None:
-    made = make_map(case)
+def test_a_fully_masked_row(case: Case, causal: bool, way: Way) -> None:
+    made = make_map(case, way.dtype)
     mask = torch.tensor([[True] * case.length, [False] * case.length])
-    inputs = [x.requires_grad_() for x in make_inputs(case)]
-    result = attention(*inputs, made, key_mask=mask, is_causal=causal, return_state=causal, backend=backend)
+    inputs = [x.requires_grad_() for x in make_inputs(case, dtype=way.dtype)]
+    result = attention(*inputs, made, key_mask=mask, is_causal=causal, return_state=causal, backend=way.backend)
     output = result[0] if causal else result
     assert output[1].eq(0).all()
     output.square().sum().backward()
@@ -131,18 +135,18 @@ CAUSAL += [Case(length=130, window=16, sinks=4, method=m) for m in METHODS if m 
 STARTS = (1, 40, 64, 129)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("kind", ["other", "huge", "zero"])
 @pytest.mark.parametrize("case", CAUSAL, ids=str)
-def test_the_future_changes_nothing(case: Case, kind: str, backend: str) -> None:
+def test_the_future_changes_nothing(case: Case, kind: str, way: Way) -> None:
     """Neither its keys and values nor the stabiliser, which may hold a maximum over keys of the future."""
-    made, inputs = make_map(case), [3.0 * x for x in make_inputs(case)]
+    made, inputs = make_map(case, way.dtype), [3.0 * x for x in make_inputs(case, dtype=way.dtype)]
     make_hard(made)
     with torch.no_grad():
-        want = attention(*inputs, made, backend=backend)
+        want = attention(*inputs, made, backend=way.backend)
         for start in STARTS:
-            found = attention(*future_changed(inputs, start, kind), made, backend=backend)
-            assert relative_error(found[:, :, :start], want[:, :, :start]) <= INVARIANT
+            found = attention(*future_changed(inputs, start, kind), made, backend=way.backend)
+            assert relative_error(found[:, :, :start], want[:, :, :start]) <= INVARIANT[way.dtype]
             assert relative_error(found[:, :, start:], want[:, :, start:]) > 1e-3
 
 

@@ -1,4 +1,8 @@
-"""Every fast path against the quadratic oracle: output, state and every gradient, in float64 (issue 2, point 3)."""
+"""Every backend against the quadratic oracle in float64: output, state and every gradient.
+
+`chunked` (and `exact`, `recurrent` where they apply) computes in float64 too; `native` in float32 and bfloat16, from
+the same numbers, with tolerances of its own.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +16,25 @@ from darkformer.config import METHODS
 from darkformer.ops import chunk_passes, chunked
 from darkformer.ops.super_chunks import SuperChunks
 
-from .cases import Case, Pair, above, all_pairs, covering, differences, make_map, pairs, solve
+from .cases import (
+    CHUNKED,
+    NATIVE,
+    NATIVE_BFLOAT16,
+    ODD_SIZES,
+    Case,
+    Pair,
+    Way,
+    above,
+    all_pairs,
+    by_way,
+    covering,
+    differences,
+    expected,
+    make_map,
+    needs_native,
+    pairs,
+    solve,
+)
 
 AXES = {
     "length": (1, 2, 63, 64, 65, 500),
@@ -67,33 +89,75 @@ def test_every_pair_of_values_occurs() -> None:
     assert methods == all_pairs(METHOD_AXES, impossible)
 
 
-@pytest.mark.parametrize("case", [case_of(row) for row in dark_rows()], ids=str)
-def test_dark(case: Case) -> None:
-    assert not above(differences(solve(case, "chunked"), solve(case, "reference")), PARITY)
+@pytest.mark.parametrize(("case", "way"), by_way(case_of(row) for row in dark_rows()))
+def test_dark(case: Case, way: Way) -> None:
+    assert not way.wrong(case)
 
 
-@pytest.mark.parametrize("case", [case_of(row) for row in covering(METHOD_AXES, impossible)], ids=str)
-def test_every_method(case: Case) -> None:
-    assert not above(differences(solve(case, case.fast), solve(case, "reference")), PARITY)
+@pytest.mark.parametrize(("case", "way"), by_way(case_of(row) for row in covering(METHOD_AXES, impossible)))
+def test_every_method(case: Case, way: Way) -> None:
+    assert not way.wrong(case)
 
 
-@pytest.mark.parametrize("weights", [True, False], ids=["weighted", "unweighted"])
+def odd_cases() -> Iterator[Case]:
+    """Sizes that fill no vector, windows longer than a chunk, lengths beyond two chunks."""
+    axes = ((1, 5, 64, 65, 150), (0, 1, 16, 100), (0, 4), (1, 6), ("cold", "warm"))
+    for indices in product(*(range(len(axis)) for axis in axes)):
+        length, window, sinks, kv_heads, mode = (axis[i] for axis, i in zip(axes, indices, strict=True))
+        if (sum(indices) + indices[0] * indices[1]) % 3 == 0:
+            padding = ("none", "left", "right", "interior")[sum(indices[1:]) % 4]
+            yield Case(
+                length=length, window=window, sinks=sinks, kv_heads=kv_heads, mode=mode, padding=padding,
+                tied=sum(indices) % 2 == 0, **ODD_SIZES,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "way"), by_way(odd_cases()))
+def test_odd_sizes(case: Case, way: Way) -> None:
+    assert not way.wrong(case)
+
+
+@needs_native
+@pytest.mark.parametrize("case", [*odd_cases()][::2], ids=str)
+def test_bfloat16(case: Case) -> None:
+    assert not NATIVE_BFLOAT16.wrong(case)
+
+
+SIZES = [
+    Case(dim=16, features=48, value_dim=64, window=9), Case(dim=32, features=96, value_dim=8, sinks=4),
+    Case(dim=64, features=100, value_dim=80, window=20, sinks=4), Case(dim=80, features=33, value_dim=16),
+    Case(dim=128, features=130, value_dim=128, window=7), Case(dim=256, features=130, value_dim=192, sinks=4),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case(length=65, window=16, sinks=4, mode="warm", padding="interior", proposal="optimal"),
-        Case(length=64, mode="bidirectional", padding="left", tied=False, proposal="oprf"),
-        Case(length=63, window=1, padding="right", method="performer", draw="simplex", proposal="optimal"),
-        Case(length=65, kv_heads=1, method="lfk", draw="sobol", proposal="theorem32"),
-    ],
-    ids=str,
+    ("case", "way"),
+    by_way(
+        (replace(case, length=90, batch=2, heads=2, kv_heads=1, mode="warm", padding="left") for case in SIZES),
+        lambda case: [CHUNKED, NATIVE, NATIVE_BFLOAT16],
+    ),
 )
-def test_proposals(case: Case, weights: bool) -> None:
-    case = replace(case, proposal_weights=weights)
-    found, want = solve(case, "chunked"), solve(case, "reference")
-    assert not above(differences(found, want), PARITY)
-    isotropic = solve(replace(case, proposal="isotropic"), "reference")
-    assert relative_error(want.tensors["output"], isotropic.tensors["output"]) > 1e-3  # the proposal does something
+def test_sizes(case: Case, way: Way) -> None:
+    """Head dimensions from 16 to 256, numbers of features that are no power of two, d_v ≠ d, one kv head."""
+    assert not way.wrong(replace(case, scale=(8 / case.dim) ** 0.25))
+
+
+PROPOSALS = [
+    Case(length=65, window=16, sinks=4, mode="warm", padding="interior", proposal="optimal"),
+    Case(length=64, mode="bidirectional", padding="left", tied=False, proposal="oprf"),
+    Case(length=63, window=1, padding="right", method="performer", draw="simplex", proposal="optimal"),
+    Case(length=65, kv_heads=1, method="lfk", draw="sobol", proposal="theorem32"),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "way"), by_way(replace(case, proposal_weights=w) for case in PROPOSALS for w in (True, False))
+)
+def test_proposals(case: Case, way: Way) -> None:
+    assert not way.wrong(case)
+    isotropic = expected(replace(case, proposal="isotropic"))
+    want = expected(case).tensors["output"]
+    assert relative_error(want, isotropic.tensors["output"]) > 1e-3  # the proposal does something
 
 
 BOTH = Case(length=65, window=16, sinks=4, tied=False, mode="warm", padding="interior")
@@ -131,7 +195,7 @@ def test_a_perturbed_parameter_is_noticed(name: str) -> None:
         with torch.no_grad():
             getattr(made, name).view(-1)[0].mul_(1 + 1e-6).add_(1e-6)
 
-    wrong = above(differences(solve(BOTH, "chunked", perturb), solve(BOTH, "reference")), PARITY)
+    wrong = above(differences(solve(BOTH, "chunked", perturb), expected(BOTH)), PARITY)
     assert {"output", f"gradient of {name}"} <= wrong.keys()
 
 
@@ -163,7 +227,7 @@ def test_sums_that_were_not_kept_are_made_again(case: Case, monkeypatch: pytest.
     )
     found = solve(case, "chunked")
     assert max(made) >= 2 and len(made) <= 2 * (2 if case.mode == "bidirectional" else 1)
-    assert not above(differences(found, solve(case, "reference")), PARITY)
+    assert not above(differences(found, expected(case)), PARITY)
 
 
 @pytest.mark.parametrize("span", [64, 256])
@@ -178,4 +242,4 @@ def test_several_super_chunks(case: Case, span: int, monkeypatch: pytest.MonkeyP
     found = solve(case, "chunked")
     directions = 2 if case.mode == "bidirectional" else 1
     assert len(starts) == 2 * directions * -(-case.length // span)
-    assert not above(differences(found, solve(case, "reference")), PARITY)
+    assert not above(differences(found, expected(case)), PARITY)

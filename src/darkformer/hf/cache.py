@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..config import ConversionError
-from ..ops.attention import attention
+from ..ops.attention import attention, check_finite
+from ..ops.native import stepper
+from ..ops.native.step import Step
 from ..ops.problem import AttentionState
 
 #: Tokens that can be taken back at least, while a cache records (fewer if it has recorded fewer).
@@ -73,19 +75,35 @@ def _versions(feature_map: nn.Module) -> tuple[int, ...]:
 class DarkCacheLayer(CacheLayerMixin):
     """Holds an `AttentionState` where other layers hold all keys and values.
 
-    `update` hands the new keys and values through; the attention function calls `extend` with them.
+    `update` hands the new keys and values through; the attention function calls `extend` with them. While single tokens
+    come, a `Step` holds the state and changes it in place; `state` is then a copy.
     """
 
     is_sliding = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.state: AttentionState | None = None
+        self._state: AttentionState | None = None
+        self._step: Step | None = None
         self.seen = 0  # tokens, padding included: what transformers counts positions by
         self.history: History | None = None
         self.owner: Any = None  # weak reference to the attention module; a copy of the cache keeps it
         self.versions: tuple[int, ...] = ()
         self.awaited = False  # whether a converted module is about to hand over keys and values
+
+    @property
+    def state(self) -> AttentionState | None:
+        """After the last token; None before the first one."""
+        return self._step.state() if self._step is not None else self._state
+
+    @state.setter
+    def state(self, state: AttentionState | None) -> None:
+        self._state, self._step = state, None
+
+    @property
+    def filled(self) -> bool:
+        """Whether any token is in."""
+        return self._state is not None or self._step is not None
 
     def bind(self, module: Any) -> DarkCacheLayer:
         """Notes whose state this is.
@@ -94,7 +112,7 @@ class DarkCacheLayer(CacheLayerMixin):
             ConversionError: it was filled by another model, or the feature map has changed since.
         """
         versions = _versions(module.dark)
-        if self.state is not None:
+        if self.filled:
             if self.owner is None or self.owner() is not module:
                 raise ConversionError(
                     f"layer {module.layer_idx} of past_key_values was filled by another converted model: its sums mean "
@@ -114,9 +132,10 @@ class DarkCacheLayer(CacheLayerMixin):
         Raises:
             ConversionError: it hides tokens that are in the sums already, or shows some that are not.
         """
-        if self.state is None or mask.shape[1] != self.seen:  # a mask of the new tokens alone says nothing of others
+        count = self._step.count if self._step is not None else None if self._state is None else self._state.count
+        if count is None or mask.shape[1] != self.seen:  # a mask of the new tokens alone says nothing of others
             return
-        said, read = mask[:, :-new].sum(1), self.state.count.to(mask.device)
+        said, read = mask[:, :-new].sum(1), count.to(mask.device)
         if bool((said != read).any()):
             row = int((said != read).nonzero()[0])
             raise ConversionError(
@@ -134,6 +153,8 @@ class DarkCacheLayer(CacheLayerMixin):
             query: (B, H, L, d). key, value: (B, G, L, d). mask: (B, L) booleans or None.
             options: scaling, softcap and is_causal of `attention`.
         """
+        if (output := self._one_token(query, key, value, mask, feature_map, **options)) is not None:
+            return output
         outputs, length = [], key.shape[2]
         # While recording, a long prompt is cut so that only its end has to be kept.
         cuts = [0, length - CROP, length] if self.history and length > CROP else [0, length]
@@ -149,6 +170,25 @@ class DarkCacheLayer(CacheLayerMixin):
                 self._record(part[1].detach(), part[2].detach(), some, feature_map, options)
             self.state = state.detach()
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _one_token(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, *,
+        scaling: float, softcap: float | None = None, is_causal: bool = True,
+    ) -> Tensor | None:  # fmt: skip
+        """The compiled step, where it can: no gradient, no recording, a real token in every row. Else None."""
+        if query.shape[2] != 1 or not is_causal or self.history is not None or torch.is_grad_enabled():
+            return None
+        if mask is not None and not bool(mask.all()):
+            return None
+        if self._step is None or not self._step.takes(query, key, scaling, softcap):
+            self.state = self.state  # out of the hands of a step for other shapes
+            self._step = stepper(self._state, query, key, feature_map, scaling=scaling, softcap=softcap)
+            if self._step is None:
+                return None
+            self._state = None
+        output = self._step(query, key, value)
+        check_finite(output=output)
+        return output
 
     def _record(
         self, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, options: dict[str, Any]
@@ -206,18 +246,18 @@ class DarkCacheLayer(CacheLayerMixin):
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            rows = torch.arange(self.state.count.shape[0], device=self.state.count.device)
+        if (state := self.state) is not None:
+            rows = torch.arange(state.count.shape[0], device=state.count.device)
             self._select(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
 
     def _select(self, rows: Tensor) -> None:
-        if self.state is not None:
+        if (state := self.state) is not None:
             rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-            rows = rows.to(self.state.count.device)
-            self.state = self.state.select(rows)
+            rows = rows.to(state.count.device)
+            self.state = state.select(rows)
             if self.history is not None:
                 self.history.select(rows)
 
@@ -262,7 +302,9 @@ class DarkCacheLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the state, without what is recorded for `crop`; 0 before the first token."""
-        return 0 if self.state is None else self.state.nbytes
+        if self._step is not None:
+            return self._step.nbytes
+        return 0 if self._state is None else self._state.nbytes
 
 
 def own_layer(cache: Cache, module: Any) -> DarkCacheLayer:

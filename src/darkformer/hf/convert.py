@@ -139,7 +139,7 @@ def _warn_of_softcap(model: Any) -> None:
     if cap is not None:
         warnings.warn(
             f"{type(model).__name__} caps its attention logits at {cap}: the exact window and sinks apply the cap, the "
-            "features cannot. Backends without a cap are left out, so it runs slower than other families.",
+            "features cannot.",
             UserWarning,
             stacklevel=4,
         )

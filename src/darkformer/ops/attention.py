@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..config import ConfigError, InputError, NonFiniteError
 from ..features.maps import FeatureMap
+from .assembled import assembled
+from .assembled import why_not as _why_not_assembled
 from .chunked import chunked
 from .exact import exact
 from .native import native
@@ -19,19 +21,14 @@ from .packing import apart, check_documents
 from .problem import AttentionState, Problem, check_state, compact, gather_tokens
 from .recurrent import recurrent
 from .reference import reference
-from .streamed import streamed
 
 
 class Backend(NamedTuple):
-    """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can.
-
-    `softcap`: whether it applies a soft cap to the exact part's logits.
-    """
+    """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can."""
 
     name: str
     why_not: Callable[[Problem], str | None]
     function: Callable[[Problem], tuple[Tensor, AttentionState]]
-    softcap: bool = False
 
 
 def _why_not_exact(problem: Problem) -> str | None:
@@ -52,38 +49,26 @@ def _why_not_chunked(problem: Problem) -> str | None:
     return "exact attention is not linear" if problem.config.method == "exact" else None
 
 
-def _why_not_streamed(problem: Problem) -> str | None:
-    if problem.config.method == "exact":
-        return "exact attention has no constant-size state"
-    return None if problem.is_causal else "it is causal only"
-
-
 #: In order of preference; `auto` takes the first without a reason against it.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("exact", _why_not_exact, exact, softcap=True),
-        Backend("recurrent", _why_not_recurrent, recurrent, softcap=True),
+        Backend("exact", _why_not_exact, exact),
+        Backend("recurrent", _why_not_recurrent, recurrent),
         Backend("native", _why_not_native, native),
         Backend("chunked", _why_not_chunked, chunked),
-        Backend("streamed", _why_not_streamed, streamed, softcap=True),
-        Backend("reference", lambda problem: None, reference, softcap=True),
+        Backend("assembled", _why_not_assembled, assembled),
+        Backend("reference", lambda problem: None, reference),
     )
 }
 
 
-def _why_not(backend: Backend, problem: Problem) -> str | None:
-    if problem.softcap is not None and not backend.softcap:
-        return "it cannot cap logits"
-    return backend.why_not(problem)
-
-
 def _choose(name: str, problem: Problem) -> Backend:
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if _why_not(backend, problem) is None)
+        return next(backend for backend in BACKENDS.values() if backend.why_not(problem) is None)
     if name not in BACKENDS:
         raise ConfigError(f"backend={name!r} is unknown: choose auto, {', '.join(BACKENDS)}.")
-    if reason := _why_not(BACKENDS[name], problem):
+    if reason := BACKENDS[name].why_not(problem):
         raise ConfigError(f"backend={name!r} cannot be used here: {reason}. backend='auto' picks one that can.")
     return BACKENDS[name]
 

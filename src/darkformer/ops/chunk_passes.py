@@ -242,11 +242,14 @@ class Backward(SuperChunks):
         for exact in self.exact_terms():
             logits = self.logits(exact)
             J, batches = exact.key.shape[1], len(exact.key)
+            slope = self.cap_slope(exact, logits)
             weight = logits.sub_(log_normaliser.view(batches, -1, 1)).exp2_()
             dO = change.view(batches, -1, self.value_dim)
             gap = torch.bmm(dO, exact.value.mT, out=self.buffer(exact.name + " gap", *logits.shape))
             dv = torch.bmm(weight.mT, dO, out=self.buffer(exact.name + " dv", batches, J, self.value_dim))
             gap.sub_(shift.view(batches, -1, 1)).mul_(weight)
+            if slope is not None:
+                gap.mul_(slope)
             dq.view(batches, -1, self.dim).baddbmm_(gap, exact.key)
             q = self.q.view(batches, -1, self.dim)
             dk = torch.bmm(gap.mT, q, out=self.buffer(exact.name + " dk", batches, J, self.dim))

@@ -138,6 +138,7 @@ def _forward_pass(problem: Problem) -> tuple[Tensors, Frame]:
         window=window,
         nearest=0,
         scaling=problem.scaling,
+        softcap=problem.softcap,
         parameters=problem.parameters,
         compute=state.feature_sum.dtype,
         # The two directions are merged in full precision.

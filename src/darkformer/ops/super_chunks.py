@@ -47,6 +47,7 @@ class Frame(NamedTuple):
     window: int
     nearest: int  # smallest offset query - key that this pass covers: 0, or 1 for the backward direction
     scaling: float
+    softcap: float | None  # of the exact logits
     parameters: FeatureParameters
     compute: torch.dtype
     output: torch.dtype
@@ -280,17 +281,27 @@ class SuperChunks:
             yield Exact("sinks", self.sink_key, self.sink_value, None, hidden)
 
     def logits(self, exact: Exact, suffix: str = "") -> Tensor:
-        """q·k to base 2, -inf where masked: (batches, R·…, J)."""
-        J, batches = exact.key.shape[1], len(exact.key)
+        """q·k, capped, to base 2, -inf where masked: (batches, R·…, J)."""
+        J, batches, cap = exact.key.shape[1], len(exact.key), self.frame.softcap
         q = self.q.view(batches, -1, self.dim)
         out = self.buffer(exact.name + suffix, batches, q.shape[1], J)
-        out.baddbmm_(q, exact.key.mT, beta=0, alpha=LOG2E)
+        out.baddbmm_(q, exact.key.mT, beta=0, alpha=LOG2E if cap is None else 1 / cap)
+        if cap is not None:
+            out.tanh_().mul_(cap * LOG2E)
         if exact.bias is not None:
             out.view(batches, self.heads, self.chunk, J).add_(exact.bias)
         if exact.hidden is not None:
             split = out.view(self.batch, self.groups, self.count, self.heads, self.chunk, J)
             split.masked_fill_(exact.hidden, -torch.inf)
         return out
+
+    def cap_slope(self, exact: Exact, logits: Tensor) -> Tensor | None:
+        """1 - tanh², the derivative of capped by uncapped logits; 0 where masked, None without a cap."""
+        if self.frame.softcap is None:
+            return None
+        out = self.buffer(exact.name + " slope", *logits.shape)
+        torch.mul(logits, 1 / (self.frame.softcap * LOG2E), out=out)
+        return out.square_().neg_().add_(1).clamp_min_(0)
 
     def chunk_terms(self, at: Tensor, values: Tensor, total: Tensor) -> ChunkTerms:
         """What the log domain needs of the chunks `at` (K,) of P·N; `values`, `total` are before the super-chunk."""

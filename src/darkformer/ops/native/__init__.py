@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...features.maps import FeatureMap
 from ..problem import AttentionState, Problem, next_buffers
 from . import load
 from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
 from .maps import sides
+from .step import Step
 
-__all__ = ["build", "native", "splits", "status", "unavailable", "why_not"]
+__all__ = ["Step", "build", "native", "splits", "status", "stepper", "unavailable", "why_not"]
 
 METHODS = ("dark", "performer", "lfk", "local")
 LIMITS = {"head dimension": 512, "number of features": 2048, "window": 8192}
@@ -50,6 +52,8 @@ def _unfit(problem: Problem) -> str | None:
         return f"it computes in float32 and bfloat16, not in {query.dtype}"
     if not problem.is_causal:
         return "it is causal only"
+    if problem.softcap is not None:
+        return "it cannot cap logits"
     if config.method not in METHODS:
         return f"method={config.method!r} is not among {', '.join(METHODS)}"
     sizes = (max(query.shape[-1], problem.value.shape[-1]), config.feature_count, config.window)
@@ -89,6 +93,19 @@ def unavailable() -> str | None:
 def why_not(problem: Problem) -> str | None:
     """Why the native backend cannot take a problem, or None."""
     return _unfit(problem) or unavailable()
+
+
+def stepper(
+    state: AttentionState | None, query: Tensor, key: Tensor, feature_map: FeatureMap, *,
+    scaling: float, softcap: float | None,
+) -> Step | None:  # fmt: skip
+    """A `Step` that goes on from `state` with tokens of these shapes and dtype; None where the library cannot."""
+    if state is None or query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if feature_map.config.method not in METHODS or unavailable() is not None:
+        return None
+    step = Step(state, feature_map, scaling=scaling, softcap=softcap)
+    return step if step.finite and step.takes(query, key, scaling, softcap) else None
 
 
 def splits() -> int:

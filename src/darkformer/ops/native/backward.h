@@ -472,7 +472,7 @@ template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, 
     }
   const int slots = std::min<int>(c.threads, units.size());
   if (slots)
-    parallel(c, slots, [&](int slot) {
+    parallel(c.parallel, slots, [&](int slot) {
       for (size_t u = slot; u < units.size(); u += slots) {
         scratch().reset();
         KeyPass<BF> w(sh, units[u].task.b, units[u].task.g, slot);
@@ -560,7 +560,7 @@ template <bool BF> static void backward(const Call& c) {
   Shared sh(c, tasks.size(), std::max<int>(slots, c.threads));
   const Dims& s = sh.s;
   const auto before = scan<BF>(c, tasks);
-  parallel(c, slots, [&](int slot) {
+  parallel(c.parallel, slots, [&](int slot) {
     for (size_t i = slot; i < tasks.size(); i += slots) {
       const Task& t = tasks[i];
       scratch().reset();
@@ -574,7 +574,7 @@ template <bool BF> static void backward(const Call& c) {
     }
   });
   const auto after = scan_back<BF>(sh, tasks);
-  parallel(c, slots, [&](int slot) {
+  parallel(c.parallel, slots, [&](int slot) {
     for (size_t i = slot; i < tasks.size(); i += slots) {
       const Task& t = tasks[i];
       scratch().reset();

@@ -84,7 +84,7 @@ template <bool BF> struct Pack {
 };
 
 // Calls body(0 … slots-1), each once, on up to `slots` threads: torch's own pool where there is one.
-static void parallel(const Call& call, int slots, const std::function<void(int)>& body) {
+static void parallel(void* pool, int slots, const std::function<void(int)>& body) {
   struct Work { const std::function<void(int)>* body; std::atomic<int> next; int slots; } work{&body, {0}, slots};
   auto run = [](void* p) {
     Work& w = *(Work*)p;
@@ -97,7 +97,7 @@ static void parallel(const Call& call, int slots, const std::function<void(int)>
     _mm_setcsr(before);
   };
   if (slots == 1) return run(&work);
-  if (call.parallel) return ((void (*)(void (*)(void*), void*, unsigned, unsigned))call.parallel)(run, &work, slots, 0);
+  if (pool) return ((void (*)(void (*)(void*), void*, unsigned, unsigned))pool)(run, &work, slots, 0);
   std::vector<std::thread> threads;
   for (int i = 1; i < slots; i++) threads.emplace_back(run, &work);
   run(&work);

@@ -362,7 +362,7 @@ template <bool BF> static std::vector<std::vector<float>> scan(const Call& c, co
       }
     }
   if (!units.empty())
-    parallel(c, std::min<int>(c.threads, units.size()), [&](int slot) {
+    parallel(c.parallel, std::min<int>(c.threads, units.size()), [&](int slot) {
       for (size_t u = slot; u < units.size(); u += std::min<size_t>(c.threads, units.size())) {
         scratch().reset();
         Walker<BF> w(c, units[u].task.b, units[u].task.g);
@@ -389,7 +389,7 @@ template <bool BF> static void forward(const Call& c) {
   int slots;
   const auto tasks = plan(c, slots);
   const auto before = scan<BF>(c, tasks);
-  parallel(c, slots, [&](int slot) {
+  parallel(c.parallel, slots, [&](int slot) {
     for (size_t i = slot; i < tasks.size(); i += slots) {
       const Task& t = tasks[i];
       scratch().reset();

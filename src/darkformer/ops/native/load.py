@@ -80,7 +80,7 @@ def library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _pool() -> int | None:
+def pool() -> int | None:
     """GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are there already."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
@@ -101,7 +101,7 @@ def _call(inputs: Inputs, sizes: Sizes, **results: Tensor) -> tuple[_Call, list[
     call.dv, call.m, call.r = value.shape[-1], sizes.features, inputs.wq.shape[1] - sizes.features
     call.window, call.sinks = inputs.recent_k.shape[2], inputs.sink_k.shape[2]
     call.bf16, call.threads = query.dtype == torch.bfloat16, torch.get_num_threads()
-    call.scaling, call.parallel, call.splits = sizes.scaling, _pool(), ctypes.addressof(splits)
+    call.scaling, call.parallel, call.splits = sizes.scaling, pool(), ctypes.addressof(splits)
     call.qs[:], call.ks[:], call.vs[:] = query.stride()[:4], key.stride()[:3], value.stride()[:3]
     tensors: dict[str, Any] = {"q": query, "k": key, "v": value}
     plain = {name: getattr(inputs, name).contiguous() for name in (*_INPUTS, "lengths")}

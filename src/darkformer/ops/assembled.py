@@ -1,0 +1,147 @@
+"""For GPUs, from well-kept parts: far field by flash-linear-attention, window and sinks by FlexAttention, merged.
+
+Not measured: no GPU was available. The algebra is tested with CPU stand-ins for the two parts; `auto` never takes this.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+
+from ..features.maps import key_log_features, query_log_features
+from .problem import LOG_ZERO, AttentionState, Problem, capped, next_buffers
+
+#: q, k (B, L, H, m), v (B, L, H, d_v), log-decays g (B, L, H, m), state (B, H, m, d_v) → out (B, L, H, d_v) and the
+#: last state, of S_t = e^{g_t} S_{t-1} + k_t v_tᵀ, out_t = q_tᵀ S_t.
+FarPart = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+#: q (B, H, L, d), k, v (B, G, K, …), which (b, h, t, j) are seen, scaling, softcap → softmax attention (B, H, L, d_v)
+#: and its log-normaliser (B, H, L).
+NearPart = Callable[[Tensor, Tensor, Tensor, Callable[..., Tensor], float, float | None], tuple[Tensor, Tensor]]
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the assembled backend cannot take a problem, or None."""
+    if problem.config.method == "exact":
+        return "exact attention has no far field"
+    if not problem.is_causal:
+        return "it is causal only"
+    if problem.query.device.type != "cuda":
+        return f"it needs CUDA, the tensors are on {problem.query.device.type}"
+    if importlib.util.find_spec("fla") is None:
+        return "it needs the operators of flash-linear-attention: pip install 'darkformer[gpu]'"
+    return None
+
+
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`FarPart` by flash-linear-attention."""
+    chunk_gla: Any = importlib.import_module("fla.ops.gla").chunk_gla
+    return chunk_gla(q, k, v, g, scale=1.0, initial_state=state, output_final_state=True)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex.flex_attention)
+
+
+def flex_near(
+    q: Tensor, k: Tensor, v: Tensor, seen: Callable[..., Tensor], scaling: float, softcap: float | None,
+    function: Callable[..., Any] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`NearPart` by FlexAttention, compiled unless another `function` is given."""
+    mask = flex.create_block_mask(seen, q.shape[0], None, q.shape[2], k.shape[2], device=q.device.type)
+    cap = None if softcap is None else lambda score, *place: capped(score, softcap)
+    output, extra = (function or _compiled())(
+        q, k, v, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=True,
+        return_aux=flex.AuxRequest(lse=True),
+    )  # fmt: skip
+    return output, extra.lse
+
+
+def _near(problem: Problem, part: NearPart, buffers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Output and log-normaliser of window and sinks, over the keys [sinks | before this call | this call]."""
+    state, window, sinks = problem.state, problem.config.window, problem.state.sink_key.shape[2]
+    key, value = (
+        torch.cat([buffers[f"sink_{name}"], getattr(state, f"recent_{name}").to(new.dtype), new], dim=2)
+        for name, new in (("key", problem.key), ("value", problem.value))
+    )
+    count, lengths = state.count, problem.lengths
+
+    def seen(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
+        own = j - sinks - window  # token of this call, negative before it
+        inside = (own <= t) & (t - own < window) & (count[b] + own >= sinks) & (own < lengths[b])
+        return torch.where(j < sinks, j <= count[b] + t, inside)
+
+    return part(problem.query.flatten(1, 2), key, value, seen, problem.scaling, problem.softcap)
+
+
+def _far(problem: Problem, part: FarPart) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output and log-normaliser of the features, and the sums after the last token.
+
+    S_t is carried in units of e^-μ_t, μ the running maximum of the keys' log-features, so the decay is e^(μ_t-1 - μ_t):
+    no key of the future is in any maximum, and the normaliser of a row that sees a far key is at least 1.
+    """
+    state, window, heads = problem.state, problem.config.window, problem.query.shape[2]
+    length, compute, root = problem.query.shape[3], state.feature_sum.dtype, problem.scaling**0.5
+    new = torch.arange(length, device=problem.query.device)
+    key, value = (
+        torch.cat([getattr(state, f"recent_{name}").to(x.dtype), x], dim=2)[:, :, :length].to(compute)
+        for name, x in (("key", problem.key), ("value", problem.value))
+    )
+    position = state.count[:, None] - window + new
+    real = ((position >= state.sink_key.shape[2]) & (new < problem.lengths[:, None]))[:, None, :, None]
+    lk = key_log_features(problem.parameters, key * root, position).masked_fill(~real, LOG_ZERO)
+    scale = torch.cat([state.log_scale[:, :, None], lk], dim=2).detach().cummax(2).values
+    before, after = scale[:, :, :-1], scale[:, :, 1:]
+    ek = (lk - after).exp() * real
+    decay = torch.where(before < LOG_ZERO / 2, 0, before - after)  # of an empty sum any will do: 0 loses no digits
+    query = problem.query.to(compute).flatten(2, 3) * root
+    lq = query_log_features(problem.parameters, query, (state.count[:, None] + new).repeat(1, heads))
+    lq = lq.unflatten(2, (heads, length)) + after[:, :, None]
+    top = lq.detach().amax(-1, keepdim=True)
+    ones = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+    sums = torch.cat([state.feature_values, state.feature_sum[..., None]], dim=-1)
+    dead = (state.log_scale < LOG_ZERO / 2) & (scale[:, :, -1] > LOG_ZERO / 2)  # the first key decays them to nothing
+    sums = sums.masked_fill(dead[..., None], 0)
+
+    def spread(x: Tensor) -> Tensor:  # one copy a query head
+        return x.repeat_interleave(heads, dim=1).transpose(1, 2)
+
+    eq = (lq - top).exp().flatten(1, 2).transpose(1, 2)
+    found, last = part(eq, spread(ek), spread(ones), spread(decay), sums.repeat_interleave(heads, dim=1))
+    found, last = found.transpose(1, 2), last[:, ::heads]
+    normaliser = found[..., -1]
+    safe = torch.where(normaliser > 0, normaliser, 1)
+    log_normaliser = torch.where(normaliser > 0, top.flatten(1, 2)[..., 0] + safe.log(), LOG_ZERO)
+    after_all = {"feature_values": last[..., :-1], "feature_sum": last[..., -1], "log_scale": scale[:, :, -1]}
+    return found[..., :-1] / safe[..., None], log_normaliser, after_all
+
+
+def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[Tensor, AttentionState]:
+    """Both parts under one normaliser: out = σ(far - near)·out_far + (1 - σ)·out_near, of their log-normalisers."""
+    buffers, state = next_buffers(problem), problem.state
+    sums = {name: getattr(state, name) for name in ("feature_values", "feature_sum", "log_scale")}
+    exact, features = problem.config.window + problem.config.sinks > 0, problem.config.feature_count > 0
+    if exact:
+        output, log_normaliser = _near(problem, near_part, buffers)
+    if features:
+        far, far_normaliser, sums = _far(problem, far_part)
+        if exact:
+            share = torch.sigmoid(far_normaliser - log_normaliser)[..., None]
+            output = share * far + (1 - share) * output
+        else:
+            output = far
+    pads = torch.arange(output.shape[2], device=output.device) >= problem.lengths[:, None]
+    output = output.masked_fill(pads[:, None, :, None], 0)
+    return output.unflatten(1, problem.query.shape[1:3]), AttentionState(**sums, **buffers)
+
+
+def assembled(problem: Problem) -> tuple[Tensor, AttentionState]:
+    """Attention by the two GPU parts. Returns output (B, G, R, L, d_v), zero at pads, and the state after it."""
+    return assemble(problem, gated_linear_attention, flex_near)

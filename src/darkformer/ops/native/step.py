@@ -1,0 +1,118 @@
+"""One token at a time in place: the state of a layer in the library's hands, for generation."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import NonFiniteError
+from ...features.maps import FeatureMap
+from ..problem import AttentionState
+from . import load
+from .maps import sides
+
+_INTEGERS = ("B", "G", "R", "d", "dv", "m", "r", "window", "sinks", "bf16", "threads", "head")
+_STRIDES = ("qs", "ks", "vs")
+_STATE = ("values", "total", "scale", "recent_k", "recent_v", "sink_k", "sink_v", "count")
+_POINTERS = ("parallel", "q", "k", "v", "wq", "offq", "wk", "offk", *_STATE, "out")
+#: The same tensors in `AttentionState`.
+_FIELDS = (
+    "feature_values", "feature_sum", "log_scale", "recent_key", "recent_value", "sink_key", "sink_value", "count",
+)  # fmt: skip
+
+
+#: Bytes of a state from which on more threads gain more than waking them costs.
+THREADED = 1 << 20
+
+
+class _StepCall(ctypes.Structure):
+    """`StepCall` of step.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_int64 * 2) for name in _STRIDES),
+        ("scaling", ctypes.c_double), ("softcap", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]  # fmt: skip
+
+
+class Step:
+    """A layer's state that a call advances by one real token per row, in place; nothing is allocated but the output.
+
+    The window is a ring: no key moves. Maps are folded once, so the feature map must not change meanwhile.
+
+    Args:
+        state: where to start; copied.
+        feature_map: one of the methods in `darkformer.ops.native.METHODS`.
+        scaling, softcap: as for `darkformer.attention`.
+    """
+
+    def __init__(
+        self, state: AttentionState, feature_map: FeatureMap, *, scaling: float, softcap: float | None
+    ) -> None:
+        self.feature_map, self.options = feature_map, (scaling, softcap)
+        self.dtype = state.recent_key.dtype
+        tensors = [getattr(state, name).detach().clone(memory_format=torch.contiguous_format) for name in _FIELDS]
+        batch, groups, m, value_dim = tensors[0].shape
+        with torch.no_grad():
+            maps = sides(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling)
+        # A vector maximum passes NaN over: diverged maps would give finite, wrong numbers.
+        self.finite = all(bool(torch.isfinite(x.sum())) for x in (*maps, *tensors[:2]))
+        self.nbytes = sum(x.nbytes for x in tensors)
+        self._maps, self._tensors = [x.contiguous() for x in maps], tensors
+        call = self._call = _StepCall()
+        call.B, call.G, call.R = batch, groups, feature_map.num_heads // groups
+        call.d, call.dv, call.m, call.r = feature_map.head_dim, value_dim, m, maps[0].shape[1] - m
+        call.window, call.sinks = state.recent_key.shape[2], state.sink_key.shape[2]
+        call.bf16, call.head = self.dtype == torch.bfloat16, 0
+        call.scaling, call.softcap, call.parallel = scaling, softcap or 0.0, load.pool()
+        for name, x in zip((*("wq", "offq", "wk", "offk"), *_STATE), [*self._maps, *tensors], strict=True):
+            setattr(call, name, x.data_ptr())
+        self._query, self._key = (batch, feature_map.num_heads, 1, call.d), (batch, groups, 1, call.d)
+        self._output = (batch, feature_map.num_heads, 1, value_dim)
+        self._function, self._reference = load.library().darkformer_step, ctypes.byref(call)
+
+    def takes(self, query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> bool:
+        """Whether a call is one more token of these shapes, dtype and options."""
+        return (
+            query.shape == self._query
+            and key.shape == self._key
+            and query.dtype == key.dtype == self.dtype
+            and (scaling, softcap) == self.options
+        )
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query (B, H, 1, d), key (B, G, 1, d), value (B, G, 1, d_v) → (B, H, 1, d_v) in their dtype.
+
+        Raises:
+            NonFiniteError: NaN or infinity in one of them; the state is as before.
+        """
+        call, given = self._call, [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+        output = query.new_empty(self._output)
+        call.q, call.k, call.v = (x.data_ptr() for x in given)
+        call.qs[:], call.ks[:], call.vs[:] = (x.stride()[:2] for x in given)
+        call.out, call.threads = output.data_ptr(), torch.get_num_threads() if self.nbytes > THREADED else 1
+        if self._function(self._reference):
+            raise NonFiniteError("query, key or value hold NaN or infinity: the token was not taken.")
+        return output
+
+    @property
+    def count(self) -> Tensor:
+        """(B,) int64, tokens seen; changes with the next one."""
+        return self._tensors[-1]
+
+    def state(self) -> AttentionState:
+        """A copy of the state after the last token."""
+        found = {}
+        for name, x in zip(_FIELDS, self._tensors, strict=True):
+            head = self._call.head if name.startswith("recent") else 0
+            found[name] = torch.cat([x[:, :, head:], x[:, :, :head]], dim=2) if head else x.clone()
+        return AttentionState(**{f.name: found[f.name] for f in fields(AttentionState)})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        scaling, softcap = self.options
+        return Step(self.state(), self.feature_map, scaling=scaling, softcap=softcap)

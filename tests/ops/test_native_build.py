@@ -1,0 +1,208 @@
+"""Building and loading the compiled backend: no compiler, failed, interrupted, stale builds, a wrong library, a wheel.
+
+Whatever happens, the answer is right, one line says why, and nothing crashes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from darkformer.ops.native import load, selftest
+from darkformer.ops.native.build import BuildError, library_path
+
+from .cases import needs_native
+
+
+@needs_native
+def test_a_wrong_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the self-test: a result that is off by a thousandth."""
+    right = load.forward
+
+    def wrong(*arguments: object) -> tuple[Tensor, ...]:
+        output, *rest = right(*arguments)  # type: ignore[arg-type]
+        return output * 1.001, *rest
+
+    selftest.selftest()
+    monkeypatch.setattr(load, "forward", wrong)
+    with pytest.raises(BuildError, match="self-test failed"):
+        selftest.selftest()
+
+
+FALLBACK = """
+import torch, darkformer
+from darkformer.ops import native
+made = darkformer.feature_map(darkformer.DarkConfig(num_features=8), num_heads=2, num_kv_heads=1, head_dim=8)
+x = torch.randn(1, 2, 9, 8), torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8)
+first, second = darkformer.attention(*x, made), darkformer.attention(*x, made)
+want = darkformer.attention(*x, made, backend="chunked")
+assert torch.allclose(first, want, atol=1e-5) and torch.equal(first, second)
+print(native.unavailable())
+"""
+
+
+def run_in(cache: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python with these words, an own cache folder and environment; FALLBACK where none are given."""
+    changed = {**os.environ, "DARKFORMER_NATIVE_CACHE": str(cache), **environment}
+    command = [sys.executable, *(words or ("-c", FALLBACK))]
+    return subprocess.run(command, env=changed, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"CC": "/bin/false", "CXX": ""}, "/bin/false failed"),
+        ({"CXX": "/nowhere/c++"}, "No such file"),
+        ({"DARKFORMER_NATIVE": "0"}, "switches it off"),
+        ({"DARKFORMER_NATIVE_ISA": "mmx"}, "unknown"),
+    ],
+)
+def test_without_a_compiler_chunked_works(environment: dict[str, str], says: str, tmp_path: Path) -> None:
+    run = run_in(tmp_path, **environment)
+    assert run.returncode == 0, run.stderr
+    assert says in run.stdout
+    assert run.stderr.count("not available") == (0 if "DARKFORMER_NATIVE" in environment else 1)
+    assert not list(tmp_path.glob("**/*.so"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"CC": "/bin/false", "CXX": ""}, "/bin/false does not run"),
+        ({"DARKFORMER_NATIVE": "0"}, "DARKFORMER_NATIVE=0 switches it off"),
+    ],
+)
+def test_status_says_why(environment: dict[str, str], says: str, tmp_path: Path) -> None:
+    run = run_in(tmp_path, "-m", "darkformer.cli", "native", "status", **environment)
+    assert run.returncode == 0 and f"not available: {says}" in run.stdout.replace("the compiler ", ""), run.stdout
+    assert not list(tmp_path.iterdir())  # status builds nothing
+
+
+def library_in(cache: Path, **environment: str) -> Path:
+    """Where the library would be."""
+    code = "from darkformer.ops.native.build import library_path; print(library_path())"
+    return Path(run_in(cache, "-c", code, **environment).stdout.strip())
+
+
+@needs_native
+def test_a_broken_cache_is_refused(tmp_path: Path) -> None:
+    """A file that is no library: one line, torch's operators do the work."""
+    library_in(tmp_path).write_bytes(b"x")
+    run = run_in(tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "cannot be loaded" in run.stdout and run.stderr.count("not available") == 1
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("int darkformer_call_size() { return 8; }", "made for another interface"),
+        ("int something_else() { return 0; }", "cannot be loaded"),
+    ],
+)
+def test_a_stale_library_is_refused(source: str, says: str, tmp_path: Path) -> None:
+    """Its name follows sources, flags and compiler; nothing of torch is in it. What lies there is checked anyway."""
+    (tmp_path / "stale.c").write_text(source)
+    path = library_in(tmp_path)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, tmp_path / "stale.c"], check=True)
+    run = run_in(tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert says in run.stdout and run.stderr.count("not available") == 1
+
+
+@pytest.fixture
+def slow_compiler(tmp_path: Path) -> str:
+    """Waits while the file `wait` is there, then `compiles` by copying the library that exists."""
+    script = tmp_path / "c++"
+    (tmp_path / "wait").touch()
+    script.write_text(
+        "#!/bin/sh\n"
+        f"touch {tmp_path}/started\n"
+        f"while [ -e {tmp_path}/wait ]; do sleep 0.05; done\n"
+        f'while [ "$1" != -o ]; do shift; done\ncp {library_path()} "$2"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def started(cache: Path, marker: Path, compiler: str) -> subprocess.Popen[str]:
+    """A process in the middle of a build, in a process group of its own."""
+    environment = {**os.environ, "DARKFORMER_NATIVE_CACHE": str(cache), "CXX": compiler}
+    marker.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", FALLBACK], env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not marker.exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    return process
+
+
+@needs_native
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+def test_an_interrupted_build_leaves_nothing_half(number: int, tmp_path: Path, slow_compiler: str) -> None:
+    process = started(tmp_path / "cache", tmp_path / "started", slow_compiler)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and not list(tmp_path.glob("cache/*.so"))
+    (tmp_path / "wait").unlink()
+    run = run_in(tmp_path / "cache", CXX=slow_compiler)
+    assert run.returncode == 0 and run.stdout.strip() == "None", run.stdout + run.stderr  # nothing against it
+
+
+@needs_native
+def test_two_processes_may_build_at_once(tmp_path: Path, slow_compiler: str) -> None:
+    processes = [started(tmp_path / "cache", tmp_path / "started", slow_compiler) for _ in range(2)]
+    (tmp_path / "wait").unlink()
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and out.strip() == "None", out + err
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="building a wheel needs hatchling")
+def test_a_wheel_works_without_a_compiler(tmp_path: Path) -> None:
+    """Built, installed in a fresh environment that sees this one's packages, CC and CXX false, an empty cache."""
+    root = Path(__file__).parents[2]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    options = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *options, "--no-build-isolation", "-w", tmp_path, root], check=True)
+    (wheel,) = tmp_path.glob("darkformer-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "fresh"], check=True)
+    python, (folder,) = tmp_path / "fresh/bin/python", (tmp_path / "fresh").glob("lib/*/site-packages")
+    # A .pth file that this folder's own .pth file names is not read: an editable install stays out of sight.
+    (folder / "packages.pth").write_text(sysconfig.get_paths()["purelib"])
+    subprocess.run([*pip, "--python", python, "install", *options, wheel], check=True)
+    environment = {**os.environ, "DARKFORMER_NATIVE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": ""}
+
+    def call(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python, *words], env=environment | more, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+
+    false = {"CC": "/bin/false", "CXX": "/bin/false"}
+    where = Path(call("-c", "import darkformer; print(darkformer.__file__)").stdout.strip())
+    assert where.is_relative_to(folder) and (where.parent / "ops/native/attention.cpp").is_file()
+    run = call("-c", FALLBACK, **false)
+    assert "/bin/false failed" in run.stdout
+    assert [line for line in run.stderr.splitlines() if "not available, torch's operators do the work" in line]
+    assert (
+        "not available: the compiler /bin/false does not run"
+        in call("-m", "darkformer.cli", "native", "status", **false).stdout
+    )
+    if library_path().exists():  # with a compiler, here and today: the sources in the wheel are these
+        assert call("-c", FALLBACK, DARKFORMER_NATIVE_CACHE=str(library_path().parent)).stdout.strip() == "None"
