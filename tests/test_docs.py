@@ -69,6 +69,15 @@ def test_the_demos_table_is_the_committed_record() -> None:
         assert (ROOT / "docs" / "figures" / f"demo-{name}.png").is_file()
 
 
+def test_the_untrained_tables_are_the_records() -> None:
+    records = ROOT / "benchmarks" / "records"
+    titles = {"SmolLM2": "untrained-smollm2.json", "Gemma 3": "untrained-gemma3.json"}
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "untrained.py"))["tables"]
+    found = {title: json.loads((records / name).read_text(encoding="utf-8")) for title, name in titles.items()}
+    shown = (ROOT / "docs" / "untrained.md").read_text(encoding="utf-8").split("<!-- untrained -->")[1]
+    assert shown.strip() == tables(found)
+
+
 def test_the_table_of_generation_is_the_record() -> None:
     record = json.loads((ROOT / "benchmarks" / "records" / "generation.json").read_text(encoding="utf-8"))
     table = runpy.run_path(str(ROOT / "benchmarks" / "generation.py"))["table"]
