@@ -156,6 +156,7 @@ class Reproduction:
         left = [run for run in self.runs if not runner.lines(run)]
         speeds = {} if not left or self.scale.name != "laptop" else timing.measure(self.scale, left)
         work = {run: timing.seconds(run, self.scale, speeds) if speeds else float(run.steps) for run in left}
+        gc.collect()  # what the calibration left behind would be frozen with the rest
         gc.freeze()  # each run collects garbage three times; the libraries' own objects are none, and cost 0.4 s a time
         try:
             with self.reporter.whole("everything", sum(work.values())):
