@@ -28,7 +28,7 @@ from .records import Journal, is_writer, read_lines, write_lines
 LOOKED_INTO = ("exact", "dark", "performer", "lfk", "ours")
 #: Points at which it is looked into, at most, besides the first and the last.
 LOOKS = 4
-#: Logits of one evaluation batch at most: in float32 beside their bfloat16 source 600 MB (Gemma's vocabulary is 262,144).
+#: Logits of one evaluation batch at most, 600 MB with their bfloat16 source: Gemma has a vocabulary of 262,144.
 LOGITS = 100_000_000
 
 
