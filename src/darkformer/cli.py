@@ -37,7 +37,7 @@ class _Verbs(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             errors.print(f"{str(interrupt) or 'interrupted'}")
-            errors.print("Run the same command again to continue (linearize: with --resume).")
+            errors.print("Run the same command again to continue (linearize and reproduce: with --resume).")
             raise typer.Exit(130) from interrupt
 
 

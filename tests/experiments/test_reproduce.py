@@ -44,6 +44,12 @@ def tiny(text_glob: str) -> Scale:
     )
 
 
+def two_methods(text_glob: str) -> Scale:
+    """Enough for an interruption: exact before, DARK in the middle."""
+    short = replace(TOP, methods=("exact", "dark"), rates=RATES[:1])
+    return replace(tiny(text_glob), experiments=(short,))
+
+
 def reproduction(scale: Scale, figures: tuple[str, ...], out: Path) -> Reproduction:
     return Reproduction(scale, figures, out, RichReporter(Console(file=io.StringIO())))
 
@@ -176,6 +182,14 @@ class TestRecords:
         }
 
 
+@pytest.fixture(scope="module")
+def uncut(text_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two methods' uninterrupted run."""
+    out = tmp_path_factory.mktemp("reproduce") / "uncut"
+    reproduction(two_methods(text_glob), ("2-top",), out).run()
+    return out
+
+
 class TestKilled:
     """SIGKILL in the middle of a run, a half-written line and a half-written checkpoint: the same record in the end."""
 
@@ -183,7 +197,7 @@ class TestKilled:
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
-from experiments.test_reproduce import reproduction, tiny
+from experiments.test_reproduce import reproduction, two_methods
 from darkformer.experiments.reproduce import run as run_module
 add = run_module.Journal.add
 def dying(self, row):
@@ -193,12 +207,12 @@ def dying(self, row):
 run_module.Journal.add = dying
 import torch
 torch.set_num_threads(1)
-reproduction(tiny({glob!r}), ("2-top",), Path({out!r})).run()
+reproduction(two_methods({glob!r}), ("2-top",), Path({out!r})).run()
 """
 
     @pytest.mark.parametrize(("step", "damage"), [(5, False), (6, True)])
     def test_resumed_it_is_the_uninterrupted_run(
-        self, whole: Path, text_glob: str, tmp_path: Path, step: int, damage: bool
+        self, uncut: Path, text_glob: str, tmp_path: Path, step: int, damage: bool
     ) -> None:
         out, name = tmp_path / "cut", "2-top.small.dark.seed0"
         tests = str(Path(__file__).parents[1])
@@ -211,15 +225,15 @@ reproduction(tiny({glob!r}), ("2-top",), Path({out!r})).run()
             (stage / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
             with (stage / "losses.jsonl").open("a") as stream:
                 stream.write('{"step": 6, "lo')
-        work = reproduction(tiny(text_glob), ("2-top",), out)
+        work = reproduction(two_methods(text_glob), ("2-top",), out)
         with pytest.raises(RunFolderError, match="--resume continues it"):
             work.run()
         work.run(resume=True)
-        assert comparable(out, "2-top") == comparable(whole, "2-top")
+        assert comparable(out, "2-top") == comparable(uncut, "2-top")
         assert read_lines(stage / "record.jsonl")[-1]["resumed"]
 
     def test_ctrl_c_between_is_no_loss_either(
-        self, whole: Path, text_glob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, uncut: Path, text_glob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         add = Journal.add
 
@@ -230,10 +244,10 @@ reproduction(tiny({glob!r}), ("2-top",), Path({out!r})).run()
 
         monkeypatch.setattr(run_module.Journal, "add", interrupting)
         with pytest.raises(KeyboardInterrupt):
-            reproduction(tiny(text_glob), ("2-top",), tmp_path / "cut").run()
+            reproduction(two_methods(text_glob), ("2-top",), tmp_path / "cut").run()
         monkeypatch.undo()
-        reproduction(tiny(text_glob), ("2-top",), tmp_path / "cut").run(resume=True)
-        assert comparable(tmp_path / "cut", "2-top") == comparable(whole, "2-top")
+        reproduction(two_methods(text_glob), ("2-top",), tmp_path / "cut").run(resume=True)
+        assert comparable(tmp_path / "cut", "2-top") == comparable(uncut, "2-top")
 
 
 class TestDrawing:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from darkformer import DarkConfig, convert, dark_layers, revert
+from darkformer import DarkConfig, FeatureMap, attention, convert, dark_layers, revert
+from darkformer.hf.convert import observing
 from hf.families import DARK, FAMILIES, PAPER, left_mask, linear, logits, tiny, tokens
 
 EXACT = DarkConfig(method="exact")
@@ -42,6 +43,22 @@ def test_revert_is_bit_identical(model: PreTrainedModel, config: DarkConfig) -> 
     assert model.config.to_dict() == settings
     assert model.config._attn_implementation == implementation
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_linear_model_can_be_watched() -> None:
+    model, ids, seen = linear("llama"), tokens(2, 40), []
+    before = logits(model, ids)
+
+    def watch(fm: FeatureMap, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> None:
+        expected = attention(query, key, value, fm, scaling=rest[1], is_causal=True)
+        seen.append((fm.layer, float((expected - rest[2]).abs().max())))
+
+    with observing(model, watch, softmax=False):
+        watched = logits(model, ids)
+    assert torch.equal(watched, before)  # it stays linear, and watching changes nothing
+    assert [layer for layer, _ in seen] == [0, 1, 2] and max(error for _, error in seen) < 1e-5
+    logits(model, ids)
+    assert len(seen) == 3  # and ends with the block
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from darkformer import InputError, MissingExtraError
-from darkformer.train import data
+from darkformer.train import data, docstrings
 from darkformer.train.data import load_documents, pydoc_documents, read_file, split_documents, token_blocks
 
 
@@ -41,6 +41,36 @@ def test_pydoc_is_there_and_always_the_same() -> None:
     assert len(documents) > 50
     assert sum(map(len, documents)) > 300_000
     assert any('The "with" statement' in document for document in documents)
+
+
+class TestDocstrings:
+    LONG = "A sentence that is long enough to count as text, because labels of a few words are not documentation."
+
+    def test_of_modules_classes_and_functions(self) -> None:
+        lines = [
+            f'"""{self.LONG}"""',
+            "class A:",
+            f'    """{self.LONG} A"""',
+            "    def f(self):",
+            "        'short'",
+            "        def g():",
+            f'            "{self.LONG} g"',
+        ]
+        source = "\n".join(lines)
+        assert docstrings.module_docstrings(source.encode()) == [self.LONG, f"{self.LONG} A", f"{self.LONG} g"]
+
+    @pytest.mark.parametrize("source", [b"def f(:", b"x = '\x00'", b"# coding: nonsense\n"])
+    def test_what_cannot_be_parsed_has_none(self, source: bytes) -> None:
+        assert docstrings.module_docstrings(source) == []
+
+    def test_one_document_a_module_each_text_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "tests").mkdir()
+        for name, text in [("b.py", "b"), ("a.py", "a"), ("copy.py", "a"), ("tests/t.py", "t")]:
+            (tmp_path / name).write_text(f'"""{self.LONG} {text}"""')
+        monkeypatch.setattr(docstrings, "PACKAGES", ())
+        monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        documents = load_documents(["python"])
+        assert documents == [*pydoc_documents(), f"{self.LONG} a", f"{self.LONG} b"]
 
 
 class TestRefusals:

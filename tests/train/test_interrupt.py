@@ -92,6 +92,25 @@ class TestResume:
         assert finetune(resumed, BLOCKS, _budget(save_every=2), tmp_path / "cut", resume=True) == expected
         assert _same_weights(resumed, whole)
 
+    @pytest.mark.parametrize("damage", ["missing", "cut short"])
+    def test_a_checkpoint_that_a_kill_cut_short_is_not_taken(self, damage: str, tmp_path: Path) -> None:
+        whole = linear("llama")
+        expected = finetune(whole, BLOCKS, _budget(save_every=2), tmp_path / "whole")
+
+        def die() -> None:
+            raise MemoryError
+
+        with pytest.raises(MemoryError):
+            finetune(linear("llama"), BLOCKS, _budget(save_every=2), tmp_path / "cut", on_step=_at(7, die))
+        state = tmp_path / "cut" / "checkpoint-6" / "trainer_state.json"  # Trainer writes it last
+        if damage == "missing":
+            state.unlink()
+        else:
+            state.write_text(state.read_text()[:100])
+        resumed = linear("llama")
+        assert finetune(resumed, BLOCKS, _budget(save_every=2), tmp_path / "cut", resume=True) == expected
+        assert _same_weights(resumed, whole)
+
     def test_a_finished_run_takes_no_more_steps(self, tmp_path: Path) -> None:
         whole, again = linear("llama"), linear("llama")
         expected = finetune(whole, BLOCKS, _budget(save_every=4), tmp_path)

@@ -28,6 +28,8 @@ from .records import Journal, is_writer, read_lines, write_lines
 LOOKED_INTO = ("exact", "dark", "performer", "lfk", "ours")
 #: Points at which it is looked into, at most, besides the first and the last.
 LOOKS = 4
+#: Logits of one evaluation batch at most, 600 MB with their bfloat16 source: Gemma has a vocabulary of 262,144.
+LOGITS = 100_000_000
 
 
 class Runner:
@@ -154,7 +156,8 @@ class _Trial:
             )
 
     def _evaluated(self, step: int, text: Tensor) -> dict[str, Any]:
-        batch = max(1, 2048 // text.shape[1])
+        logits = text.shape[1] * self.model.config.get_text_config().vocab_size
+        batch = max(1, min(2048 // text.shape[1], LOGITS // logits))
         found = evaluate(self.model, text, batch_size=batch, dtype=self.budget.dtype).to_dict()
         if self._looked_into(step):
             found["mechanism"] = measure(self.model, text)

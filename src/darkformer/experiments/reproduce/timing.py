@@ -24,7 +24,7 @@ GEMMA3 = Gemma3TextConfig(
     num_key_value_heads=1, head_dim=256,
 )  # fmt: skip
 #: Layers of the models that are timed, as far as there are so many; the rest is a straight line.
-FEW = (1, 8)
+FEW = (1, 6)
 #: Loading, converting, checkpoints and writing of a run: this many steps' time, and this many seconds.
 OVERHEAD_STEPS, OVERHEAD_SECONDS = 2.0, 2.0
 #: A token that is only scored, beside one that is trained on; calibration of the library's form, in steps' time.
@@ -44,34 +44,34 @@ def _config(base: Base, scale: Scale) -> Any:
     return copy.deepcopy({"smollm2": SMOLLM2, "gemma3-270m": GEMMA3}[base.source])
 
 
-def _step_seconds(model: Any, ids: torch.Tensor) -> float:
-    """The faster of two steps; the first one has the optimizer's state to make."""
-    optimizer, took = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), []
-    for _ in range(2):
-        started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        took.append(time.perf_counter() - started)
-    return min(took)
+def _step_seconds(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:
+    started = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - started
 
 
 def measure_base(base: Base, scale: Scale) -> Speed:
     """Seconds of a training step of DARK on this base, from `FEW` of its layers with random weights."""
     config = _config(base, scale)
-    layers, config.num_hidden_layers = config.num_hidden_layers, min(FEW[1], config.num_hidden_layers)
-    timed = config.num_hidden_layers
+    layers, timed = config.num_hidden_layers, min(FEW[1], config.num_hidden_layers)
+    config.num_hidden_layers = timed
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:timed]
     model = AutoModelForCausalLM.from_config(config)
     convert(model, DarkConfig.paper(base.num_features, convert_sliding=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(5, config.vocab_size, (base.batch_size, base.seq_len))
-    more = _step_seconds(model, ids)
+    _step_seconds(model, optimizer, ids)  # makes the optimizer's state
+    more = _step_seconds(model, optimizer, ids)
+    if layers == timed:
+        return Speed(more, ids.numel())
     model.config.num_hidden_layers = FEW[0]
     model.model.layers = model.model.layers[: FEW[0]]
-    fewer = _step_seconds(model, ids)
+    fewer = _step_seconds(model, optimizer, ids)
     layer = max(0.0, more - fewer) / (timed - FEW[0])
     return Speed(more + layer * (layers - timed), ids.numel())
 
