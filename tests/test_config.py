@@ -104,7 +104,7 @@ def test_paper_form() -> None:
 def test_defaults_are_the_documented_ones() -> None:
     assert DarkConfig() == DarkConfig(
         method="dark", num_features=128, window=64, sinks=4, center=True, balance=True, tied=True,
-        draw="orthogonal", proposal="isotropic", proposal_weights=True, seed=0,
+        draw="orthogonal", proposal="optimal", proposal_weights=True, seed=0,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def result() -> dict[str, Any]:
 
 
 def _record(result: dict[str, Any]) -> dict[str, Any]:
-    effort = {"draws": EFFORT.draws}
+    effort = {"draws": EFFORT.draws, "tokens": EFFORT.tokens}
     return {"model": "tiny", "config": CONFIG.to_dict(), "effort": effort, "environment": {}, **result}
 
 

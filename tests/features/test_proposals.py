@@ -178,7 +178,7 @@ def test_the_buffer_is_there_where_the_configuration_uses_it() -> None:
         made = feature_map(DarkConfig(method=method, proposal="oprf"), **shape)
         assert torch.equal(made.proposal_root, torch.eye(3).expand(2, -1, -1))
         assert "proposal_root" in made.state_dict() and "proposal_root" not in dict(made.named_parameters())
-        isotropic = feature_map(DarkConfig(method=method), **shape)
+        isotropic = feature_map(DarkConfig(method=method, proposal="isotropic"), **shape)
         assert "proposal_root" not in isotropic.state_dict()
         tensors = [torch.randn(1, heads, 9, 3, dtype=torch.float64) for heads in (4, 2, 2)]
         assert relative_error(attention(*tensors, made), attention(*tensors, isotropic)) <= PARITY
