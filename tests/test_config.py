@@ -120,7 +120,8 @@ def test_from_dict_refuses_what_it_does_not_know() -> None:
         DarkConfig.from_dict(DarkConfig().to_dict() | {"zeta": 1, "alpha": 2})
     with pytest.raises(ConfigError, match="window=-1"):
         DarkConfig.from_dict({"window": -1})
-    assert DarkConfig.from_dict({}) == DarkConfig()  # fields an older version did not write take their defaults
+    # Fields an older version did not write take their defaults; before there were proposals draws were isotropic.
+    assert DarkConfig.from_dict({}) == DarkConfig(proposal="isotropic")
 
 
 def test_configurations_saved_before_there_were_proposals() -> None:
