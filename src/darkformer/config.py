@@ -120,7 +120,7 @@ class DarkConfig:
     balance: bool = option(True, "Transform queries by A and keys by its inverse transpose so their covariances match.")
     tied: bool = option(True, "One geometry M for queries and keys (the paper). False: one for each.")
     draw: str = option("orthogonal", f"How the projection is drawn. {_choices(DRAWS)}.")
-    proposal: str = option("optimal", f"Distribution of the projection, set by calibrate. {_choices(PROPOSALS)}.")
+    proposal: str = option("isotropic", f"Distribution of the projection, set by calibrate. {_choices(PROPOSALS)}.")
     proposal_weights: bool = option(
         True, "Weigh the proposal's draws so that the features stay unbiased. False: its covariance joins Σ (DARK)."
     )
@@ -188,8 +188,7 @@ class DarkConfig:
                 f"unknown field(s) {', '.join(unknown)} in a saved configuration: "
                 "it was written by a newer darkformer; upgrade this installation."
             )
-        # Configurations from before there were proposals drew isotropically.
-        return cls(**{"proposal": "isotropic", **values})
+        return cls(**values)
 
 
 @dataclass(frozen=True)

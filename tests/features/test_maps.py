@@ -66,8 +66,7 @@ def test_parameters_are_there_where_the_configuration_uses_them(fields: dict[str
     assert shapes == {name: shape for name, shape in PARAMETERS.items() if name not in absent}
     assert all(parameter.dtype == torch.float32 for parameter in made.parameters())
     gaussian = made.config.method in ("dark", "performer", "lfk")
-    drawn = {"projection", "proposal_root"} - ({"projection"} if made.config.method == "lfk" else set())
-    assert {name for name, _ in made.named_buffers()} == (drawn if gaussian else set())
+    assert {name for name, _ in made.named_buffers()} == ({"projection"} if gaussian else set())
 
 
 def test_lfk_learns_its_projection() -> None:
