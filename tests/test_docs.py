@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import darkformer
 from darkformer.experiments.bench_targets import targets_markdown
+from darkformer.experiments.diagnosis_report import comparison
 from darkformer.experiments.report import markdown_table, notes
 from darkformer.hf.load import demo_model_path, load_tokenizer, save_model
 
@@ -67,6 +68,16 @@ def test_the_demos_table_is_the_committed_record() -> None:
         assert note in README
     for name in ("accuracy", "error"):
         assert (ROOT / "docs" / "figures" / f"demo-{name}.png").is_file()
+
+
+def test_the_table_of_diagnoses_is_the_records() -> None:
+    titles = {"SmolLM2-135M": "smollm2", "Gemma 3 270M": "gemma3"}
+    records = {
+        title: json.loads((ROOT / "benchmarks" / "records" / f"diagnosis-{name}.json").read_text(encoding="utf-8"))
+        for title, name in titles.items()
+    }
+    shown = (ROOT / "docs" / "diagnose.md").read_text(encoding="utf-8").split("<!-- diagnosed -->")[1]
+    assert shown.strip() == comparison(records)
 
 
 def test_the_untrained_tables_are_the_records() -> None:

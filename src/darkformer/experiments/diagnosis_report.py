@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,47 @@ def advice(record: Mapping[str, Any]) -> list[str]:
         f"features alone {rho['features']['rank']['best']:.2f} at each head's best scale and {rho['output']:.2f} at "
         f"scale 1. Taking the predicted scale costs {rho['default']['cost'] - 1:.1%} of the error.",
     ]
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+    """What one diagnosis found, in a few numbers."""
+    good, m, window = ranked(record), str(record["config"]["num_features"]), str(record["config"]["window"])
+    rho = record["agreement"]
+    return {
+        "key/value heads": str(len(good)),
+        "heads that violate Theorem 3.2, balanced": str(sum(row["inadmissible"] > 0 for row in good)),
+        "effective rank of keys, mean": f"{_mean(good, lambda r: r['key']['effective_rank']):.0f}",
+        "attention beyond window and sinks": f"{_mean(good, lambda r: r['mass']['far']):.0%}",
+        f"draws of {m} that carry a query, features alone (median)": f"{_median(good, 'effective'):.1f}",
+        "log second moment, Performer, nats (median)": f"{_moment(good, 'performer'):.0f}",
+        "the same, centred and balanced": f"{_moment(good, 'balanced'):.0f}",
+        "error, window and sinks without features": f"{_mean(good, lambda r: r['exact_part_error'][window]):.3f}",
+        "error, default form": f"{_mean(good, lambda r: r['default_error'][window][m]):.3f}",
+        "rank correlation of predicted with measured error: default form": f"{rho['default']['rank']['best']:.2f}",
+        "… features alone, best scale": f"{rho['features']['rank']['best']:.2f}",
+        "… features alone, scale 1": f"{rho['output']:.2f}",
+        "cost of the scale that moments choose, default form": f"{rho['default']['moments_cost'] - 1:.1%}",
+        "layers to leave exact first": ", ".join(map(str, record["recommendations"]["exact_layers"]["choice"])),
+    }
+
+
+def comparison(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown table of diagnoses side by side. `records`: the model's title → record, as read from its file."""
+    facts = [_facts(record) for record in records.values()]
+    head = ["| | " + " | ".join(records) + " |", "|---|" + "---:|" * len(records)]
+    return "\n".join([*head, *(f"| {name} | {' | '.join(f[name] for f in facts)} |" for name in facts[0])])
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> float:
+    return statistics.fmean(value(row) for row in rows)
+
+
+def _median(rows: Sequence[Mapping[str, Any]], field: str) -> float:
+    return statistics.median(row[field] for row in rows)
+
+
+def _moment(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return statistics.median(row["log_moment"][name]["predicted"] for row in rows)
 
 
 def print_diagnosis(record: Mapping[str, Any], console: Console) -> None:
