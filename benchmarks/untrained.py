@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from darkformer import DarkConfig, convert
+from darkformer.diagnostics.estimators import closed_form_map
 from darkformer.diagnostics.probe import Probe
 from darkformer.experiments.diagnose import Collector, rounded
 from darkformer.features.maps import FeatureMap
-from darkformer.features.moments import HeadProposals, Moments, set_transforms
+from darkformer.features.moments import HeadProposals, Moments
 from darkformer.hf.convert import observing
 from darkformer.hf.load import load_model, load_tokenizer
 from darkformer.train.data import load_documents, token_blocks
@@ -36,20 +37,13 @@ FORMS = {"features": (0, 0), "window": (64, 4)}
 FEATURES, TOKENS, MOMENT_BLOCKS = 128, 512, 8
 
 
-def _map(config: DarkConfig, moments: Moments, layer: int, heads: int) -> FeatureMap:
-    groups, dim = moments.total["key"].shape
-    fm = FeatureMap(config, num_heads=heads, num_kv_heads=groups, head_dim=dim, layer=layer)
-    set_transforms(fm, moments)
-    return fm
-
-
 def layer_errors(probe: Probe, moments: dict[str, Moments], layer: int) -> dict[str, list[float]]:
     """ "form/proposal/balanced/draw/scale" → errors of the layer's kv heads."""
     heads, found = probe.q.shape[1] * probe.q.shape[2], {}
     for form, proposal, balanced, draw in itertools.product(FORMS, PROPOSALS, (False, True), DRAWS):
         window, sinks = FORMS[form]
         config = DarkConfig.paper(FEATURES, proposal=proposal, center=balanced, balance=balanced, draw=draw)
-        fm = _map(config, moments[form], layer, heads)
+        fm = closed_form_map(config, moments[form], layer=layer, heads=heads)
         proposals = HeadProposals(fm, moments[form]) if proposal != "isotropic" else None
         probe.split(DarkConfig(window=window, sinks=sinks))
         for scale in SCALES:

@@ -37,6 +37,14 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
+def closed_form_map(config: DarkConfig, moments: Moments, *, layer: int, heads: int) -> FeatureMap:
+    """A feature map with centres and balance from `moments`, as far as `config` has them. heads: query heads H."""
+    groups, dim = moments.total["key"].shape
+    fm = FeatureMap(config, num_heads=heads, num_kv_heads=groups, head_dim=dim, layer=layer)
+    set_transforms(fm, moments)
+    return fm
+
+
 def estimator_map(name: str, moments: Moments, num_features: int, *, layer: int, heads: int, seed: int) -> FeatureMap:
     """The feature map of one estimator, window 0, closed forms from `moments`.
 
@@ -44,12 +52,10 @@ def estimator_map(name: str, moments: Moments, num_features: int, *, layer: int,
         heads: query heads H of the layer. num_features: m.
     """
     estimator = ESTIMATORS[name]
-    groups, dim = moments.total["key"].shape
     config = DarkConfig.paper(num_features, seed=seed, **estimator.changes)
-    fm = FeatureMap(config, num_heads=heads, num_kv_heads=groups, head_dim=dim, layer=layer)
-    set_transforms(fm, moments)
+    fm = closed_form_map(config, moments, layer=layer, heads=heads)
     if fm.proposal_root is not None:
-        HeadProposals(fm, moments).set_(torch.ones(groups))
+        HeadProposals(fm, moments).set_(torch.ones(fm.num_kv_heads))
     if estimator.whitened and fm.geometry is not None:
         pooled = 0.5 * (moments.covariance("query", True) + moments.covariance("key", True))
         with torch.no_grad():

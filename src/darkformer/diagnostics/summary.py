@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,12 +33,6 @@ def measured_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["problem"] is None]
 
 
-def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean of at least one number."""
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
 def layer_errors(rows: Sequence[Row], window: int, m: int) -> dict[int, float]:
     """Layer → root mean square over heads of the default form's error."""
     layers: dict[int, list[float]] = {}
@@ -55,10 +50,10 @@ def recommendations(rows: Sequence[Row], *, window: int, m: int, exact_share: fl
     exact_layers: the layers with the greatest error, as many as `exact_share` of all layers allows.
     """
     good = measured_rows(rows)
-    by_m = {c: mean(r["default_error"][window][c] for r in good) for c in good[0]["default_error"][window]}
+    by_m = {c: fmean(r["default_error"][window][c] for r in good) for c in good[0]["default_error"][window]}
     most = by_m[max(by_m)]
     features = min(c for c, e in by_m.items() if e <= 1.05 * most)
-    by_window = {w: mean(r["default_error"][w][m] for r in good) for w in sorted(good[0]["default_error"])}
+    by_window = {w: fmean(r["default_error"][w][m] for r in good) for w in sorted(good[0]["default_error"])}
     widths = list(by_window)
     chosen = widths[-1]
     for small, large in itertools.pairwise(widths):
@@ -66,7 +61,7 @@ def recommendations(rows: Sequence[Row], *, window: int, m: int, exact_share: fl
             chosen = small
             break
     names = [n for n in good[0]["error"] if n != "whitened"]
-    by_estimator = {n: mean(r["error"][n][m] for r in good) for n in names}
+    by_estimator = {n: fmean(r["error"][n][m] for r in good) for n in names}
     errors = layer_errors(rows, window, m)
     count = int(exact_share * len(errors))
     worst = sorted(errors, key=lambda layer: -errors[layer])[:count]
@@ -104,8 +99,8 @@ def scale_agreement(rows: Sequence[Row], form: str) -> dict[str, Any]:
     chosen = {"": [_best(r, form, "predicted") for r in good], "moments_": [scales.index(r["moments"]) for r in good]}
     for name, indices in chosen.items():
         pairs = list(zip(good, indices, best, strict=True))
-        result[f"{name}hits"] = mean(i == b for _, i, b in pairs)
-        result[f"{name}cost"] = mean(r[form]["measured"][i] / r[form]["measured"][b] for r, i, b in pairs)
+        result[f"{name}hits"] = fmean(i == b for _, i, b in pairs)
+        result[f"{name}cost"] = fmean(r[form]["measured"][i] / r[form]["measured"][b] for r, i, b in pairs)
     return result
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from .bench_paths import SOFTMAX
 
@@ -69,6 +71,11 @@ def _mark(measured: float | None, aim: float, text: str, *, below: bool = False)
     return f"**{text}**" if (measured <= aim if below else measured >= aim) else text
 
 
+def slope(lengths: Sequence[float], values: Sequence[float]) -> float:
+    """Exponent of a power law through the points, least squares in logs: 2 is quadratic, 1 linear."""
+    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0]) if len(lengths) > 1 else math.nan
+
+
 class Measured:
     """Looks numbers up in a record."""
 
@@ -102,9 +109,7 @@ class Measured:
         rows = self.rows(path, WIDE, window, dtype, direction)
         if not set(LENGTHS) <= rows.keys():
             return None
-        x, y = [math.log(n) for n in LENGTHS], [math.log(rows[n]["median"]) for n in LENGTHS]
-        mx, my = sum(x) / len(x), sum(y) / len(y)
-        return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+        return slope(LENGTHS, [rows[n]["median"] for n in LENGTHS])
 
     def crossover(self, path: str, direction: str, dtype: str) -> tuple[bool, float | None]:
         """Whether it was measured, and the length (None: not reached)."""
@@ -163,8 +168,8 @@ def _lines(found: Measured) -> Iterable[Line]:
         worst = max(known, default=None)
         yield _at_most(f"scratch memory at 64k, `{path}`, forward and backward", worst, most, " MB", 0)
     for aim in AIMS:
-        slope = found.slope(aim.path, aim.dtype, aim.direction, 0)
-        yield _at_most(f"slope of time 4k–64k, `{aim.path}` {aim.direction}, {aim.dtype}", slope, SLOPE, "", 2)
+        grown = found.slope(aim.path, aim.dtype, aim.direction, 0)
+        yield _at_most(f"slope of time 4k–64k, `{aim.path}` {aim.direction}, {aim.dtype}", grown, SLOPE, "", 2)
     yield _at_most("worst error of `native`, float32 (× 10⁻⁶)", _scaled(found.error("float32"), 1e6), 5, "", 1)
     yield _at_most("worst error of `native`, bfloat16, of softmax's own", found.error("bfloat16"), 1.3, "×", 2)
     for dtype in ("float32", "bfloat16"):

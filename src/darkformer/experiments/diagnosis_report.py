@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import jinja2
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..diagnostics.summary import measured_rows
 from ..plots import diagnosis as plots
 
 COLUMNS = ("layer", "head", "rank", "nats", "balanced", "far", "features", "default", "exact")
@@ -54,8 +55,7 @@ def _cells(row: Mapping[str, Any], m: str, window: str) -> tuple[str, ...]:
 def ranked(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Measured heads, worst first, by the error of the default form."""
     m, window = str(record["config"]["num_features"]), str(record["config"]["window"])
-    good = [row for row in record["rows"] if row["problem"] is None]
-    return sorted(good, key=lambda row: -row["default_error"][window][m])
+    return sorted(measured_rows(record["rows"]), key=lambda row: -row["default_error"][window][m])
 
 
 def advice(record: Mapping[str, Any]) -> list[str]:
@@ -91,13 +91,13 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     return {
         "key/value heads": str(len(good)),
         "heads that violate Theorem 3.2, balanced": str(sum(row["inadmissible"] > 0 for row in good)),
-        "effective rank of keys, mean": f"{_mean(good, lambda r: r['key']['effective_rank']):.0f}",
-        "attention beyond window and sinks": f"{_mean(good, lambda r: r['mass']['far']):.0%}",
+        "effective rank of keys, mean": f"{fmean(r['key']['effective_rank'] for r in good):.0f}",
+        "attention beyond window and sinks": f"{fmean(r['mass']['far'] for r in good):.0%}",
         f"draws of {m} that carry a query, features alone (median)": f"{_median(good, 'effective'):.1f}",
         "log second moment, Performer, nats (median)": f"{_moment(good, 'performer'):.0f}",
         "the same, centred and balanced": f"{_moment(good, 'balanced'):.0f}",
-        "error, window and sinks without features": f"{_mean(good, lambda r: r['exact_part_error'][window]):.3f}",
-        "error, default form": f"{_mean(good, lambda r: r['default_error'][window][m]):.3f}",
+        "error, window and sinks without features": f"{fmean(r['exact_part_error'][window] for r in good):.3f}",
+        "error, default form": f"{fmean(r['default_error'][window][m] for r in good):.3f}",
         "rank correlation of predicted with measured error: default form": f"{rho['default']['rank']['best']:.2f}",
         "… features alone, best scale": f"{rho['features']['rank']['best']:.2f}",
         "… features alone, scale 1": f"{rho['output']:.2f}",
@@ -113,16 +113,12 @@ def comparison(records: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*head, *(f"| {name} | {' | '.join(f[name] for f in facts)} |" for name in facts[0])])
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> float:
-    return statistics.fmean(value(row) for row in rows)
-
-
 def _median(rows: Sequence[Mapping[str, Any]], field: str) -> float:
-    return statistics.median(row[field] for row in rows)
+    return median(row[field] for row in rows)
 
 
 def _moment(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return statistics.median(row["log_moment"][name]["predicted"] for row in rows)
+    return median(row["log_moment"][name]["predicted"] for row in rows)
 
 
 def print_diagnosis(record: Mapping[str, Any], console: Console) -> None:

@@ -43,13 +43,20 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
     return output, AttentionState(feature_values=values, feature_sum=total, log_scale=scale, **next_buffers(problem))
 
 
-def _unfit(problem: Problem) -> str | None:
-    """What the library does not cover, whatever the machine."""
-    config, query = problem.config, problem.query
+def _unfit_tokens(query: Tensor) -> str | None:
+    """Devices and dtypes the library does not cover."""
     if query.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {query.device.type}"
     if query.dtype not in (torch.float32, torch.bfloat16):
         return f"it computes in float32 and bfloat16, not in {query.dtype}"
+    return None
+
+
+def _unfit(problem: Problem) -> str | None:
+    """What the library does not cover, whatever the machine."""
+    config, query = problem.config, problem.query
+    if reason := _unfit_tokens(query):
+        return reason
     if not problem.is_causal:
         return "it is causal only"
     if problem.softcap is not None:
@@ -83,11 +90,14 @@ def _library_reason() -> str | None:
     return None
 
 
+def _switched_off() -> str | None:
+    off = os.environ.get("DARKFORMER_NATIVE", "1") in ("0", "off", "false")
+    return "DARKFORMER_NATIVE=0 switches it off" if off else None
+
+
 def unavailable() -> str | None:
     """Why the library cannot be used on this machine, None if it can. Builds it if it is not there yet."""
-    if os.environ.get("DARKFORMER_NATIVE", "1") in ("0", "off", "false"):
-        return "DARKFORMER_NATIVE=0 switches it off"
-    return _library_reason()
+    return _switched_off() or _library_reason()
 
 
 def why_not(problem: Problem) -> str | None:
@@ -100,9 +110,7 @@ def stepper(
     scaling: float, softcap: float | None,
 ) -> Step | None:  # fmt: skip
     """A `Step` that goes on from `state` with tokens of these shapes and dtype; None where the library cannot."""
-    if state is None or query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if feature_map.config.method not in METHODS or unavailable() is not None:
+    if state is None or feature_map.config.method not in METHODS or _unfit_tokens(query) or unavailable():
         return None
     step = Step(state, feature_map, scaling=scaling, softcap=softcap)
     return step if step.finite and step.takes(query, key, scaling, softcap) else None
@@ -130,6 +138,5 @@ def status() -> dict[str, Any]:
             check_compiler()
     except BuildError as error:
         found["reason"] = str(error)
-    if os.environ.get("DARKFORMER_NATIVE", "1") in ("0", "off", "false"):
-        found["reason"] = unavailable()
+    found["reason"] = _switched_off() or found["reason"]
     return found
