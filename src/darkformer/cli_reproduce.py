@@ -12,7 +12,10 @@ from rich.table import Table
 
 from .config import ConfigError, DemoConfig, field_help
 
-Figure = Annotated[str, typer.Argument(help="1, 2-top, 2-bottom, 2 (both), 3, 4, 5 or all.", metavar="FIGURE")]
+Figure = Annotated[
+    str,
+    typer.Argument(help="1, 2-top, 2-bottom, 2 (both), 3, 4, 5 or all; or one experiment: 3.grown.", metavar="FIGURE"),
+]
 ScaleName = Annotated[
     str, typer.Option("--scale", help="laptop: two cores, hours. full: the paper's size, under `accelerate launch`.")
 ]
@@ -25,6 +28,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the reprodu
 Steps = Annotated[
     int, typer.Option("--steps", help="At most so many steps a run, to try it out; 0: the plan's.", min=0)
 ]
+Dtype = Annotated[str, typer.Option("--dtype", help="Instead of the scale's precision: float32 or bfloat16.")]
 PlotOnly = Annotated[bool, typer.Option("--plot-only", help="Only draw, from the records in the folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print the plan and its time, after a short calibration.")]
 
@@ -39,6 +43,7 @@ def register(app: typer.Typer, console: Console) -> None:
         out: Out = Path("runs/reproduce"),
         data: Data = [],  # noqa: B006 - typer copies it
         steps: Steps = 0,
+        dtype: Dtype = "",
         resume: Resume = False,
         overwrite: Overwrite = False,
         plot_only: PlotOnly = False,
@@ -56,11 +61,14 @@ def register(app: typer.Typer, console: Console) -> None:
         if scale not in SCALES:
             raise ConfigError(f"--scale {scale}: unknown; choose one of {', '.join(SCALES)}.")
         if plot_only:
+            figures = tuple(name.split(".")[0] for name in figures)
             print_tables(draw(out, figures, strict=figure != "all"), console)
             return
         chosen = SCALES[scale].shortened(steps) if steps else SCALES[scale]
         if data:
             chosen = replace(chosen, data=tuple(data))
+        if dtype:
+            chosen = replace(chosen, dtype=dtype)
         work = Reproduction(chosen, figures, out, RichReporter(console))
         if dry_run:
             print_rows(work.plan(), f"plan, scale {scale}", console)

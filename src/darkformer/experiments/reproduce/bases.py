@@ -57,6 +57,14 @@ def grown_folder(out: Path) -> Path:
     return out / "model" / "grown"
 
 
+def grown_weights(out: Path) -> str | None:
+    """The first digits of the SHA-256 of those weights; None while they are not there."""
+    sums = grown_folder(out) / CHECKSUMS  # written last
+    if not sums.is_file():
+        return None
+    return next(line[:16] for line in sums.read_text(encoding="utf-8").splitlines() if line.endswith(".safetensors"))
+
+
 def make_model(base: Base, seed: int, scale: Scale, out: Path) -> Any:
     """The model a run starts from, in float32. Random weights depend on `seed` alone, not on the method."""
     if base.source == "grown":

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...config import RunFolderError
 from ...plots.reproduction import Curve, Panel, draw_panels
-from ...train.record import read_json
 from ...train.report import Reporter
 from ..bench import WIDE, Bench, Plan, Sweep
+from ..bench_targets import slope
 from .plan import Scale
 
 FIGURES = ("1",)
@@ -43,17 +41,6 @@ def measure(scale: Scale, folder: Path, reporter: Reporter) -> list[dict[str, An
         }
         for row in record["points"]
     ]  # fmt: skip
-
-
-def measured(folder: Path) -> bool:
-    """Whether `measure` has finished there."""
-    file = folder / "record.json"
-    return file.is_file() and bool(read_json(file)["finished"])
-
-
-def slope(lengths: Sequence[float], values: Sequence[float]) -> float:
-    """Exponent of a power law through the points, least squares in logs: 2 is quadratic, 1 linear."""
-    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0]) if len(lengths) > 1 else math.nan
 
 
 def _series(lines: Sequence[Mapping[str, Any]], path: str, field: str) -> tuple[list[int], list[float]]:

@@ -15,7 +15,7 @@ QUESTION = "Does DARK close the gap between Performer and softmax, from scratch 
 EVERY = tuple(METHODS)
 PRETRAIN_RATES, FINETUNE_RATES = (3e-4, 1e-3, 3e-3), (5e-5, 2.5e-4, 1.25e-3)
 
-TOP = Experiment("2-top", "small", EVERY, 1200, PRETRAIN_RATES, grid_steps=150, points=8, mechanism=True)
+TOP = Experiment("2-top", "small", EVERY, 1000, PRETRAIN_RATES, grid_steps=100, points=8, mechanism=True)
 BOTTOM = Experiment(
     "2-bottom", "smollm2", EVERY, 80, FINETUNE_RATES, grid_steps=16, seeds=(0, 1), points=4, mechanism=True
 )

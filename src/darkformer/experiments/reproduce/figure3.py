@@ -16,7 +16,7 @@ QUESTION = "Does DARK stay ahead of Performer in a long finetuning?"
 THREE = ("exact", "dark", "performer")
 
 GROWN = Experiment(
-    "3", "grown", (*THREE, "ours"), 2000, PRETRAIN_RATES, grid_steps=100, points=12, spacing="log", mechanism=True
+    "3", "grown", (*THREE, "ours"), 2000, PRETRAIN_RATES, grid_steps=60, points=12, spacing="log", mechanism=True
 )
 SMOLLM2 = Experiment(
     "3", "smollm2", THREE, 600, (), rates_of="2-bottom.smollm2", points=8, spacing="log", mechanism=True

@@ -18,7 +18,7 @@ SPIKE, BEFORE = 1.0, 20
 TWO = ("dark", "performer")
 RATES = (3e-4, 6.5e-4, 1.4e-3, 3e-3, 6.5e-3, 1.4e-2, 3e-2)
 
-GROWN = Experiment("5", "grown", TWO, 240, RATES, every_rate=True, seeds=(0, 1), points=3, mechanism=True)
+GROWN = Experiment("5", "grown", TWO, 160, RATES, every_rate=True, seeds=(0, 1), points=3, mechanism=True)
 FULL = Experiment(
     "5", "gemma", TWO, 2000, tuple(r / 100 for r in RATES), every_rate=True, seeds=(0, 1), points=10, mechanism=True
 )

@@ -114,6 +114,7 @@ class Scale:
     bases: dict[str, Base]
     experiments: tuple[Experiment, ...]
     lengths: tuple[int, ...] = ()  # of figure 1; empty: not measured at this scale
+    dtype: str = "float32"  # the same on every machine: runs of one experiment may come from several
     documents: int = 20_000  # of a streamed dataset
     least_text: int = 5_000_000  # characters
     vocabulary: int = 4096
@@ -150,12 +151,13 @@ def form(run: Run, num_features: int) -> DarkConfig | None:
     return DarkConfig.paper(num_features, method=run.method, seed=run.seed, convert_sliding=True)
 
 
-def budget(run: Run, base: Base, lr: float) -> TrainConfig:
+def budget(run: Run, scale: Scale, lr: float) -> TrainConfig:
     """The training of a run at the rate `lr`."""
+    base = scale.bases[run.experiment.base]
     return TrainConfig(
         train=run.experiment.train, steps=run.steps, lr=lr, geometry_lr=max(lr, LEAST_GEOMETRY_LR),
         warmup=max(5, run.steps // 20), seq_len=base.seq_len, batch_size=base.batch_size, save_every=base.save_every,
-        seed=run.seed,
+        dtype=scale.dtype, seed=run.seed,
     )  # fmt: skip
 
 
@@ -173,13 +175,16 @@ def runs_of(experiment: Experiment, seed: int) -> Iterator[Run]:
 def planned(scale: Scale, figures: Sequence[str]) -> list[Run]:
     """Runs that `figures` need, what they depend on first; the first seed of everything before the second of anything.
 
+    Args:
+        figures: names of figures, or of one experiment of a figure (`3.grown`).
+
     Raises:
         ConfigError: a figure this scale has no runs for.
     """
-    known = {e.figure for e in scale.experiments} | ({"1"} if scale.lengths else set())
+    known = {n for e in scale.experiments for n in (e.figure, e.key)} | ({"1"} if scale.lengths else set())
     if missing := [name for name in figures if name not in known]:
         raise ConfigError(f"figure {', '.join(missing)}: not part of scale {scale.name!r}, which has {sorted(known)}.")
-    wanted = [e for e in scale.experiments if e.figure in figures]
+    wanted = [e for e in scale.experiments if e.figure in figures or e.key in figures]
     runs: dict[Run, None] = {}
     for rank in range(max((len(e.seeds) for e in wanted), default=0)):
         for experiment in wanted:

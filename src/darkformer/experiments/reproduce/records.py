@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import InputError
+from ...train.record import write_text
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -35,10 +36,21 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes in one step: the old file or the new one, never half of one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(file.suffix + ".part")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recorded(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Name of each finished run → its lines: of the run's own folder, or else of a figure's record.
+
+    So the records alone are enough to go on from: the folders of the runs need not be kept.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((out / "records").glob("figure*.jsonl")):
+        for line in read_lines(file):
+            if "run" in line:
+                found.setdefault(line["run"], []).append(line)
+    found = {name: lines for name, lines in found.items() if lines[-1]["kind"] == "run"}
+    return found | {file.parent.name: read_lines(file) for file in (out / "stages").glob("*/record.jsonl")}
 
 
 def is_writer() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from ...train.finetune import finetune
 from ...train.linearize import calibrated
 from ...train.record import environment
 from ...train.report import Reporter
-from .bases import keep_grown, make_model
+from .bases import grown_weights, keep_grown, make_model
 from .corpus import Corpus
 from .mechanism import measure
 from .plan import LEAST_GEOMETRY_LR, Run, Scale, budget, experiment_of, form, grid_runs, grower
-from .records import Journal, is_writer, read_lines, write_lines
+from .records import Journal, is_writer, recorded, write_lines
 
 #: Methods whose estimator (or, for softmax, whose queries and keys) is looked into along training.
 LOOKED_INTO = ("exact", "dark", "performer", "lfk", "ours")
@@ -38,16 +39,24 @@ class Runner:
     def __init__(self, scale: Scale, out: Path, corpus: Corpus, reporter: Reporter) -> None:
         self.scale, self.out, self.corpus, self.reporter = scale, out, corpus, reporter
         self.environment = environment()
-        self._finished: dict[str, list[dict[str, Any]]] = {}
+        self._finished = recorded(out)
 
     def lines(self, run: Run) -> list[dict[str, Any]]:
         """The record of a finished run: its points and, last, the run itself; empty while it is not finished."""
-        if run.name not in self._finished:
-            rows = read_lines(self.out / "stages" / run.name / "record.jsonl")
-            if not rows:
-                return []
-            self._finished[run.name] = rows
-        return self._finished[run.name]
+        return self._finished.get(run.name, [])
+
+    def left(self, runs: Iterable[Run]) -> list[Run]:
+        """Those of `runs` that are still to do.
+
+        A record is no model: where runs on `grown` are left and its weights are gone, it is trained once more, first.
+        """
+        left = [run for run in runs if not self.lines(run)]
+        grown = grower(self.scale)
+        needed = any(self.scale.bases[run.experiment.base].source == "grown" for run in left)
+        if grown is not None and needed and grown not in left and grown_weights(self.out) is None:
+            del self._finished[grown.name]
+            left.insert(0, grown)
+        return left
 
     def rate(self, run: Run) -> float:
         """The rate of a run: its own, or the one with the least loss on the tuning text in its method's grid.
@@ -94,7 +103,7 @@ class _Trial:
         self.run, self.runner, self.folder = run, runner, runner.out / "stages" / run.name
         self.base = runner.scale.bases[run.experiment.base]
         self.blocks = runner.corpus.blocks(self.base)
-        self.budget: TrainConfig = budget(run, self.base, runner.rate(run))
+        self.budget: TrainConfig = budget(run, runner.scale, runner.rate(run))
         self.config = form(run, self.base.num_features)
         self.resumed = (self.folder / "losses.jsonl").is_file()
         self.points, self.losses = Journal(self.folder / "points.jsonl"), Journal(self.folder / "losses.jsonl")
@@ -167,14 +176,15 @@ class _Trial:
         """The lines of this run: one a point, and one with everything it depended on."""
         run, experiment = self.run, self.run.experiment
         common = {
-            "figure": experiment.figure, "base": experiment.base, "method": run.method, "seed": run.seed,
-            "grid": run.grid, "lr": self.budget.lr, "steps": run.steps,
+            "run": run.name, "figure": experiment.figure, "base": experiment.base, "method": run.method,
+            "seed": run.seed, "grid": run.grid, "lr": self.budget.lr, "steps": run.steps,
         }  # fmt: skip
         points = self.points.ordered()
         whole = {
             "kind": "run", **common, "final_loss": points[-1]["loss"], "diverged": self.diverged,
             "losses": [row["loss"] for row in self.losses.ordered()], "budget": asdict(self.budget),
             "config": None if self.config is None else self.config.to_dict(), "start": asdict(self.base),
+            "weights": grown_weights(self.runner.out) if self.base.source == "grown" else None,
             "text": self.runner.corpus.facts, "train_blocks": len(self.blocks.train),
             "eval_blocks": len(self.blocks.evaluation), "seconds": seconds, "resumed": self.resumed,
             "least_geometry_lr": LEAST_GEOMETRY_LR, "environment": self.runner.environment,

@@ -16,9 +16,9 @@ LAPTOP = Scale(
     name="laptop",
     data=(PYTHON,),
     bases={
-        "small": Base("small", seq_len=256, batch_size=4, num_features=64, save_every=200),
-        "grown": Base("grown", seq_len=256, batch_size=4, num_features=64, save_every=200),
-        "smollm2": Base("smollm2", seq_len=512, batch_size=1, num_features=128, save_every=100),
+        "small": Base("small", seq_len=256, batch_size=2, num_features=64, save_every=200),
+        "grown": Base("grown", seq_len=256, batch_size=2, num_features=64, save_every=200),
+        "smollm2": Base("smollm2", seq_len=256, batch_size=1, num_features=128, save_every=100),
         "gemma3": Base("gemma3-270m", seq_len=256, batch_size=1, num_features=128),
     },
     # Most evidence first: what the other figures start from, then the claims, then second opinions.
@@ -41,6 +41,7 @@ FULL = Scale(
     documents=2_000_000,
     least_text=500_000_000,
     eval_tokens=262_144,
+    dtype="bfloat16",
 )
 
 SCALES = {scale.name: scale for scale in (LAPTOP, FULL)}

@@ -15,7 +15,7 @@ from . import figure1, figure2, figure3, figure4, figure5, timing, verdicts
 from .bases import check_available
 from .corpus import Corpus
 from .plan import Run, Scale, planned
-from .records import is_writer, read_lines, write_lines
+from .records import is_writer, read_lines, recorded, write_lines
 from .run import Runner
 
 MODULES: tuple[Any, ...] = (figure1, figure2, figure3, figure4, figure5)
@@ -24,13 +24,15 @@ FIGURES = {name: module for module in MODULES for name in module.FIGURES}
 
 
 def chosen_figures(name: str) -> tuple[str, ...]:
-    """`all`, one figure, or `2` for both halves of the second.
+    """`all`, one figure, `2` for both halves of the second, or one experiment of a figure: `3.grown`.
 
     Raises:
         ConfigError: no such figure.
     """
     if name == "all":
         return tuple(FIGURES)
+    if name.split(".")[0] in FIGURES and "." in name:
+        return (name,)
     found = tuple(figure for figure in FIGURES if figure == name or figure.split("-")[0] == name)
     if not found:
         raise ConfigError(f"figure {name!r}: there is none; choose all, 2, {', '.join(FIGURES)}.")
@@ -83,11 +85,9 @@ class Reproduction:
 
     def __init__(self, scale: Scale, figures: Sequence[str], out: Path, reporter: RichReporter) -> None:
         self.scale, self.out, self.reporter = scale, out, reporter
-        self.figures = [name for name in figures if name != "1" or scale.lengths]
-        self.runs = planned(scale, self.figures)
-
-    def _is_done(self, run: Run) -> bool:
-        return (self.out / "stages" / run.name / "record.jsonl").is_file()
+        chosen = [name for name in figures if name != "1" or scale.lengths]
+        self.runs = planned(scale, chosen)
+        self.figures = list(dict.fromkeys(name.split(".")[0] for name in chosen))
 
     def plan(self) -> list[list[str]]:
         """The plan as a table: per experiment its runs, those left, steps and hours. Calibrates, does nothing else."""
@@ -97,14 +97,14 @@ class Reproduction:
 
     def _plan_rows(self, speeds: dict[str, timing.Speed]) -> list[list[str]]:
         rows = [["figure", "model", "methods", "seeds", "runs", "left", "steps", "s/step", "hours left"]]
-        whole = 0.0
+        whole, done = 0.0, recorded(self.out)
         if "1" in self.figures:
-            left = 0 if figure1.measured(self.out / "stages" / "1") else 1
+            left = 0 if read_lines(record_file(self.out, "1")) else 1
             whole += left * timing.figure1_seconds(self.scale)
             rows.append(["1", "operator", "", "", "1", str(left), "", "", f"{whole / 3600:.2f}"])
         for experiment in dict.fromkeys(run.experiment for run in self.runs):
             own = [run for run in self.runs if run.experiment == experiment]
-            left_runs = [run for run in own if not self._is_done(run)]
+            left_runs = [run for run in own if run.name not in done]
             speed = speeds.get(experiment.base)
             spent = sum(timing.seconds(run, self.scale, speeds) for run in left_runs) if speed else 0.0
             whole += spent
@@ -136,11 +136,10 @@ class Reproduction:
         return draw(self.out, self.figures)
 
     def _first_figure(self) -> None:
-        folder = self.out / "stages" / "1"
         file = record_file(self.out, "1")
-        if not (figure1.measured(folder) and file.is_file()):
+        if not read_lines(file):  # it is written when everything is measured
             self.reporter.say("figure 1: measuring the operator")
-            write_lines(file, figure1.measure(self.scale, folder, self.reporter))
+            write_lines(file, figure1.measure(self.scale, self.out / "stages" / "1", self.reporter))
             draw(self.out, ("1",))
 
     def _others(self) -> None:
@@ -153,7 +152,7 @@ class Reproduction:
         )
         runner = Runner(self.scale, self.out, corpus, self.reporter)
         self._check_text(runner, facts["fingerprint"])
-        left = [run for run in self.runs if not runner.lines(run)]
+        left = runner.left(self.runs)
         speeds = {} if not left or self.scale.name != "laptop" else timing.measure(self.scale, left)
         work = {run: timing.seconds(run, self.scale, speeds) if speeds else float(run.steps) for run in left}
         gc.collect()  # what the calibration left behind would be frozen with the rest
@@ -176,7 +175,7 @@ class Reproduction:
                 f"[{i + 1}/{len(left)}] {run.title}{' (grid)' if run.grid else ''}: {loss} after {run.steps} steps, "
                 f"{line['seconds']:.0f} s; about {ahead / 3600:.1f} h left"
             )
-            if i + 1 == len(left) or left[i + 1].experiment != run.experiment:
+            if i + 1 < len(left) and left[i + 1].experiment != run.experiment:  # after the last one `run` draws
                 self._assemble()
                 draw(self.out, self.figures)
 
@@ -191,13 +190,12 @@ class Reproduction:
                     )
 
     def _assemble(self) -> None:
-        """The finished runs' lines, one file a figure."""
+        """The finished runs' lines, one file a figure, in the order of the plan."""
         if not is_writer():
             return
-        for figure in self.figures:
-            runs = [run for run in self.runs if run.experiment.figure == figure]
-            lines = [
-                line for run in runs for line in read_lines(self.out / "stages" / run.name / "record.jsonl")
-            ]  # fmt: skip
-            if lines:
+        done = recorded(self.out)
+        every = planned(self.scale, [e.figure for e in self.scale.experiments])
+        for figure in dict.fromkeys(run.experiment.figure for run in self.runs):
+            runs = [run for run in every if run.experiment.figure == figure]
+            if lines := [line for run in runs for line in done.get(run.name, [])]:
                 write_lines(record_file(self.out, figure), lines)

@@ -44,9 +44,9 @@ def _config(base: Base, scale: Scale) -> Any:
     return copy.deepcopy({"smollm2": SMOLLM2, "gemma3-270m": GEMMA3}[base.source])
 
 
-def _step_seconds(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:
+def _step_seconds(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, dtype: str) -> float:
     started = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     optimizer.step()
@@ -65,13 +65,13 @@ def measure_base(base: Base, scale: Scale) -> Speed:
     convert(model, DarkConfig.paper(base.num_features, convert_sliding=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(5, config.vocab_size, (base.batch_size, base.seq_len))
-    _step_seconds(model, optimizer, ids)  # makes the optimizer's state
-    more = _step_seconds(model, optimizer, ids)
+    _step_seconds(model, optimizer, ids, scale.dtype)  # makes the optimizer's state
+    more = _step_seconds(model, optimizer, ids, scale.dtype)
     if layers == timed:
         return Speed(more, ids.numel())
     model.config.num_hidden_layers = FEW[0]
     model.model.layers = model.model.layers[: FEW[0]]
-    fewer = _step_seconds(model, optimizer, ids)
+    fewer = _step_seconds(model, optimizer, ids, scale.dtype)
     layer = max(0.0, more - fewer) / (timed - FEW[0])
     return Speed(more + layer * (layers - timed), ids.numel())
 
