@@ -48,7 +48,7 @@ def test_local_needs_a_window() -> None:
     ("field", "values", "rule"),
     [
         ("train", ["everything", None], "is unknown: choose one of all, qkv, geometry, none"),
-        ("dtype", ["float16", None], "is unknown: choose one of float32, bfloat16"),
+        ("dtype", ["float16", None], "is unknown: choose one of auto, float32, bfloat16"),
         *((name, [-1, 1.5, True], "at least 0") for name in ("steps", "warmup", "seed")),
         *((name, [0, -1, 1.5, None], "at least 1") for name in ("batch_size", "save_every")),
         ("seq_len", [1, 0, 1.5, None], "at least 2"),
@@ -157,8 +157,27 @@ def test_every_field_has_its_help(config: type) -> None:
 )
 def test_help_names_every_choice(config: type, field: str, table: dict[str, str]) -> None:
     assert all(f"{name}: {text}" in field_help(config, field) for name, text in table.items())
-    for name in table:
+    for name in table.keys() - {"auto"}:
         assert getattr(config(**{field: name}), field) == name
+
+
+@pytest.mark.parametrize(
+    ("known", "dtype"),
+    [
+        ({}, "float32"),
+        ({"avx512_bf16": False}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"bf16": True}, "bfloat16"),
+    ],
+)
+def test_the_automatic_precision_is_one_the_processor_has(
+    known: dict[str, bool], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known)
+    assert TrainConfig.dtype == "auto"  # what --help shows
+    assert TrainConfig().dtype == dtype  # what a record says
+    assert TrainConfig(dtype="bfloat16").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -130,7 +130,7 @@ def linearize(
     seq_len: SeqLen = TRAIN.seq_len,
     batch_size: BatchSize = TRAIN.batch_size,
     save_every: SaveEvery = TRAIN.save_every,
-    dtype: Dtype = TRAIN.dtype,
+    dtype: Dtype = TrainConfig.dtype,
     redraw_every: RedrawEvery = TRAIN.redraw_every,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
@@ -189,7 +189,7 @@ def evaluate(
     seq_len: SeqLen = TRAIN.seq_len,
     max_tokens: Annotated[int, typer.Option(help="Tokens to score at most; 0 takes all there are.", min=0)] = 8192,
     whole: Annotated[bool, typer.Option("--whole", help="Score all of --data, not its held-out eighth only.")] = False,
-    dtype: Dtype = TRAIN.dtype,
+    dtype: Dtype = TrainConfig.dtype,
     tasks: Annotated[list[str], _bench("--tasks", "lm-eval task, group, tag, wildcard or YAML file. Repeat.")] = [],  # noqa: B006
     include_path: Annotated[str, _bench("--include-path", "Folder with lm-eval tasks of your own.")] = "",
     limit: Annotated[int, _bench("--limit", "Documents of an lm-eval task at most; 0 takes all.", min=0)] = 0,
@@ -276,7 +276,7 @@ def demo(
     geometry_lr: GeometryLr = TRAIN.geometry_lr,
     seq_len: SeqLen = TRAIN.seq_len,
     batch_size: BatchSize = TRAIN.batch_size,
-    dtype: Dtype = TRAIN.dtype,
+    dtype: Dtype = TrainConfig.dtype,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:

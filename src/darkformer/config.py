@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 class DarkformerError(Exception):
     """Base of every error this library raises: what was received, the rule it broke, what to do next."""
@@ -67,9 +69,22 @@ TRAIN_GROUPS: dict[str, str] = {
     "none": "nothing: calibrate and stop",
 }
 DTYPES: dict[str, str] = {
+    "auto": "bfloat16 where the processor or GPU multiplies it natively, float32 elsewhere",
     "float32": "float32 throughout",
     "bfloat16": "float32 weights, bfloat16 autocast for the matrix products of training and evaluation",
 }
+
+
+#: Capabilities of processors that multiply bfloat16: x86 twice, ARM.
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def native_dtype() -> str:
+    """`bfloat16` where this machine multiplies it natively, else `float32`: emulated it is many times slower."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    known = torch.cpu.get_capabilities()
+    return "bfloat16" if any(known.get(name) for name in BFLOAT16) else "float32"
 
 
 def option(default: Any, text: str) -> Any:
@@ -209,13 +224,15 @@ class TrainConfig:
     seq_len: int = option(512, "Tokens in one training sequence.")
     batch_size: int = option(2, "Sequences in one optimizer step.")
     save_every: int = option(100, "Steps between checkpoints; an interrupt writes one as well.")
-    dtype: str = option("bfloat16", f"Precision. {_choices(DTYPES)}.")
+    dtype: str = option("auto", f"Precision. {_choices(DTYPES)}.")
     redraw_every: int = option(0, "Optimizer steps between fresh draws of the projection Ω; 0 keeps the first ones.")
     seed: int = option(0, "Seed of the data order.")
 
     def __post_init__(self) -> None:
         _check_choice("train", self.train, TRAIN_GROUPS)
         _check_choice("dtype", self.dtype, DTYPES)
+        if self.dtype == "auto":  # at once: what runs is what the record says, and a resumed run compares
+            object.__setattr__(self, "dtype", native_dtype())
         for name in ("steps", "warmup", "redraw_every", "seed"):
             _check_integer(name, getattr(self, name), 0)
         for name in ("seq_len", "batch_size", "save_every"):

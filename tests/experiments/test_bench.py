@@ -177,7 +177,7 @@ def synthetic(speed: float) -> dict:
     crossing = [{"shape": bench.WIDE._asdict(), "dtype": a.dtype, "direction": a.direction, "path": a.path,
                  "tokens": 700.0} for a in AIMS]  # fmt: skip
     tasks = ("prefill", "training step", "generation, one token")
-    model = [{"task": task, "model": name, "median": median}
+    model = [{"task": task, "model": name, "dtype": "bfloat16", "median": median}
              for task in tasks for name, median in (("softmax", 2.0), ("linear", 1.0))]  # fmt: skip
     return {"points": points, "parity": parity, "crossover": crossing, "model": model, "decode": [],
             "limits": {"gemm_flops": {"float32": 1e11, "bfloat16": 2e11}},
@@ -209,6 +209,21 @@ def test_every_target_has_its_points_in_the_full_plan() -> None:
     assert "–" not in targets_markdown(synthetic(8.0)).replace("4k–64k", "")
     nothing = targets_markdown(synthetic(8.0) | {"points": [], "parity": [], "crossover": [], "model": []})
     assert "✓" not in nothing and "✗" not in nothing and "**" not in nothing
+
+
+def test_emulated_bfloat16_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"gemm_flops": {"float32": 1e11, "bfloat16": 1e9}, "exps_per_second": 1e9, "bytes_per_second": 1e10}
+    monkeypatch.setattr(bench, "limits", lambda seconds: rates)
+    asked: list[str] = []
+    monkeypatch.setattr(bench, "model_points", lambda reporter, dtype: asked.append(dtype) or [])
+    plan = Plan("tiny", (Sweep((TINY,), (64,)),), 0.0, (), True)
+    lines = Lines()
+    found = Bench(plan, tmp_path / "slow", lines).run()
+    assert {row["dtype"] for row in found["points"]} == {"float32"} and asked == ["float32"]
+    assert any("bfloat16 is left out: this machine emulates it (1.0 GFLOP/s, float32 100)" in x for x in lines.lines)
+    rates["gemm_flops"] = {"float32": 1e11, "bfloat16": 2e11}
+    found = Bench(plan, tmp_path / "fast", Silent()).run()
+    assert {row["dtype"] for row in found["points"]} == {"float32", "bfloat16"} and asked[1:] == ["bfloat16"]
 
 
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from darkformer import AttentionState, ConfigError, DarkConfig, NonFiniteError, 
 from darkformer.ops import attention as attention_module
 from darkformer.ops import native
 from darkformer.ops.attention import BACKENDS
+from darkformer.ops.native.maps import sides
 
 from .cases import NATIVE, ODD_SIZES, Case, make_inputs, make_map, needs_native, solve
 from .test_linear import elements
@@ -55,6 +56,27 @@ def test_segments(case: Case, count: int) -> None:
         again = solve(case, "native", dtype=torch.float32).tensors
         for name, tensor in solve(case, "native", dtype=torch.float32).tensors.items():
             assert torch.equal(tensor, again[name]), name  # the order of additions is fixed
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(length=150, window=16, sinks=4, mode="warm", **ODD_SIZES),
+        Case(length=150, tied=False, dim=32, features=24),
+        Case(length=70, heads=2, kv_heads=1, window=20, dim=64, value_dim=64, features=40),
+        Case(length=70, method="performer", dim=32),
+        Case(length=70, method="lfk", proposal="isotropic", **ODD_SIZES),
+    ],
+    ids=str,
+)
+def test_long_calls_multiply_by_a_triangle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map of the norm is turned until it is triangular; outputs, states and every gradient stay what they are."""
+    monkeypatch.setattr("darkformer.ops.native.maps.MANY", 1)
+    made = make_map(case).float()
+    wq, _, wk, _ = sides(made.parameters_for(torch.float32), case.kv_heads, case.dim, 0.5, tokens=1)
+    for w in (wq, wk):
+        assert not w[:, case.features :].tril(-1).any()
+    assert not NATIVE.wrong(case)
 
 
 @pytest.mark.parametrize("window", [0, 1, 16, 100])
@@ -101,7 +123,6 @@ def test_bfloat16_is_as_good_as_softmax_attention() -> None:
 
 
 def test_opcheck() -> None:
-    from darkformer.ops.native.maps import sides
     from darkformer.ops.native.op import attention_op
 
     torch.manual_seed(0)

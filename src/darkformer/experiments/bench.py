@@ -27,6 +27,10 @@ WIDE = Shape("8 heads, d 64, m 128", 8, 8, 64, 128, 0)
 GEMMA = Shape("Gemma: 4 heads, 1 kv, d 256, m 256", 4, 1, 256, 256, 0)
 
 
+#: Below this share of float32's speed products of bfloat16 are emulated: a call would take minutes.
+EMULATED = 0.5
+
+
 class Sweep(NamedTuple):
     """Every combination of its fields is a point."""
 
@@ -229,7 +233,13 @@ class Bench:
         if record["limits"] is None:
             record["limits"] = limits(min(plan.seconds, 0.3))
             self._save()
-        wanted = list(_wanted(plan))
+        if "bfloat16" not in self._dtypes() and any("bfloat16" in sweep.dtypes for sweep in plan.sweeps):
+            rates = record["limits"]["gemm_flops"]
+            self.reporter.say(
+                f"bfloat16 is left out: this machine emulates it ({rates['bfloat16'] / 1e9:.1f} GFLOP/s, float32 "
+                f"{rates['float32'] / 1e9:.0f})."
+            )
+        wanted = [point for point in _wanted(plan) if point[3] in self._dtypes()]
         with self.reporter.stage(f"{len(wanted)} points", len(wanted)) as advance:
             for number, (path, shape, length, dtype, direction) in enumerate(wanted):
                 self._point(path, shape, length, dtype, direction)
@@ -241,7 +251,7 @@ class Bench:
                     record["decode"].append(decode_point(name, length, plan.seconds))
                     self._save()
         if plan.model and not record["model"]:
-            record["model"] = model_points(self.reporter)
+            record["model"] = model_points(self.reporter, self._dtypes()[-1])
         record["crossover"] = [
             {"shape": shape._asdict(), "dtype": dtype, "direction": direction, "path": name,
              "tokens": crossover(rows, name)}
@@ -251,6 +261,11 @@ class Bench:
         record["finished"] = True
         self._save()
         return record
+
+    def _dtypes(self) -> list[str]:
+        """What this machine multiplies, the fastest last."""
+        rates = self.record["limits"]["gemm_flops"]
+        return ["float32", *(["bfloat16"] if rates["bfloat16"] >= EMULATED * rates["float32"] else [])]
 
     def _point(self, path: Path, shape: Shape, length: int, dtype: str, direction: str) -> None:
         points = self.record["points"]

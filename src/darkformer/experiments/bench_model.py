@@ -11,25 +11,26 @@ from ..hf.convert import convert, revert
 from ..hf.load import demo_model_path, load_model
 from ..train.report import Reporter
 from .bench_machine import measure
+from .bench_paths import DTYPES
 
 #: Tokens of the prefill, of the training step and of the generation's prompt (softmax: the shorter prompt).
 PREFILL, TRAINING, PROMPTS, NEW_TOKENS = 8192, 4096, {"linear": 8192, "softmax": 512}, 16
 
 
-def model_points(reporter: Reporter) -> list[dict[str, Any]]:
-    """Rows of (task, model, tokens, median, iqr, runs); empty, with a line said, where the model is not installed."""
+def model_points(reporter: Reporter, dtype: str) -> list[dict[str, Any]]:
+    """Rows of (task, model, dtype, tokens, median, iqr, runs); empty, with a line said, where no model is installed."""
     try:
         model: Any = load_model(str(demo_model_path()))
     except MissingExtraError as error:
         reporter.say(f"end to end left out: {error}")
         return []
-    model = model.to(torch.bfloat16)
+    model = model.to(DTYPES[dtype])
     rows: list[dict[str, Any]] = []
     for name in ("softmax", "linear"):
         if name == "linear":
             convert(model, DarkConfig(num_features=128, window=64, sinks=4))
         tasks(model, 64, 64, 64)  # warms up: the long calls are timed once
-        rows += [row | {"model": name} for row in tasks(model, PREFILL, TRAINING, PROMPTS[name])]
+        rows += [row | {"model": name, "dtype": dtype} for row in tasks(model, PREFILL, TRAINING, PROMPTS[name])]
     revert(model)
     return rows
 

@@ -176,8 +176,9 @@ def _lines(found: Measured) -> Iterable[Line]:
         for direction in ("forward", "forward+backward"):
             ratio = found.ratio("native", 8192, dtype, direction, sizes=GEMMA)
             yield _at_least(f"Gemma's shape at 8k, {direction}, {dtype}", ratio, 8, "×")
+    dtype = next((row.get("dtype", "bfloat16") for row in found.record["model"]), "bfloat16")
     for task, said, least in END_TO_END:
-        yield _at_least(f"SmolLM2-135M, bfloat16: {said}", found.task(task), least, "×")
+        yield _at_least(f"SmolLM2-135M, {dtype}: {said}", found.task(task), least, "×")
 
 
 def _scaled(x: float | None, factor: float) -> float | None:

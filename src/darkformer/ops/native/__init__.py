@@ -33,7 +33,8 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
     from .op import attention_op
 
     state, config = problem.state, problem.config
-    maps = sides(problem.parameters, problem.key.shape[1], problem.key.shape[-1], problem.scaling)
+    batch, groups, tokens, head_dim = problem.key.shape
+    maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=batch * tokens)
     output, _, values, total, scale = attention_op(
         problem.query, problem.key, problem.value, *maps,
         state.feature_values, state.feature_sum, state.log_scale.detach(),

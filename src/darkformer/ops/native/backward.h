@@ -233,7 +233,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
       for (int i = s.mp; i < s.mr; i += VL) store(f + i, minus * load(f + i));
       for (int i = 0; i < s.mr; i += VL) store(dw.offq.data() + i, load(dw.offq.data() + i) - load(f + i));
     }
-    gemm<false>(np, s.dp, s.mr, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true);
+    gemm<false>(np, s.dp, s.mr, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true, qmap.input);
     const Rhs f = P::r(F, s.mr, np, s.mr);
     gemm<BF>(s.dp, s.mr, np, P::lt(Q, s.dp, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
   }
@@ -388,7 +388,7 @@ template <bool BF> struct KeyPass {
       zero_above_diagonal(B, np, delta);
       gemm<BF>(np, s.dvp, np, P::lt(A, np, np, np), grad.p, grad.ld, dV, s.dvp, true, {.k_lo = 0});
       const Rhs b = P::r(B, np, np, np);
-      gemm<BF>(s.mp, np, np, el, b.p, b.ld, dL, np, true, {.k_from_column = true});
+      gemm<BF>(s.mp, np, np, el, b.p, b.ld, dL, np, true, {.k_after = 0});
       add_queries(el, e, np, grad, delta);
       scratch().release(mark);
     }
@@ -409,7 +409,7 @@ template <bool BF> struct KeyPass {
       for (int j = 0; j < np; j += VL) sum += load(F + (size_t)i * np + j);
       dw.offk[i] -= hsum(sum);
     }
-    gemm<false>(np, s.dp, s.mr, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true);
+    gemm<false>(np, s.dp, s.mr, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true, kmap.input);
     const Rhs k = P::r(K, s.dp, np, s.dp);
     gemm<BF>(s.mr, s.dp, np, P::l(F, np, s.mr, np), k.p, k.ld, dw.k.data(), s.dp, true);
     return true;

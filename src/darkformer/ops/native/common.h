@@ -151,7 +151,8 @@ template <bool BF> struct Map {
   const float *off, *raw;     // (mr), (mr×dp)
   const float *row[2], *col[2];  // left (mr × dp) and right (dp × mr) operand, in units
   int dp, mp, mr;
-  Map(const Call& c, const Dims& s, const float* w, const float* offset, int g, bool rows, bool cols)
+  Band rows, columns, input;  // what N leaves to do where it is upper triangular: with P and N as rows, columns, factor
+  Map(const Call& c, const Dims& s, const float* w, const float* offset, int g, bool by_row, bool by_column)
       : dp(s.dp), mp(s.mp), mr(s.mr) {
     float* a = scratch().take((size_t)mr * dp);
     float* o = scratch().take(mr);
@@ -163,6 +164,10 @@ template <bool BF> struct Map {
       else memset(a + (size_t)i * dp, 0, dp * sizeof(float));
     }
     raw = a, off = o;
+    bool triangular = true;
+    for (int i = 1; i < s.r; i++)
+      for (int j = 0; j < std::min(i, dp); j++) triangular &= a[(size_t)(mp + i) * dp + j] == 0;
+    if (triangular) rows.k_lo = -mp, columns.k_after = input.k_before = mp;
     float* part = a;
     float* rest = BF ? scratch().take((size_t)mr * dp) : nullptr;
     float* tmp = BF ? scratch().take((size_t)mr * (dp + 16)) : nullptr;
@@ -171,16 +176,16 @@ template <bool BF> struct Map {
         for (int i = 0; i < mr * dp; i += VL) store(rest + i, load(a + i) - round_bf16(load(a + i)));
         part = rest;
       }
-      if (rows) row[h] = lhs<BF>(part, dp, mr, dp, scratch_if(BF, (size_t)mr * dp)).p;
-      if (cols) col[h] = rhs_t<BF>(part, dp, mr, dp, scratch().take((size_t)(dp + 16) * mr), tmp).p;
+      if (by_row) row[h] = lhs<BF>(part, dp, mr, dp, scratch_if(BF, (size_t)mr * dp)).p;
+      if (by_column) col[h] = rhs_t<BF>(part, dp, mr, dp, scratch().take((size_t)(dp + 16) * mr), tmp).p;
     }
   }
   static float* scratch_if(bool wanted, size_t n) { return wanted ? scratch().take(n) : nullptr; }
 
   // F (np×mr), token-major: P·x - off and y = N·x - off; half[t] = ½‖y‖².
   void tokens(Lhs x, int np, float* F, float* half) const {
-    gemm<BF>(np, mr, dp, x, col[0], mr, F, mr, false);
-    if (BF) gemm<BF>(np, mr, dp, x, col[1], mr, F, mr, true);
+    gemm<BF>(np, mr, dp, x, col[0], mr, F, mr, false, columns);
+    if (BF) gemm<BF>(np, mr, dp, x, col[1], mr, F, mr, true, columns);
     for (int t = 0; t < np; t++) {
       vf sum = all(0);
       float* f = F + (size_t)t * mr;
@@ -195,8 +200,8 @@ template <bool BF> struct Map {
   // F (mr×np), feature-major: P·x without its offset, y = N·x - off; half (np).
   void features(Rhs x, int np, float* F, float* half) const {
     Lhs hi{row[0], BF ? dp / 2 : dp, 1}, lo{row[1], dp / 2, 1};
-    gemm<BF>(mr, np, dp, hi, x.p, x.ld, F, np, false);
-    if (BF) gemm<BF>(mr, np, dp, lo, x.p, x.ld, F, np, true);
+    gemm<BF>(mr, np, dp, hi, x.p, x.ld, F, np, false, rows);
+    if (BF) gemm<BF>(mr, np, dp, lo, x.p, x.ld, F, np, true, rows);
     for (int j = 0; j < np; j += VL) {
       vf sum = all(0);
       for (int i = mp; i < mr; i++) {

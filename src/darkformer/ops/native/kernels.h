@@ -16,6 +16,7 @@ static inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
 static inline vf all(float x) { return _mm512_set1_ps(x); }
 static inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline float hmax(vf a) { return _mm512_reduce_max_ps(a); }
 static inline float hsum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline vf rounded(vf a) { return _mm512_roundscale_ps(a, 0); }
@@ -79,6 +80,7 @@ static inline void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
 static inline vf all(float x) { return _mm256_set1_ps(x); }
 static inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 static inline float hmax(vf a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -91,12 +93,9 @@ static inline float hsum(vf a) {
 }
 static inline vf rounded(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline vf ldexp_or_zero(vf p, vf n, vf x) {
-  // In two steps: n may be one above the largest exponent of a single factor.
-  __m256i i = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(n, all(-126.0f)), all(250.0f)));
-  __m256i half = _mm256_srai_epi32(i, 1), rest = _mm256_sub_epi32(i, half), bias = _mm256_set1_epi32(127);
-  vf a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  vf b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
-  return _mm256_and_ps(_mm256_cmp_ps(x, all(-87.0f), _CMP_GE_OQ), p * a * b);
+  // p is between 0.7 and 1.42 and n between -126 and 126, so adding n to p's exponent multiplies by 2^n.
+  __m256i bits = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
+  return _mm256_and_ps(_mm256_cmp_ps(x, all(-87.0f), _CMP_GE_OQ), _mm256_castsi256_ps(bits));
 }
 static inline vf from_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -144,9 +143,10 @@ template <bool BF> static inline vf mac(vf a, vf b, vf c) {
   return fma(a, b, c);
 }
 
-// e^x to about one unit in the last place; exactly 0 below -87. Coefficients: minimax of the Cephes library.
+// e^x to about one unit in the last place; exactly 0 below -87, constant above 87, which only rows reach that are
+// computed again. Coefficients: minimax of the Cephes library.
 static inline vf vexp(vf x) {
-  vf y = vmax(x, all(-100.0f));
+  vf y = vmin(vmax(x, all(-100.0f)), all(87.0f));
   vf n = rounded(y * all(1.44269504088896341f));
   vf r = fma(n, all(-0.693359375f), y);
   r = fma(n, all(2.12194440e-4f), r);
@@ -168,7 +168,8 @@ constexpr int FAR_AWAY = 1 << 29;
 struct Band {
   int out_lo = -FAR_AWAY, out_hi = FAR_AWAY;  // columns row+out_lo … row+out_hi of the result
   int k_lo = -FAR_AWAY, k_hi = FAR_AWAY;      // summands row+k_lo … row+k_hi
-  bool k_from_column = false;                 // summands from the column's index on
+  int k_after = FAR_AWAY;                     // summands from column-k_after on
+  int k_before = FAR_AWAY;                    // summands up to column+k_before
 };
 
 // A left operand: element (i, k) at p[i·rs + k·cs], one of the strides being 1.
@@ -222,7 +223,8 @@ static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c,
     for (int i = 0; i < M; i += MR) {
       int k0 = i + band.k_lo > 0 ? i + band.k_lo : 0;
       int k1 = i + MR + band.k_hi < K ? i + MR + band.k_hi : K;
-      if (band.k_from_column && n > k0) k0 = n;
+      if (n - band.k_after > k0) k0 = n - band.k_after;
+      if (n + NV * VL + band.k_before < k1) k1 = n + NV * VL + band.k_before;
       if (BF) k0 = k0 / 2, k1 = (k1 + 1) / 2;
       int first = i + band.out_lo, last = i + MR - 1 + band.out_hi;
       bool left = first < n + VL && last >= n;
