@@ -219,3 +219,29 @@ def test_diverged_parameters_are_refused_as_everywhere(where: str) -> None:
     x = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
     with pytest.raises(NonFiniteError, match="feature map's parameters"):
         attention(x, x[:, :1], x[:, :1], fm, backend="native")
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize("at", [0, 77, 299])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_the_library_looks_at_its_inputs_itself(name: str, window: int, at: int, poison: float) -> None:
+    case = Case(length=300, window=window, sinks=3, heads=2, kv_heads=1, batch=1, **ODD_SIZES)
+    made = make_map(case).float()
+    inputs = dict(zip(("query", "key", "value"), make_inputs(case, dtype=torch.float32), strict=True))
+    assert attention(*inputs.values(), made, backend="native").isfinite().all()
+    inputs[name][0, -1, at, -1] = poison
+    with pytest.raises(NonFiniteError, match=f"^{name} hold NaN or infinity"):
+        attention(*inputs.values(), made, backend="native")
+
+
+def test_the_library_looks_at_its_output_itself() -> None:
+    """Values near the largest float32 add up to infinity; pads may hold anything."""
+    case = Case(length=40, heads=2, kv_heads=1, batch=1, **ODD_SIZES)
+    made, (q, k, v) = make_map(case).float(), make_inputs(case, dtype=torch.float32)
+    mask = torch.arange(40)[None] >= 5
+    v[:, :, :5] = float("nan")
+    assert attention(q, k, v, made, key_mask=mask, backend="native").isfinite().all()
+    v = torch.full_like(v, 3.4e38)
+    with pytest.raises(NonFiniteError, match="the output holds NaN or infinity although"):
+        attention(q, k, v, made, backend="native")

@@ -24,11 +24,15 @@ from .reference import reference
 
 
 class Backend(NamedTuple):
-    """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can."""
+    """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can.
+
+    watchful: it looks at its inputs and its output itself, and answers NaN throughout where a number is not finite.
+    """
 
     name: str
     why_not: Callable[[Problem], str | None]
     function: Callable[[Problem], tuple[Tensor, AttentionState]]
+    watchful: bool = False
 
 
 def _why_not_exact(problem: Problem) -> str | None:
@@ -55,7 +59,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("exact", _why_not_exact, exact),
         Backend("recurrent", _why_not_recurrent, recurrent),
-        Backend("native", _why_not_native, native),
+        Backend("native", _why_not_native, native, watchful=True),
         Backend("chunked", _why_not_chunked, chunked),
         Backend("assembled", _why_not_assembled, assembled),
         Backend("reference", lambda problem: None, reference),
@@ -137,7 +141,6 @@ def _pose(
         order, lengths = compact(mask)
         pads = ~mask.gather(1, order)[:, None, :, None]
         query, key, value = (gather_tokens(x, order).masked_fill(pads, 0) for x in (query, key, value))
-    check_finite(query=query, key=key, value=value)
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     state = AttentionState.empty(feature_map.config, key, value, batch=batch, compute=compute)
     if initial_state is not None:
@@ -161,8 +164,12 @@ def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
     chosen = _choose(backend, problem)
     if problem.query.numel() == 0:
         return problem.query.new_zeros(*problem.query.shape[:-1], problem.value.shape[-1]), problem.state
+    given = {"query": problem.query, "key": problem.key, "value": problem.value}
+    if not chosen.watchful:
+        check_finite(**given)
     output, state = chosen.function(problem)
-    if _non_finite(output=output):
+    if _non_finite(output=output.flatten()[:1] if chosen.watchful else output):
+        check_finite(**given)
         raise NonFiniteError(
             "the output holds NaN or infinity although query, key and value do not: the feature map's parameters or "
             f"the initial state have diverged, or the logits exceed the range of {output.dtype}."

@@ -22,6 +22,7 @@ struct Call {
   double scaling;
   void *parallel;  // GOMP_parallel of the OpenMP runtime that torch uses, or null
   int64_t *splits;
+  int64_t *bad;    // set where an input or the output is not finite
   const void *q, *k, *v;
   const float *wq, *offq, *wk, *offk;        // (G, m+r, d), (G, m+r)
   const float *values, *total, *scale;       // the state's sums
@@ -143,6 +144,13 @@ static inline void store_row(void* to, long at, const float* from, int n, bool b
     for (; j + VL <= n; j += VL) store(p + j, load(from + j));
     for (; j < n; j++) p[j] = from[j];
   }
+}
+
+// Sets `bad` where one of n numbers, a multiple of a vector's, is not finite: 0·x is 0 for those that are.
+static inline void watch(const Call& c, const float* x, size_t n) {
+  vf sum = all(0);
+  for (size_t i = 0; i < n; i += VL) sum = fma(load(x + i), all(0), sum);
+  if (hsum(sum) != 0) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
 }
 
 // The map of one side, x → [P·x | N·x], packed for both orders of the product. With bfloat16 the map is the sum of two

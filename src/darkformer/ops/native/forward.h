@@ -182,6 +182,7 @@ template <bool BF> struct Forward : Walker<BF> {
     if (s.S) {
       float *sk = take(s.sp * s.dp), *sv = take(s.sp * s.dvp), *t = take(s.sp * (s.dp + 16));
       rows.sinks(sk, sv);
+      watch(c, sk, (size_t)s.sp * s.dp), watch(c, sv, (size_t)s.sp * s.dvp);
       sink_keys = rhs_t<BF>(sk, s.dp, s.sp, s.dp, SKT, t);
       sink_values = rhs<BF>(sv, s.dvp, s.sp, s.dvp, SVB);
     }
@@ -204,11 +205,15 @@ template <bool BF> struct Forward : Walker<BF> {
     const bool shared = a.near && a.base == a.start;
     if (a.near) {
       rows.keys(NK, NV_, a.base, a.lowest, a.cols, a.ncp);
+      watch(c, NK, (size_t)a.ncp * s.dp), watch(c, NV_, (size_t)a.ncp * s.dvp);
       near_keys = rhs_t<BF>(NK, s.dp, a.ncp, s.dp, NKT, ntmp);
       near_values = rhs<BF>(NV_, s.dvp, a.ncp, s.dvp, NVB);
     }
     if (far) {
-      if (!shared) rows.keys(K, V, a.start, a.lowest, a.n, a.np);
+      if (!shared) {
+        rows.keys(K, V, a.start, a.lowest, a.n, a.np);
+        watch(c, K, (size_t)a.np * s.dp), watch(c, V, (size_t)a.np * s.dvp);
+      }
       this->far_keys(a, shared ? NK : K);
       far_values = shared ? near_values : rhs<BF>(V, s.dvp, a.np, s.dvp, VB);
       far_features = rhs<BF>(FK, a.np, s.mp, a.np, EKB);
@@ -217,6 +222,7 @@ template <bool BF> struct Forward : Walker<BF> {
     }
     for (int r = 0; r < s.R; r++) {
       rows.queries(Q, r, t0, n, a.np);
+      watch(c, Q, (size_t)a.np * s.dp);
       const Lhs q = lhs<BF>(Q, s.dp, a.np, s.dp, QA);
       logits(a, q, far, near_keys);
       weights(a, far);
@@ -340,6 +346,7 @@ template <bool BF> struct Forward : Walker<BF> {
       store_row(c.out, at * s.dv, o, s.dv, c.bf16);
       c.lse[at] = norm[t] > 0 ? top[t] + std::log(norm[t]) : LOG_ZERO;
     }
+    watch(c, O, (size_t)a.n * s.dvp);
     return true;
   }
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from .build import BuildError, build
 _INTEGERS = ("B", "G", "R", "L", "d", "dv", "m", "r", "window", "sinks", "bf16", "threads")
 _INPUTS = ("wq", "offq", "wk", "offk", "values", "total", "scale", "recent_k", "recent_v", "sink_k", "sink_v")
 _POINTERS = (
-    "parallel", "splits", "q", "k", "v", *_INPUTS, "lengths", "count",
+    "parallel", "splits", "bad", "q", "k", "v", *_INPUTS, "lengths", "count",
     "out", "lse", "values_out", "total_out", "scale_out", "grad_out", "grad_values", "grad_total",
     "dq", "dk", "dvalue", "dwq", "doffq", "dwk", "doffk", "dvalues", "dtotal",
     "d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v",
@@ -112,14 +113,21 @@ def _call(inputs: Inputs, sizes: Sizes, **results: Tensor) -> tuple[_Call, list[
 
 
 def forward(inputs: Inputs, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (B, G, R, L, d_v) in the inputs' dtype, log-normaliser (B, G, R, L), the sums after the last token."""
+    """Output (B, G, R, L, d_v) in the inputs' dtype, log-normaliser (B, G, R, L), the sums after the last token.
+
+    The output is NaN throughout if a query, key or value, or a number of the output, is not finite.
+    """
     query, value = inputs.query, inputs.value
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     values, total, scale = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[7:10])
     call, alive = _call(inputs, sizes, out=out, lse=lse, values_out=values, total_out=total, scale_out=scale)
+    bad = ctypes.c_int64(0)
+    call.bad = ctypes.addressof(bad)
     library().darkformer_forward(ctypes.byref(call))
     del alive
+    if bad.value:
+        out.fill_(math.nan)
     return out, lse, values, total, scale
 
 
