@@ -24,8 +24,8 @@ from darkformer.experiments.reproduce import run as run_module
 from darkformer.experiments.reproduce import timing
 from darkformer.experiments.reproduce.figure5 import spikes
 from darkformer.experiments.reproduce.plan import METHODS, Base, Experiment, Run, Scale, budget, form, planned
-from darkformer.experiments.reproduce.records import Journal, read_lines, recorded
-from darkformer.experiments.reproduce.scales import FULL, LAPTOP
+from darkformer.experiments.reproduce.records import Journal, read_lines, recorded, unfinished
+from darkformer.experiments.reproduce.scales import FULL, LAPTOP, SCALES
 from darkformer.experiments.reproduce.session import Reproduction, chosen_figures, draw, record_file
 
 RATES = (1e-3, 3e-3)
@@ -277,6 +277,13 @@ class TestRecordsAlone:
         assert comparable(bare, "5") == comparable(whole, "5")
         assert all(len(x["weights"]) == 16 for x in comparable(bare, "5") if x["kind"] == "run")
 
+    def test_what_the_plan_has_and_the_records_lack(self, whole: Path, bare: Path) -> None:
+        lines = {figure: read_lines(record_file(bare, figure)) for figure in ("2-top", "3", "5")}
+        assert unfinished(bare, lines) == {}
+        lines["5"] = [line for line in lines["5"] if line["run"] != "5.grown.performer.seed1.lr0.001"]
+        del lines["3"]
+        assert unfinished(bare, lines) == {"3": ["grown"], "5": ["grown"]}
+
     def test_half_a_run_is_none(self, whole: Path, bare: Path) -> None:
         file = record_file(bare, "5")
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
@@ -319,6 +326,19 @@ class TestCommandLine:
         (tmp_path / "run" / "plots" / "figure1.png").unlink()
         again = CliRunner().invoke(app, ["reproduce", "1", "--plot-only", "--out", str(tmp_path / "run")])
         assert again.exit_code == 0 and (tmp_path / "run" / "plots" / "figure1.png").is_file()
+
+    def test_a_reduced_budget(self, text_glob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`darkformer reproduce FIGURE --steps N`, as anyone would try it."""
+        monkeypatch.setitem(SCALES, "laptop", replace(tiny(text_glob), experiments=(TOP,)))
+        monkeypatch.setattr(timing, "measure", lambda scale, runs: {"small": timing.Speed(0.01, 64)})
+        words = ["reproduce", "2-top", "--steps", "2", "--dtype", "float32", "--out", str(tmp_path / "run")]
+        plan = CliRunner().invoke(app, [*words, "--dry-run"], catch_exceptions=False)
+        assert plan.exit_code == 0 and not (tmp_path / "run").exists() and "hours left" in plan.output
+        done = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert done.exit_code == 0 and "DARK" in done.output and "Records:" in done.output
+        lines = read_lines(record_file(tmp_path / "run", "2-top"))
+        assert {line["method"] for line in lines} == set(METHODS) and {line["steps"] for line in lines} == {1, 2}
+        assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} == {"figure2-top.png"}
 
     @pytest.mark.parametrize(
         ("words", "message"),

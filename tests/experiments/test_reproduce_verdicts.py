@@ -102,6 +102,14 @@ def test_qkv_only() -> None:
     assert judged("d", bottom=BOTTOM, qkv=points("4", "smollm2", {"dark": 0.3, "performer": 0.3})) == "not reproduced"
 
 
+def test_missing_runs_are_said() -> None:
+    long = points("3", "grown", {"dark": 0.4, "performer": 0.3})
+    found = {v.letter: v for v in verdicts.verdicts({"3": long}, {"3": ["smollm2"], "4": ["smollm2"]})}
+    assert found["c"].verdict == "so far: reproduced" and found["c"].numbers.endswith("; runs missing: 3 smollm2")
+    assert found["d"].verdict == "not finished" and found["d"].numbers == "runs missing: 4 smollm2"
+    assert found["e"].verdict == "not finished" and not found["e"].numbers
+
+
 def test_stability() -> None:
     spiky = [3.0] * 30 + [6.0] + [3.0] * 9
     assert judged("e", band=bands(performer_3=spiky, dark_6=[])) == "reproduced"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import InputError
-from ...train.record import write_text
+from ...train.record import RUN_FILE, read_json, write_text
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -51,6 +51,21 @@ def recorded(out: Path) -> dict[str, list[dict[str, Any]]]:
                 found.setdefault(line["run"], []).append(line)
     found = {name: lines for name, lines in found.items() if lines[-1]["kind"] == "run"}
     return found | {file.parent.name: read_lines(file) for file in (out / "stages").glob("*/record.jsonl")}
+
+
+def unfinished(out: Path, records: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
+    """Figure → bases for which the plan in `out/run.json` has runs that the figure's record lacks."""
+    file = out / RUN_FILE
+    plan = read_json(file)["settings"] if file.is_file() else {}
+    missing: dict[str, list[str]] = {}
+    for key in (name.removesuffix(".figure") for name in plan if name.endswith(".figure")):
+        figure, base = plan[f"{key}.figure"], plan[f"{key}.base"]
+        rates = len(plan[f"{key}.rates"]) if plan[f"{key}.every_rate"] else 1
+        wanted = len(plan[f"{key}.methods"]) * len(plan[f"{key}.seeds"]) * rates
+        done = {x["run"] for x in records.get(figure, ()) if x["kind"] == "run" and x["base"] == base and not x["grid"]}
+        if len(done) < wanted:
+            missing.setdefault(figure, []).append(base)
+    return missing
 
 
 def is_writer() -> bool:

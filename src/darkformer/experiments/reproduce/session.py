@@ -15,7 +15,7 @@ from . import figure1, figure2, figure3, figure4, figure5, timing, verdicts
 from .bases import check_available
 from .corpus import Corpus
 from .plan import Run, Scale, planned
-from .records import is_writer, read_lines, recorded, write_lines
+from .records import is_writer, read_lines, recorded, unfinished, write_lines
 from .run import Runner
 
 MODULES: tuple[Any, ...] = (figure1, figure2, figure3, figure4, figure5)
@@ -73,7 +73,8 @@ def draw(out: Path, figures: Sequence[str], *, strict: bool = False) -> dict[str
             continue
         FIGURES[figure].draw(lines, out / "plots")
         tables[f"figure{figure}"] = FIGURES[figure].table(lines)
-    tables["claims"] = verdicts.rows({figure: lines for figure, lines in records.items() if lines})
+    known = {figure: lines for figure, lines in records.items() if lines}
+    tables["claims"] = verdicts.rows(known, unfinished(out, known))
     for name, rows in tables.items():
         (out / "tables").mkdir(parents=True, exist_ok=True)
         (out / "tables" / f"{name}.md").write_text(table_markdown(rows), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import figure1, figure5
@@ -21,7 +21,7 @@ class Verdict(NamedTuple):
 
     letter: str
     claim: str
-    verdict: str  # reproduced, partly, not reproduced, not finished
+    verdict: str  # reproduced, partly, not reproduced, not finished; "so far: …" while runs of the plan are missing
     numbers: str
 
 
@@ -137,21 +137,43 @@ def linear_cost(records: Records) -> tuple[str, str]:
     ]), text  # fmt: skip
 
 
-CLAIMS: tuple[tuple[str, str, Callable[[Records], tuple[str, str]]], ...] = (
-    ("a", "DARK narrows the gap between exact and Performer in pretraining and finetuning, more in finetuning", gap),
-    ("b", "DARK outperforms LFK, especially in finetuning", over_lfk),
-    ("c", "DARK stays ahead of Performer in long finetuning", stays_ahead),
-    ("d", "with only q, k, v trained the advantage is larger and does not shrink", only_qkv),
-    ("e", "DARK is stable at all but the largest learning rate, Performer spikes", stability),
-    ("f", "the cost is linear in the length", linear_cost),
+class Claim(NamedTuple):
+    """A sentence of the paper's captions, the figures it rests on, and how it is judged."""
+
+    letter: str
+    text: str
+    figures: tuple[str, ...]
+    judge: Callable[[Records], tuple[str, str]]
+
+
+BOTH = "DARK narrows the gap between exact and Performer in pretraining and finetuning, more in finetuning"
+CLAIMS = (
+    Claim("a", BOTH, ("2-top", "2-bottom"), gap),
+    Claim("b", "DARK outperforms LFK, especially in finetuning", ("2-top", "2-bottom"), over_lfk),
+    Claim("c", "DARK stays ahead of Performer in long finetuning", ("3",), stays_ahead),
+    Claim("d", "with only q, k, v trained the advantage is larger and does not shrink", ("2-bottom", "4"), only_qkv),
+    Claim("e", "DARK is stable at all but the largest learning rate, Performer spikes", ("5",), stability),
+    Claim("f", "the cost is linear in the length", ("1",), linear_cost),
 )
 
 
-def verdicts(records: Mapping[str, Any]) -> list[Verdict]:
-    """A verdict for every claim; those whose runs are not all there say so."""
-    return [Verdict(letter, claim, *judge(records)) for letter, claim, judge in CLAIMS]
+def verdicts(records: Mapping[str, Any], missing: Mapping[str, Sequence[str]] | None = None) -> list[Verdict]:
+    """A verdict for every claim; those whose runs are not all there say so.
+
+    Args:
+        missing: figure → bases with planned runs that the records lack.
+    """
+    found = []
+    for claim in CLAIMS:
+        verdict, numbers = claim.judge(records)
+        lacking = [f"{figure} {base}" for figure in claim.figures for base in (missing or {}).get(figure, ())]
+        if lacking:
+            verdict = verdict if verdict == UNFINISHED else f"so far: {verdict}"
+            numbers = "; ".join([*([numbers] if numbers else []), f"runs missing: {', '.join(lacking)}"])
+        found.append(Verdict(claim.letter, claim.text, verdict, numbers))
+    return found
 
 
-def rows(records: Mapping[str, Any]) -> list[list[str]]:
+def rows(records: Mapping[str, Any], missing: Mapping[str, Sequence[str]] | None = None) -> list[list[str]]:
     """Header and one row a claim."""
-    return [["", "claim", "verdict", "numbers"], *([f"({v[0]})", *v[1:]] for v in verdicts(records))]
+    return [["", "claim", "verdict", "numbers"], *([f"({v[0]})", *v[1:]] for v in verdicts(records, missing))]
