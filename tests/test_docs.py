@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import darkformer
 from darkformer.experiments.bench_targets import targets_markdown
 from darkformer.experiments.diagnosis_report import comparison
 from darkformer.experiments.report import markdown_table, notes
+from darkformer.experiments.reproduce.session import chosen_figures, draw, table_markdown
 from darkformer.hf.load import demo_model_path, load_tokenizer, save_model
 
 ROOT = Path(__file__).parent.parent
@@ -155,6 +157,25 @@ def test_the_targets_in_the_readme_are_the_committed_record() -> None:
     assert targets_markdown(record) in README
     for name in ("time", "speedup"):
         assert (ROOT / "docs" / "figures" / f"bench-{name}.png").is_file()
+
+
+REPRODUCTION = ROOT / "docs" / "reproduction"
+
+
+def test_the_reproductions_tables_and_verdicts_are_the_records(tmp_path: Path) -> None:
+    shutil.copytree(REPRODUCTION / "records", tmp_path / "records")
+    shutil.copy(REPRODUCTION / "run.json", tmp_path / "run.json")
+    tables = draw(tmp_path, chosen_figures("all"))
+    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    for name, rows in tables.items():
+        text = (tmp_path / "tables" / f"{name}.md").read_text(encoding="utf-8")
+        assert text == (REPRODUCTION / "tables" / f"{name}.md").read_text(encoding="utf-8") == table_markdown(rows)
+        assert page.split(f"<!-- {name} -->")[1].strip() == text.strip(), name
+        if name != "claims":
+            assert (REPRODUCTION / "plots" / f"{name}.png").is_file()
+            assert f"reproduction/plots/{name}.png" in page and f"docs/reproduction/plots/{name}.png" in README
+    commands = set(re.findall(r"`darkformer reproduce ([\w.-]+) ", page))
+    assert {name.removeprefix("figure") for name in tables} - {"claims"} <= commands  # each figure with its command
 
 
 def test_what_the_docs_say_of_recall_is_the_record() -> None:

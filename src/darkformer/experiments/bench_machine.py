@@ -16,17 +16,19 @@ from ..ops.chunk_features import Scratch
 
 #: Sizes of the products whose speed is the peak: what attention multiplies, and a large square.
 PRODUCTS = ((8, 1024, 64, 128), (8, 1024, 128, 64), (1, 1024, 1024, 1024))
+#: Seconds of a call above which it is run once only.
+PATIENCE = 15.0
 
 
 def measure(call: Callable[[], Any], *, seconds: float, most: int = 15, least: int = 3) -> dict[str, Any]:
     """Median, interquartile range and best of the seconds of `call`, repeated for about `seconds`, after one warm-up.
 
-    A call that alone takes longer than `seconds` is not repeated: `runs` is 1 and its warm-up is what is reported.
+    A call that alone takes longer than that and than `PATIENCE` is not repeated: `runs` is 1, its warm-up is reported.
     """
     started = time.perf_counter()
     call()
     first = time.perf_counter() - started
-    if first > seconds:
+    if first > max(seconds, PATIENCE):
         return {"median": first, "iqr": 0.0, "best": first, "runs": 1}
     times: list[float] = []
     while len(times) < least or (sum(times) < seconds and len(times) < most):
