@@ -19,16 +19,12 @@ from ..ops import native
 from ..ops.native import Step
 from ..train.record import environment, read_json, write_json
 from ..train.report import Reporter
-from .bench_machine import limits, measure, peak_scratch
+from .bench_machine import EMULATED, limits, measure, peak_scratch
 from .bench_model import model_points
 from .bench_paths import PEERS, SOFTMAX, Path, Shape, own_paths, parity, why_not
 
 WIDE = Shape("8 heads, d 64, m 128", 8, 8, 64, 128, 0)
 GEMMA = Shape("Gemma: 4 heads, 1 kv, d 256, m 256", 4, 1, 256, 256, 0)
-
-
-#: Below this share of float32's speed products of bfloat16 are emulated: a call would take minutes.
-EMULATED = 0.5
 
 
 class Sweep(NamedTuple):

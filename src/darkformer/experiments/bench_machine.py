@@ -16,6 +16,8 @@ from ..ops.chunk_features import Scratch
 
 #: Sizes of the products whose speed is the peak: what attention multiplies, and a large square.
 PRODUCTS = ((8, 1024, 64, 128), (8, 1024, 128, 64), (1, 1024, 1024, 1024))
+#: Below this share of float32's speed products of bfloat16 are emulated: a call would take minutes.
+EMULATED = 0.5
 #: Seconds of a call above which it is run once only.
 PATIENCE = 15.0
 
@@ -71,6 +73,8 @@ def limits(seconds: float) -> dict[str, Any]:
         for batch, n, k, p in PRODUCTS:
             x, y = torch.randn(batch, n, k).to(dtype), torch.randn(batch, k, p).to(dtype)
             out = torch.empty(batch, n, p, dtype=dtype)
+            if rates and max(rates.values()) < EMULATED * found["gemm_flops"].get("float32", 0.0):
+                break  # a large product would take seconds
             took = measure(lambda x=x, y=y, out=out: torch.bmm(x, y, out=out), seconds=seconds, most=200)  # type: ignore[misc]
             rates[f"{batch}x{n}x{k}x{p}"] = 2 * batch * n * k * p / took["best"]
         found["gemm_flops"][name], found["gemm_flops_by_size"][name] = max(rates.values()), rates

@@ -36,10 +36,10 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
     batch, groups, tokens, head_dim = problem.key.shape
     maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=batch * tokens)
     output, _, values, total, scale = attention_op(
-        problem.query, problem.key, problem.value, *maps,
+        problem.query, problem.key, problem.value, *maps[:4],
         state.feature_values, state.feature_sum, state.log_scale.detach(),
         state.recent_key, state.recent_value, state.sink_key, state.sink_value,
-        problem.lengths, state.count, config.feature_count, problem.scaling,
+        problem.lengths, state.count, maps.foldq, maps.foldk, config.feature_count, problem.scaling,
     )  # fmt: skip
     return output, AttentionState(feature_values=values, feature_sum=total, log_scale=scale, **next_buffers(problem))
 

@@ -14,7 +14,8 @@ struct Shared {  // between the passes of one call
   int chunks;
   std::vector<float> scales, delta;  // (pairs, chunks, mp) maxima before each chunk; (B, G, R, L)
   std::vector<std::vector<float>> sinks;  // per task: (sp×dp) and (sp×dvp)
-  struct Weights { std::vector<float> q, k, offq, offk; };  // (dp×mr), (mr×dp), (mr), (mr)
+  // (dp×mr), (mr×dp), (mr), (mr), and of the folds' linear parts (dp)
+  struct Weights { std::vector<float> q, k, offq, offk, linq, link; };
   std::vector<std::vector<Weights>> weights;  // per slot and kv head
   Shared(const Call& c, size_t tasks, int slots)
       : c(c), s(c), chunks((c.L + CHUNK - 1) / CHUNK), scales((size_t)c.B * c.G * chunks * s.mp),
@@ -23,7 +24,7 @@ struct Shared {  // between the passes of one call
   float* scale(long pair, int t0) { return scales.data() + (pair * chunks + t0 / CHUNK) * s.mp; }
   Weights& of(int slot, int g) {
     Weights& w = weights[slot][g];
-    if (w.offq.empty()) w.q.resize((size_t)s.dp * s.mr), w.k.resize((size_t)s.mr * s.dp), w.offq.resize(s.mr), w.offk.resize(s.mr);
+    if (w.offq.empty()) w.q.resize((size_t)s.dp * s.mr), w.k.resize((size_t)s.mr * s.dp), w.offq.resize(s.mr), w.offk.resize(s.mr), w.linq.resize(s.dp), w.link.resize(s.dp);
     return w;
   }
 };
@@ -57,7 +58,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
   Rhs sink_kt{}, sink_vt{}, sink_k{};
 
   QueryPass(Shared& sh, int b, int g, int slot, float* sinks)
-      : Base(sh.c, b, g), sh(sh), qmap(c, s, c.wq, c.offq, g, false, true), dw(sh.of(slot, g)) {
+      : Base(sh.c, b, g), sh(sh), qmap(c, s, c.wq, c.offq, c.foldq, g, false, true), dw(sh.of(slot, g)) {
     SK = P::take(s.sp * s.dp), SV = P::take(s.sp * s.dvp), shift = P::take(s.mp);
     dSK = sinks, dSV = sinks + (size_t)s.sp * s.dp;
     if (!s.S) return;
@@ -176,7 +177,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
     const auto mark = scratch().mark();
     float* half = P::take(a.np);
     rows.queries(Q, r, a.t0, a.n, a.np);
-    qmap.tokens(P::l(Q, s.dp, a.np, s.dp), a.np, F, half);
+    qmap.tokens(P::l(Q, s.dp, a.np, s.dp), Q, a.np, F, half);
     bool fits = true;
     for (int t = 0; t < a.np; t++) {
       const vf shifted = all(half[t] + (t < a.n ? c.lse[rows.head(r) + a.t0 + t] : -LOG_ZERO));
@@ -229,13 +230,20 @@ template <bool BF> struct QueryPass : Walker<BF> {
         store(f + i, e);
         sum += e;
       }
-      const vf minus = all(-hsum(sum));
-      for (int i = s.mp; i < s.mr; i += VL) store(f + i, minus * load(f + i));
+      const vf total = all(hsum(sum));
+      for (int i = s.mp; i < s.mr; i += VL) store(f + i, (all(0) - total) * load(f + i));
       for (int i = 0; i < s.mr; i += VL) store(dw.offq.data() + i, load(dw.offq.data() + i) - load(f + i));
+      if (!qmap.linear) continue;
+      float *x = Q + (size_t)t * s.dp, *dx = dX + (size_t)t * s.dp, *lin = dw.linq.data();
+      for (int i = 0; i < s.dp; i += VL) {
+        store(f + i, fma(load(qmap.inverse + i), load(f + s.mp + i), load(f + i)));
+        store(dx + i, fma(total, load(qmap.linear + i), load(dx + i)));
+        store(lin + i, fma(total, load(x + i), load(lin + i)));
+      }
     }
-    gemm<false>(np, s.dp, s.mr, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true, qmap.input);
+    gemm<false>(np, s.dp, qmap.own, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true, qmap.input);
     const Rhs f = P::r(F, s.mr, np, s.mr);
-    gemm<BF>(s.dp, s.mr, np, P::lt(Q, s.dp, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
+    gemm<BF>(s.dp, qmap.own, np, P::lt(Q, s.dp, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
   }
 };
 
@@ -251,7 +259,7 @@ template <bool BF> struct KeyPass {
 
   KeyPass(Shared& sh, int b, int g, int slot)
       : sh(sh), c(sh.c), s(sh.s), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s),
-        qmap(c, s, c.wq, c.offq, g, true, false), kmap(c, s, c.wk, c.offk, g, true, false), dw(sh.of(slot, g)) {}
+        qmap(c, s, c.wq, c.offq, c.foldq, g, true, false), kmap(c, s, c.wk, c.offk, c.foldk, g, true, false), dw(sh.of(slot, g)) {}
 
   void to_unit(const float* scale) {
     for (int i = 0; i < s.m; i++) {
@@ -267,7 +275,7 @@ template <bool BF> struct KeyPass {
     const auto mark = scratch().mark();
     float *Q = P::take(np * s.dp), *F = P::take(s.mr * np), *half = P::take(np);
     rows.queries(Q, r, t0, n, np);
-    qmap.features(P::rt(Q, s.dp, np, s.dp), np, F, half);
+    qmap.features(P::rt(Q, s.dp, np, s.dp), Q, np, F, half);
     for (int t = 0; t < np; t++) half[t] += t < n ? c.lse[rows.head(r) + t0 + t] : -LOG_ZERO;
     vf high = all(LOG_ZERO);
     for (int i = 0; i < s.mp; i++) {
@@ -310,7 +318,7 @@ template <bool BF> struct KeyPass {
   // Features of the far keys: F (mr×np) holds log-features and y; `scale` is raised to their maximum.
   void keys(const Span& a, const float* K, float* F, float* scale) {
     float* half = P::take(a.np);
-    kmap.features(P::rt(K, s.dp, a.np, s.dp), a.np, F, half);
+    kmap.features(P::rt(K, s.dp, a.np, s.dp), K, a.np, F, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     for (int i = 0; i < s.mp; i++) {
       vf top = all(-MASKED);
@@ -409,9 +417,22 @@ template <bool BF> struct KeyPass {
       for (int j = 0; j < np; j += VL) sum += load(F + (size_t)i * np + j);
       dw.offk[i] -= hsum(sum);
     }
-    gemm<false>(np, s.dp, s.mr, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true, kmap.input);
+    if (kmap.linear) {
+      for (int i = 0; i < s.d; i++)
+        for (int j = 0; j < np; j += VL) {
+          float* f = F + (size_t)i * np + j;
+          store(f, fma(all(kmap.inverse[i]), load(f + (size_t)s.mp * np), load(f)));
+        }
+      for (int j = 0; j < np; j++)
+        for (int i = 0; i < s.dp; i += VL) {
+          float *dx = dX + (size_t)j * s.dp + i, *lin = dw.link.data() + i;
+          store(dx, fma(all(total[j]), load(kmap.linear + i), load(dx)));
+          store(lin, fma(all(total[j]), load(K + (size_t)j * s.dp + i), load(lin)));
+        }
+    }
+    gemm<false>(np, s.dp, kmap.own, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true, kmap.input);
     const Rhs k = P::r(K, s.dp, np, s.dp);
-    gemm<BF>(s.mr, s.dp, np, P::l(F, np, s.mr, np), k.p, k.ld, dw.k.data(), s.dp, true);
+    gemm<BF>(kmap.own, s.dp, np, P::l(F, np, s.mr, np), k.p, k.ld, dw.k.data(), s.dp, true);
     return true;
   }
 
@@ -514,6 +535,24 @@ template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, 
   return after;
 }
 
+// Of folded maps y has a shift of its own in place of N's offset, and lengths of draws are no parameters.
+static void finish_folds(Shared& sh) {
+  const Call& c = sh.c;
+  const Dims& s = sh.s;
+  for (int g = 0; g < c.G; g++)
+    for (int j = 0; j < s.d; j++) {
+      const long fold = g * 3L * s.d + j, off = g * (long)(s.m + s.r) + s.m + j;
+      c.dfoldq[fold] = c.dfoldk[fold] = c.dfoldq[fold + 2 * s.d] = c.dfoldk[fold + 2 * s.d] = 0;
+      c.dfoldq[fold + s.d] = c.doffq[off], c.dfoldk[fold + s.d] = c.doffk[off];
+      c.doffq[off] = c.doffk[off] = 0;
+      for (auto& slot : sh.weights) {
+        const Shared::Weights& w = slot[g];
+        if (w.offq.empty()) continue;
+        c.dfoldq[fold + 2 * s.d] += w.linq[j], c.dfoldk[fold + 2 * s.d] += w.link[j];
+      }
+    }
+}
+
 static void finish_weights(Shared& sh) {
   const Call& c = sh.c;
   const Dims& s = sh.s;
@@ -531,6 +570,7 @@ static void finish_weights(Shared& sh) {
         c.doffq[g * own + i] += w.offq[from], c.doffk[g * own + i] += w.offk[from];
       }
     }
+  if (c.foldq) finish_folds(sh);
 }
 
 static void finish_rows(Shared& sh, const std::vector<Task>& tasks, size_t first) {

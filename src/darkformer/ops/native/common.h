@@ -28,6 +28,7 @@ struct Call {
   const float *values, *total, *scale;       // the state's sums
   const void *recent_k, *recent_v, *sink_k, *sink_v;
   const int64_t *lengths, *count;
+  const float *foldq, *foldk;                // (G, 3, d): see `Map`, or null
   void *out;                                 // (B, G, R, L, dv)
   float *lse;                                // (B, G, R, L)
   float *values_out, *total_out, *scale_out;
@@ -36,6 +37,7 @@ struct Call {
   void *dq, *dk, *dvalue;
   float *dwq, *doffq, *dwk, *doffk, *dvalues, *dtotal;
   void *d_recent_k, *d_recent_v, *d_sink_k, *d_sink_v;
+  float *dfoldq, *dfoldk;
 };
 
 // Memory of one thread, kept between calls; its size does not depend on the length.
@@ -155,23 +157,33 @@ static inline void watch(const Call& c, const float* x, size_t n) {
 
 // The map of one side, x → [P·x | N·x], packed for both orders of the product. With bfloat16 the map is the sum of two
 // bfloat16 matrices, so that log-features keep the precision of float32.
+//
+// Folded (rows `inverse`, `shift`, `linear` of a fold): the first rows of P, divided by their draws' lengths, are a turned
+// N, so y = inverse·(P·x) - shift has the norm of N·x - b and no product of its own; linearᵀx joins every log-feature.
 template <bool BF> struct Map {
   const float *off, *raw;     // (mr), (mr×dp)
+  const float *inverse = nullptr, *shift = nullptr, *linear = nullptr;  // (dp), null if not folded
+  int own;                    // rows that are multiplied: mp if folded, else mr
   const float *row[2], *col[2];  // left (mr × dp) and right (dp × mr) operand, in units
   int dp, mp, mr;
   Band rows, columns, input;  // what N leaves to do where it is upper triangular: with P and N as rows, columns, factor
-  Map(const Call& c, const Dims& s, const float* w, const float* offset, int g, bool by_row, bool by_column)
-      : dp(s.dp), mp(s.mp), mr(s.mr) {
+  Map(const Call& c, const Dims& s, const float* w, const float* offset, const float* fold, int g, bool by_row, bool by_column)
+      : own(fold ? s.mp : s.mr), dp(s.dp), mp(s.mp), mr(s.mr) {
     float* a = scratch().take((size_t)mr * dp);
     float* o = scratch().take(mr);
-    const long own = s.m + s.r;
+    const long given = s.m + s.r;
     for (int i = 0; i < mr; i++) {
       int from = i < s.mp ? (i < s.m ? i : -1) : (i - s.mp < s.r ? s.m + i - s.mp : -1);
-      o[i] = from >= 0 ? offset[g * own + from] : i < s.mp ? -LOG_ZERO : 0;
-      if (from >= 0) load_row(a + (size_t)i * dp, w, (g * own + from) * s.d, s.d, dp, false);
+      o[i] = from >= 0 ? offset[g * given + from] : i < s.mp ? -LOG_ZERO : 0;
+      if (from >= 0) load_row(a + (size_t)i * dp, w, (g * given + from) * s.d, s.d, dp, false);
       else memset(a + (size_t)i * dp, 0, dp * sizeof(float));
     }
     raw = a, off = o;
+    if (fold) {
+      float* f = scratch().take(3 * (size_t)dp);
+      for (int k = 0; k < 3; k++) load_row(f + (size_t)k * dp, fold, (g * 3L + k) * s.d, s.d, dp, false);
+      inverse = f, shift = f + dp, linear = f + 2 * dp;
+    }
     bool triangular = true;
     for (int i = 1; i < s.r; i++)
       for (int j = 0; j < std::min(i, dp); j++) triangular &= a[(size_t)(mp + i) * dp + j] == 0;
@@ -190,13 +202,24 @@ template <bool BF> struct Map {
   }
   static float* scratch_if(bool wanted, size_t n) { return wanted ? scratch().take(n) : nullptr; }
 
-  // F (np×mr), token-major: P·x - off and y = N·x - off; half[t] = ½‖y‖².
-  void tokens(Lhs x, int np, float* F, float* half) const {
-    gemm<BF>(np, mr, dp, x, col[0], mr, F, mr, false, columns);
-    if (BF) gemm<BF>(np, mr, dp, x, col[1], mr, F, mr, true, columns);
+  // F (np×mr), token-major: P·x and y = N·x - off; half[t] = ½‖y‖² - linearᵀx. X (np×dp): x as it is.
+  void tokens(Lhs x, const float* X, int np, float* F, float* half) const {
+    gemm<BF>(np, own, dp, x, col[0], mr, F, mr, false, columns);
+    if (BF) gemm<BF>(np, own, dp, x, col[1], mr, F, mr, true, columns);
     for (int t = 0; t < np; t++) {
       vf sum = all(0);
       float* f = F + (size_t)t * mr;
+      if (linear) {
+        vf along = all(0);
+        for (int i = 0; i < dp; i += VL) {
+          vf y = fma(load(inverse + i), load(f + i), all(0) - load(shift + i));
+          store(f + mp + i, y);
+          sum = fma(y, y, sum);
+          along = fma(load(linear + i), load(X + (size_t)t * dp + i), along);
+        }
+        half[t] = 0.5f * hsum(sum) - hsum(along);
+        continue;
+      }
       for (int i = mp; i < mr; i += VL) {
         vf y = load(f + i) - load(off + i);
         store(f + i, y);
@@ -205,11 +228,28 @@ template <bool BF> struct Map {
       half[t] = 0.5f * hsum(sum);
     }
   }
-  // F (mr×np), feature-major: P·x without its offset, y = N·x - off; half (np).
-  void features(Rhs x, int np, float* F, float* half) const {
+  // The same feature-major: F (mr×np), half (np).
+  void features(Rhs x, const float* X, int np, float* F, float* half) const {
     Lhs hi{row[0], BF ? dp / 2 : dp, 1}, lo{row[1], dp / 2, 1};
-    gemm<BF>(mr, np, dp, hi, x.p, x.ld, F, np, false, rows);
-    if (BF) gemm<BF>(mr, np, dp, lo, x.p, x.ld, F, np, true, rows);
+    gemm<BF>(own, np, dp, hi, x.p, x.ld, F, np, false, rows);
+    if (BF) gemm<BF>(own, np, dp, lo, x.p, x.ld, F, np, true, rows);
+    if (linear) {
+      for (int t = 0; t < np; t++) {
+        vf along = all(0);
+        for (int i = 0; i < dp; i += VL) along = fma(load(linear + i), load(X + (size_t)t * dp + i), along);
+        half[t] = -hsum(along);
+      }
+      for (int j = 0; j < np; j += VL) {
+        vf sum = all(0);
+        for (int i = 0; i < dp; i++) {
+          vf y = fma(all(inverse[i]), load(F + (size_t)i * np + j), all(-shift[i]));
+          store(F + (size_t)(mp + i) * np + j, y);
+          sum = fma(y, y, sum);
+        }
+        store(half + j, fma(all(0.5f), sum, load(half + j)));
+      }
+      return;
+    }
     for (int j = 0; j < np; j += VL) {
       vf sum = all(0);
       for (int i = mp; i < mr; i++) {

@@ -95,7 +95,7 @@ template <bool BF> struct Walker {
   std::vector<int> moved;
 
   Walker(const Call& c, int b, int g)
-      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, g, true, false) {
+      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, c.foldk, g, true, false) {
     auto take = [](size_t n) { return scratch().take(n); };
     K = take(CHUNK * s.dp), V = take(CHUNK * s.dvp), KT = take((s.dp + 16) * CHUNK), VB = take(CHUNK * s.dvp);
     FK = take(s.mr * CHUNK), half = take(CHUNK), EK = take(s.mp * CHUNK), EKB = take(s.mp * CHUNK);
@@ -107,7 +107,7 @@ template <bool BF> struct Walker {
   // Features of the far keys of a span below the running maximum, which they raise: FK (mp×np). The sums follow it.
   void far_keys(const Span& a, const float* K) {
     Rhs kt = rhs_t<BF>(K, s.dp, a.np, s.dp, KT, tmp);
-    kmap.features(kt, a.np, FK, half);
+    kmap.features(kt, K, a.np, FK, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     moved.clear();
     for (int i = 0; i < s.mp; i++) {
@@ -170,7 +170,7 @@ template <bool BF> struct Forward : Walker<BF> {
   float *top, *norm;
   Rhs sink_keys, sink_values;
 
-  Forward(const Call& call, int b, int g) : Base(call, b, g), qmap(c, s, c.wq, c.offq, g, false, true) {
+  Forward(const Call& call, int b, int g) : Base(call, b, g), qmap(c, s, c.wq, c.offq, c.foldq, g, false, true) {
     auto take = [](size_t n) { return scratch().take(n); };
     Q = take(CHUNK * s.dp), QA = take(CHUNK * s.dp), F = take(CHUNK * s.mr), FA = take(CHUNK * s.mp);
     half_q = take(CHUNK), SC = take(CHUNK * CHUNK), SCA = take(CHUNK * CHUNK), O = take(CHUNK * s.dvp);
@@ -256,7 +256,7 @@ template <bool BF> struct Forward : Walker<BF> {
   void logits(const Span& a, Lhs q, bool far, Rhs near_keys) {
     std::fill(top, top + a.np, LOG_ZERO);
     if (far) {
-      qmap.tokens(q, a.np, F, half_q);
+      qmap.tokens(q, Q, a.np, F, half_q);
       for (int t = 0; t < a.np; t++) {
         float* f = F + (size_t)t * s.mr;
         vf high = all(LOG_ZERO);

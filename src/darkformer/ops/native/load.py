@@ -15,10 +15,10 @@ from .build import BuildError, build
 _INTEGERS = ("B", "G", "R", "L", "d", "dv", "m", "r", "window", "sinks", "bf16", "threads")
 _INPUTS = ("wq", "offq", "wk", "offk", "values", "total", "scale", "recent_k", "recent_v", "sink_k", "sink_v")
 _POINTERS = (
-    "parallel", "splits", "bad", "q", "k", "v", *_INPUTS, "lengths", "count",
+    "parallel", "splits", "bad", "q", "k", "v", *_INPUTS, "lengths", "count", "foldq", "foldk",
     "out", "lse", "values_out", "total_out", "scale_out", "grad_out", "grad_values", "grad_total",
     "dq", "dk", "dvalue", "dwq", "doffq", "dwk", "doffk", "dvalues", "dtotal",
-    "d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v",
+    "d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v", "dfoldq", "dfoldk",
 )  # fmt: skip
 
 
@@ -34,7 +34,11 @@ class _Call(ctypes.Structure):
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call. Maps: ℓ = P·x - a - ½‖N·x - b‖² with [P; N] = `wq`, [a; b] = `offq`; keys alike."""
+    """The tensors of one call. Maps: ℓ = P·x - a - ½‖N·x - b‖² with [P; N] = `wq`, [a; b] = `offq`; keys alike.
+
+    With folds (rows i, c, u): ℓ = P·x + uᵀx - a - ½‖y‖² with y = i·(P·x) - c over the first d rows, which `maps.sides`
+    makes where those rows, each times its i, are a turned N.
+    """
 
     query: Tensor  # (B, G, R, L, d)
     key: Tensor  # (B, G, L, d)
@@ -52,6 +56,8 @@ class Inputs(NamedTuple):
     sink_v: Tensor
     lengths: Tensor  # (B,) int64
     counts: Tensor
+    foldq: Tensor  # (G, 3, d), or (G, 0, d) without
+    foldk: Tensor
 
 
 class Sizes(NamedTuple):
@@ -105,7 +111,8 @@ def _call(inputs: Inputs, sizes: Sizes, **results: Tensor) -> tuple[_Call, list[
     call.scaling, call.parallel, call.splits = sizes.scaling, pool(), ctypes.addressof(splits)
     call.qs[:], call.ks[:], call.vs[:] = query.stride()[:4], key.stride()[:3], value.stride()[:3]
     tensors: dict[str, Any] = {"q": query, "k": key, "v": value}
-    plain = {name: getattr(inputs, name).contiguous() for name in (*_INPUTS, "lengths")}
+    folds = ("foldq", "foldk") if inputs.foldq.numel() else ()
+    plain = {name: getattr(inputs, name).contiguous() for name in (*_INPUTS, "lengths", *folds)}
     plain["count"] = inputs.counts.contiguous()
     for name, x in (tensors | plain | results).items():
         setattr(call, name, x.data_ptr())
@@ -149,6 +156,7 @@ def backward(
     results = {name: like(x) for name, x in zip(names, inputs[:9], strict=True)}
     buffers = ("d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v")
     results |= {name: like(x).zero_() for name, x in zip(buffers, inputs[10:14], strict=True)}
+    results |= {"dfoldq": like(inputs.foldq), "dfoldk": like(inputs.foldk)}
     given = {
         "lse": log_normaliser, "scale_out": scale_after,
         "grad_out": grad_output.to(inputs.query.dtype), "grad_values": grad_values, "grad_total": grad_total,

@@ -14,7 +14,7 @@ from .load import Inputs, Sizes
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor wq, Tensor offq, Tensor wk, Tensor offk, Tensor values, "
     "Tensor total, Tensor scale, Tensor recent_k, Tensor recent_v, Tensor sink_k, Tensor sink_v, Tensor lengths, "
-    "Tensor count"
+    "Tensor count, Tensor foldq, Tensor foldk"
 )
 COUNT = len(Inputs._fields)
 #: Inputs that have a gradient, in order: all but the scale, the lengths and the count.
@@ -31,7 +31,7 @@ def attention_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     inputs = Inputs(*arguments[:COUNT])
     result = load.forward(inputs, Sizes(*arguments[COUNT:]))
     # A vector maximum passes NaN over: the kernel would answer from diverged maps with finite, wrong numbers.
-    small = (inputs.wq, inputs.offq, inputs.wk, inputs.offk, inputs.values, inputs.total)
+    small = (inputs.wq, inputs.offq, inputs.wk, inputs.offk, inputs.values, inputs.total, inputs.foldq, inputs.foldk)
     if not all(bool(torch.isfinite(x.sum())) for x in small):
         result[0].fill_(math.nan)
     return result

@@ -12,7 +12,7 @@ from ..reference import reference
 from . import load
 from .build import BuildError
 from .load import Inputs, Sizes
-from .maps import sides
+from .maps import MANY, sides
 
 #: Largest relative error of output and gradients that passes; the inputs' own rounding is part of neither.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
@@ -32,12 +32,12 @@ def _problem(dtype: torch.dtype, compute: torch.dtype) -> Problem:
     return Problem(query, key, value, torch.tensor([78]), 0.25, parameters, state, True, False)
 
 
-def _native(problem: Problem, grad: Tensor) -> list[Tensor]:
-    maps = sides(problem.parameters, 2, 18, problem.scaling)
+def _native(problem: Problem, grad: Tensor, tokens: int) -> list[Tensor]:
+    maps = [x.detach() for x in sides(problem.parameters, 2, 18, problem.scaling, tokens=tokens)]
     s = problem.state
-    tensors = [problem.query, problem.key, problem.value, *(x.detach() for x in maps)]
+    tensors = [problem.query, problem.key, problem.value, *maps[:4]]
     tensors += [s.feature_values, s.feature_sum, s.log_scale, s.recent_key, s.recent_value, s.sink_key, s.sink_value]
-    inputs = Inputs._make([*tensors, problem.lengths, s.count])
+    inputs = Inputs._make([*tensors, problem.lengths, s.count, *maps[4:]])
     sizes = Sizes(problem.config.feature_count, problem.scaling)
     output, lse, values, total, scale = load.forward(inputs, sizes)
     gradients = load.backward(
@@ -59,9 +59,10 @@ def selftest() -> None:
             output, _ = reference(exact)
             grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
             wanted = [output.detach(), *torch.autograd.grad(output, leaves, grad)]
-        with torch.no_grad():
-            found = _native(_problem(dtype, torch.float32), grad)
-        for name, got, want in zip(("output", "dquery", "dkey", "dvalue"), found, wanted, strict=True):
-            error = ((got.double() - want).abs().max() / want.abs().max()).item()
-            if not error <= tolerance:
-                raise BuildError(f"the self-test failed: {name} in {dtype} has a relative error of {error:.1e}")
+        for tokens in (1, MANY):  # maps as they are, and folded
+            with torch.no_grad():
+                found = _native(_problem(dtype, torch.float32), grad, tokens)
+            for name, got, want in zip(("output", "dquery", "dkey", "dvalue"), found, wanted, strict=True):
+                error = ((got.double() - want).abs().max() / want.abs().max()).item()
+                if not error <= tolerance:
+                    raise BuildError(f"the self-test failed: {name} in {dtype} has a relative error of {error:.1e}")
