@@ -69,7 +69,7 @@ def limits(seconds: float) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"gemm_flops": {}, "gemm_flops_by_size": {}}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        rates = {}
+        rates: dict[str, float] = {}
         for batch, n, k, p in PRODUCTS:
             x, y = torch.randn(batch, n, k).to(dtype), torch.randn(batch, k, p).to(dtype)
             out = torch.empty(batch, n, p, dtype=dtype)
