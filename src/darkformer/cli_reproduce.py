@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .config import ConfigError, DemoConfig, field_help
+from .config import ConfigError, DemoConfig, TrainConfig, field_help
 
 Figure = Annotated[
     str,
@@ -68,7 +68,7 @@ def register(app: typer.Typer, console: Console) -> None:
         if data:
             chosen = replace(chosen, data=tuple(data))
         if dtype:
-            chosen = replace(chosen, dtype=dtype)
+            chosen = replace(chosen, dtype=TrainConfig(dtype=dtype).dtype)  # checked, and `auto` settled for good
         work = Reproduction(chosen, figures, out, RichReporter(console))
         if dry_run:
             print_rows(work.plan(), f"plan, scale {scale}", console)

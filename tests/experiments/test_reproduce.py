@@ -347,6 +347,7 @@ class TestCommandLine:
             (["2-top", "--plot-only"], "no such record.*darkformer reproduce 2-top --out"),
             (["1", "--scale", "planet"], "--scale planet: unknown; choose one of laptop, full"),
             (["2-top", "--data", "nothing-*.txt"], "no file matches"),
+            (["2-top", "--dtype", "float16"], "dtype='float16' is unknown: choose one of auto, float32, bfloat16"),
         ],
     )
     def test_bad_input(

@@ -229,13 +229,14 @@ class Bench:
         if record["limits"] is None:
             record["limits"] = limits(min(plan.seconds, 0.3))
             self._save()
-        if "bfloat16" not in self._dtypes() and any("bfloat16" in sweep.dtypes for sweep in plan.sweeps):
+        dtypes = self._dtypes()
+        if "bfloat16" not in dtypes and any("bfloat16" in sweep.dtypes for sweep in plan.sweeps):
             rates = record["limits"]["gemm_flops"]
             self.reporter.say(
                 f"bfloat16 is left out: this machine emulates it ({rates['bfloat16'] / 1e9:.1f} GFLOP/s, float32 "
                 f"{rates['float32'] / 1e9:.0f})."
             )
-        wanted = [point for point in _wanted(plan) if point[3] in self._dtypes()]
+        wanted = [point for point in _wanted(plan) if point[3] in dtypes]
         with self.reporter.stage(f"{len(wanted)} points", len(wanted)) as advance:
             for number, (path, shape, length, dtype, direction) in enumerate(wanted):
                 self._point(path, shape, length, dtype, direction)
@@ -247,7 +248,7 @@ class Bench:
                     record["decode"].append(decode_point(name, length, plan.seconds))
                     self._save()
         if plan.model and not record["model"]:
-            record["model"] = model_points(self.reporter, self._dtypes()[-1])
+            record["model"] = model_points(self.reporter, dtypes[-1])
         record["crossover"] = [
             {"shape": shape._asdict(), "dtype": dtype, "direction": direction, "path": name,
              "tokens": crossover(rows, name)}
