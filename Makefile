@@ -10,7 +10,9 @@ DEV := $(VENV)/.installed-dev
 # Present from the beginning to the end of each first install: if found, that install was cut short.
 PARTIAL := $(VENV)/.incomplete
 PARTIAL_DEV := $(VENV)/.incomplete-dev
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+# Compiling every module of torch and transformers ahead would take longer than the rest of the installation; Python compiles
+# those that are imported when they first are.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile -c constraints.txt
 
 # The newest Python that is new enough; one that can also make an environment is preferred.
 find_python = for p in python3.13 python3.12 python3.11 python3; do \
@@ -25,7 +27,7 @@ demo: $(STAMP) ## linearize SmolLM2-135M and compare; pass options with ARGS="â€
 	@$(BIN)/darkformer demo $(ARGS)
 
 test: lint ## lint, then the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(DEV) ## ruff (rules and format) and mypy
 	@$(BIN)/python -m ruff check .

@@ -111,16 +111,29 @@ def test_every_help_is_the_fields_help() -> None:
                 assert squeezed(f.metadata["help"])[:60] in shown, f.name
 
 
-def test_errors_are_one_line_and_exit_code_one(tmp_path: Path) -> None:
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes(b"caf\xe9 au lait")
-    for words, message in (
-        (["linearize", "missing.gguf", "--out", str(tmp_path / "a")], "no such GGUF file"),
-        (["linearize", "x.gguf", "--out", str(tmp_path / "a"), "--method", "magic"], "method='magic'"),
-        (["linearize", "x.gguf", "--out", str(tmp_path / "a"), "--window", "-1"], "window=-1"),
-    ):
-        done = subprocess.run([sys.executable, "-m", "darkformer.cli", *words], capture_output=True, text=True)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_an_error_is_one_line_and_exit_code_one(tmp_path: Path) -> None:
+    words = ["linearize", "missing.gguf", "--out", str(tmp_path / "a")]
+    done = subprocess.run([sys.executable, "-m", "darkformer.cli", *words], capture_output=True, text=True)
+    assert done.returncode == 1 and "no such GGUF file" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"), [("--method", "magic", "method='magic'"), ("--window", "-1", "window=-1")]
+)
+def test_settings_are_checked_before_anything_starts(
+    option: str,
+    value: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    words = ["darkformer", "linearize", "x.gguf", "--out", str(tmp_path / "a"), option, value]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1 and message in capfd.readouterr().err
     assert not (tmp_path / "a").exists()
 
 

@@ -89,7 +89,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
       this->far_keys(a, K);
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
       for (int r = 0; r < s.R; r++) if (!features(a, r, Q, F + (size_t)r * np * s.mr)) return false;
-      vt = P::rt(V, s.dvp, np, s.dvp), ek = P::rt(FK, np, s.mp, np), state = P::rt(sums.values, s.dvp, s.mp, s.dvp);
+      vt = P::rt(V, s.dvp, np, s.dvp), ek = P::rt(FK, np, s.mp, np), state = P::rt(sums.values, s.ldv, s.mp, s.dvp);
     }
     if (a.near) {
       float *NK = P::take(a.ncp * s.dp), *NV = P::take(a.ncp * s.dvp);
@@ -265,7 +265,7 @@ template <bool BF> struct KeyPass {
     for (int i = 0; i < s.m; i++) {
       if (scale[i] == sums.scale[i]) continue;
       const float factor = std::exp(scale[i] - sums.scale[i]);
-      float* row = sums.values + (size_t)i * s.dvp;
+      float* row = sums.values + (size_t)i * s.ldv;
       for (int j = 0; j < s.dvp; j += VL) store(row + j, all(factor) * load(row + j));
       sums.total[i] *= factor, sums.scale[i] = scale[i];
     }
@@ -290,7 +290,7 @@ template <bool BF> struct KeyPass {
     return n == 1 || hmax(high) <= UNDERFLOW_LOG;
   }
   void add_queries(Lhs e, const float* E, int np, Rhs grad, const float* delta) {
-    gemm<BF>(s.mp, s.dvp, np, e, grad.p, grad.ld, sums.values, s.dvp, true);
+    gemm<BF>(s.mp, s.dvp, np, e, grad.p, grad.ld, sums.values, s.ldv, true);
     for (int i = 0; i < s.mp; i++) {
       vf sum = all(0);
       for (int t = 0; t < np; t += VL) sum = fma(load(E + (size_t)i * np + t), load(delta + t), sum);
@@ -378,8 +378,8 @@ template <bool BF> struct KeyPass {
     for (int i = 0; i < s.mp; i++)
       for (int j = 0; j < np; j += VL) store(F + (size_t)i * np + j, vexp(load(F + (size_t)i * np + j) - all(scale[i])));
     to_unit(scale);
-    const Rhs vt = P::rt(V, s.dvp, np, s.dvp), fk = P::r(F, np, s.mp, np), u = P::r(sums.values, s.dvp, s.mp, s.dvp);
-    gemm<BF>(s.mp, np, s.dvp, P::l(sums.values, s.dvp, s.mp, s.dvp), vt.p, vt.ld, dL, np, false);
+    const Rhs vt = P::rt(V, s.dvp, np, s.dvp), fk = P::r(F, np, s.mp, np), u = P::r(sums.values, s.ldv, s.mp, s.dvp);
+    gemm<BF>(s.mp, np, s.dvp, P::l(sums.values, s.ldv, s.mp, s.dvp), vt.p, vt.ld, dL, np, false);
     for (int i = 0; i < s.mp; i++)
       for (int j = 0; j < np; j += VL) store(dL + (size_t)i * np + j, load(dL + (size_t)i * np + j) - all(sums.total[i]));
     gemm<BF>(np, s.dvp, s.mp, P::lt(F, np, np, s.mp), u.p, u.ld, dV, s.dvp, true);
@@ -506,7 +506,7 @@ template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, 
   auto join = [&](Sums mine, const Sums& later) {
     for (int i = 0; i < s.m; i++) {
       const float factor = std::exp(mine.scale[i] - later.scale[i]);
-      for (int j = 0; j < s.dvp; j++) mine.values[(size_t)i * s.dvp + j] += factor * later.values[(size_t)i * s.dvp + j];
+      for (int j = 0; j < s.dvp; j++) mine.values[(size_t)i * s.ldv + j] += factor * later.values[(size_t)i * s.ldv + j];
       mine.total[i] += factor * later.total[i];
     }
   };
@@ -527,7 +527,7 @@ template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, 
     const long pair = (long)tasks[i].b * c.G + tasks[i].g;
     now.clear(s);
     for (int k = 0; k < s.m; k++) {
-      load_row(now.values + (size_t)k * s.dvp, c.grad_values, (pair * s.m + k) * s.dv, s.dv, s.dvp, false);
+      load_row(now.values + (size_t)k * s.ldv, c.grad_values, (pair * s.m + k) * s.dv, s.dv, s.dvp, false);
       now.total[k] = -c.grad_total[pair * s.m + k];
       now.scale[k] = c.scale_out[pair * s.m + k];
     }
@@ -629,7 +629,7 @@ template <bool BF> static void backward(const Call& c) {
       std::copy(c.scale + pass.rows.pair * s.m, c.scale + (pass.rows.pair + 1) * s.m, start.begin());
       pass.to_unit(start.data());
       for (int k = 0; k < s.m; k++) {
-        store_row(c.dvalues, (pass.rows.pair * s.m + k) * s.dv, pass.sums.values + (size_t)k * s.dvp, s.dv, false);
+        store_row(c.dvalues, (pass.rows.pair * s.m + k) * s.dv, pass.sums.values + (size_t)k * s.ldv, s.dv, false);
         c.dtotal[pass.rows.pair * s.m + k] = -pass.sums.total[k];
       }
     }

@@ -107,10 +107,13 @@ static void parallel(void* pool, int slots, const std::function<void(int)>& body
   for (auto& t : threads) t.join();
 }
 
+// Sizes rounded up to whole vectors. Rows that are a power of two apart share a few sets of the cache and evict each other, so
+// the rows of the sums (ldv) and of folded features (mr, whose last 16 columns then hold nothing) are 64 bytes longer.
 struct Dims {
-  int d, dv, m, r, dp, dvp, mp, rp, mr, sp, W, S, R;
+  int d, dv, m, r, dp, dvp, ldv, mp, rp, mr, sp, W, S, R;
   explicit Dims(const Call& c)
-      : d(c.d), dv(c.dv), m(c.m), r(c.m ? c.r : 0), dp(up16(d)), dvp(up16(dv)), mp(up16(m)), rp(up16(r)), mr(mp + rp),
+      : d(c.d), dv(c.dv), m(c.m), r(c.m ? c.r : 0), dp(up16(d)), dvp(up16(dv)), ldv(dvp % 32 ? dvp : dvp + 16), mp(up16(m)), rp(up16(r)),
+        mr(mp + rp + (c.foldq && (mp + rp) % 32 == 0 ? 16 : 0)),
         sp(up16(c.sinks)), W(c.window), S(c.sinks), R(c.R) {}
 };
 

@@ -2,11 +2,11 @@
 #pragma once
 #include "common.h"
 
-// The sums over far keys, feature i scaled by e^-scale[i]: values (mp×dvp), total (mp), scale (mp).
+// The sums over far keys, feature i scaled by e^-scale[i]: values (mp×dvp, rows ldv apart), total (mp), scale (mp).
 struct Sums {
   float *values, *total, *scale;
-  static size_t size(const Dims& s) { return (size_t)s.mp * s.dvp + 2 * s.mp; }
-  Sums(float* p, const Dims& s) : values(p), total(p + (size_t)s.mp * s.dvp), scale(total + s.mp) {}
+  static size_t size(const Dims& s) { return (size_t)s.mp * s.ldv + 2 * s.mp; }
+  Sums(float* p, const Dims& s) : values(p), total(p + (size_t)s.mp * s.ldv), scale(total + s.mp) {}
   void clear(const Dims& s) {
     std::fill(values, scale, 0.0f);
     for (int i = 0; i < s.mp; i++) scale[i] = i < s.m ? LOG_ZERO : 0;  // a padding feature never has weight
@@ -14,14 +14,14 @@ struct Sums {
   void read(const Call& c, const Dims& s, long pair) {
     clear(s);
     for (int i = 0; i < s.m; i++) {
-      load_row(values + (size_t)i * s.dvp, c.values, (pair * s.m + i) * s.dv, s.dv, s.dvp, false);
+      load_row(values + (size_t)i * s.ldv, c.values, (pair * s.m + i) * s.dv, s.dv, s.dvp, false);
       total[i] = c.total[pair * s.m + i];
       scale[i] = c.scale[pair * s.m + i];
     }
   }
   void write(const Call& c, const Dims& s, long pair) const {
     for (int i = 0; i < s.m; i++) {
-      store_row(c.values_out, (pair * s.m + i) * s.dv, values + (size_t)i * s.dvp, s.dv, false);
+      store_row(c.values_out, (pair * s.m + i) * s.dv, values + (size_t)i * s.ldv, s.dv, false);
       c.total_out[pair * s.m + i] = total[i];
       c.scale_out[pair * s.m + i] = scale[i];
     }
@@ -35,7 +35,7 @@ struct Sums {
       const float top = std::max(scale[i], other.scale[i]);
       const float mine = std::exp(scale[i] - top), theirs = std::exp(other.scale[i] - top);
       for (int j = 0; j < s.dvp; j++)
-        values[(size_t)i * s.dvp + j] = mine * values[(size_t)i * s.dvp + j] + theirs * other.values[(size_t)i * s.dvp + j];
+        values[(size_t)i * s.ldv + j] = mine * values[(size_t)i * s.ldv + j] + theirs * other.values[(size_t)i * s.ldv + j];
       total[i] = mine * total[i] + theirs * other.total[i];
       scale[i] = top;
     }
@@ -126,7 +126,7 @@ template <bool BF> struct Walker {
     }
   }
   void raise(int i, float high) {
-    float* row = sums.values + (size_t)i * s.dvp;
+    float* row = sums.values + (size_t)i * s.ldv;
     memcpy(saved + moved.size() * s.dvp, row, s.dvp * sizeof(float));
     saved_total[moved.size()] = sums.total[i], saved_scale[moved.size()] = sums.scale[i];
     moved.push_back(i);
@@ -137,7 +137,7 @@ template <bool BF> struct Walker {
   void restore() {
     for (size_t k = 0; k < moved.size(); k++) {
       const int i = moved[k];
-      memcpy(sums.values + (size_t)i * s.dvp, saved + k * s.dvp, s.dvp * sizeof(float));
+      memcpy(sums.values + (size_t)i * s.ldv, saved + k * s.dvp, s.dvp * sizeof(float));
       sums.total[i] = saved_total[k], sums.scale[i] = saved_scale[k];
     }
   }
@@ -148,7 +148,7 @@ template <bool BF> struct Walker {
       for (int j = 0; j < a.np; j += VL) sum += load(FK + (size_t)i * a.np + j);
       sums.total[i] += hsum(sum);
     }
-    gemm<BF>(s.mp, s.dvp, a.np, lhs<BF>(FK, a.np, s.mp, a.np, EK), values.p, values.ld, sums.values, s.dvp, true);
+    gemm<BF>(s.mp, s.dvp, a.np, lhs<BF>(FK, a.np, s.mp, a.np, EK), values.p, values.ld, sums.values, s.ldv, true);
   }
   // Only the sums, over the far keys of the tokens [begin, end).
   void sums_of(int begin, int end) {
@@ -217,7 +217,7 @@ template <bool BF> struct Forward : Walker<BF> {
       this->far_keys(a, shared ? NK : K);
       far_values = shared ? near_values : rhs<BF>(V, s.dvp, a.np, s.dvp, VB);
       far_features = rhs<BF>(FK, a.np, s.mp, a.np, EKB);
-      state = rhs<BF>(sums.values, s.dvp, s.mp, s.dvp, SB);
+      state = rhs<BF>(sums.values, s.ldv, s.mp, s.dvp, SB);
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
     }
     for (int r = 0; r < s.R; r++) {
