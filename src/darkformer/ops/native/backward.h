@@ -596,6 +596,8 @@ static void finish_rows(Shared& sh, const std::vector<Task>& tasks, size_t first
 
 template <bool BF> static void backward(const Call& c) {
   int slots;
+  const size_t rows = c.B * c.G * c.L * (c.bf16 ? 2 : 4);
+  huge_pages(c.dq, rows * c.R * c.d), huge_pages(c.dk, rows * c.d), huge_pages(c.dvalue, rows * c.dv);
   const auto tasks = plan(c, slots);
   Shared sh(c, tasks.size(), std::max<int>(slots, c.threads));
   const Dims& s = sh.s;

@@ -394,6 +394,7 @@ template <bool BF> static std::vector<std::vector<float>> scan(const Call& c, co
 
 template <bool BF> static void forward(const Call& c) {
   int slots;
+  huge_pages(c.out, c.B * c.G * c.R * c.L * c.dv * (c.bf16 ? 2 : 4));
   const auto tasks = plan(c, slots);
   const auto before = scan<BF>(c, tasks);
   parallel(c.parallel, slots, [&](int slot) {
