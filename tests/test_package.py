@@ -166,6 +166,12 @@ def test_files_and_functions_stay_small() -> None:
     assert not found, "\n".join(found)
 
 
+def test_the_compiled_sources_stay_small_too() -> None:
+    sources = [path for path in (PACKAGE / "ops" / "native").iterdir() if path.suffix in (".h", ".cpp")]
+    assert len(sources) > 5
+    assert not {p.name: n for p in sources if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES}
+
+
 def test_an_oversized_function_is_found() -> None:
     body = "    pass\n"
     assert not oversized("def f():\n" + body * (MAX_FUNCTION_LINES - 1), "snippet")

@@ -1,0 +1,242 @@
+// Gradients of queries, sinks and the query's map, in the order of the tokens: see backward.h.
+#pragma once
+#include "walker.h"
+
+struct Shared {  // between the passes of one call
+  const Call& c;
+  const Dims s;
+  int chunks;
+  std::vector<float> scales, delta;  // (pairs, chunks, mp) maxima before each chunk; (B, G, R, L)
+  std::vector<std::vector<float>> sinks;  // per task: (sp×dp) and (sp×dvp)
+  // (dp×mr), (mr×dp), (mr), (mr), and of the folds' linear parts (dp)
+  struct Weights { std::vector<float> q, k, offq, offk, linq, link; };
+  std::vector<std::vector<Weights>> weights;  // per slot and kv head
+  Shared(const Call& c, size_t tasks, int slots)
+      : c(c), s(c), chunks((c.L + CHUNK - 1) / CHUNK), scales((size_t)c.B * c.G * chunks * s.mp),
+        delta((size_t)c.B * c.G * c.R * c.L), sinks(tasks, std::vector<float>((size_t)s.sp * (s.dp + s.dvp))),
+        weights(slots, std::vector<Weights>(c.G)) {}
+  float* scale(long pair, int t0) { return scales.data() + (pair * chunks + t0 / CHUNK) * s.mp; }
+  Weights& of(int slot, int g) {
+    Weights& w = weights[slot][g];
+    if (w.offq.empty()) w.q.resize((size_t)s.dp * s.mr), w.k.resize((size_t)s.mr * s.dp), w.offq.resize(s.mr), w.offk.resize(s.mr), w.linq.resize(s.dp), w.link.resize(s.dp);
+    return w;
+  }
+};
+
+static void zero_above_diagonal(float* x, int np, const float* delta) {
+  for (int t = 0; t < np; t++)
+    for (int j = 0; j < np; j++) x[t * np + j] = j <= t ? x[t * np + j] - (delta ? delta[t] : 0) : 0;
+}
+
+// Rows of the output's gradient, of the log-normaliser and δ; rows that are no query have weight 0.
+static void cotangents(const Rows& rows, Shared& sh, int r, int t0, int n, int np, float* DO, float* lse, float* delta) {
+  const Dims& s = sh.s;
+  for (int i = 0; i < np; i++) {
+    const bool real = i < n && t0 + i >= 0 && t0 + i < rows.length;
+    const long at = rows.head(r) + t0 + i;
+    if (real) load_row(DO + (size_t)i * s.dvp, sh.c.grad_out, at * s.dv, s.dv, s.dvp, sh.c.bf16);
+    else memset(DO + (size_t)i * s.dvp, 0, s.dvp * sizeof(float));
+    lse[i] = real ? sh.c.lse[at] : -LOG_ZERO;
+    delta[i] = real ? sh.delta[at] : 0;
+  }
+}
+
+template <bool BF> struct QueryPass : Walker<BF> {
+  using Base = Walker<BF>;
+  using Base::c, Base::s, Base::rows, Base::sums, Base::K, Base::V, Base::FK;
+  using P = Pack<BF>;
+  Shared& sh;
+  Map<BF> qmap;
+  Shared::Weights& dw;
+  float *SK, *SV, *dSK, *dSV, *shift;
+  Rhs sink_kt{}, sink_vt{}, sink_k{};
+
+  QueryPass(Shared& sh, int b, int g, int slot, float* sinks)
+      : Base(sh.c, b, g), sh(sh), qmap(c, s, c.wq, c.offq, c.foldq, g, false, true), dw(sh.of(slot, g)) {
+    SK = P::take(s.sp * s.dp), SV = P::take(s.sp * s.dvp), shift = P::take(s.mp);
+    dSK = sinks, dSV = sinks + (size_t)s.sp * s.dp;
+    if (!s.S) return;
+    rows.sinks(SK, SV);
+    sink_kt = P::rt(SK, s.dp, s.sp, s.dp), sink_vt = P::rt(SV, s.dvp, s.sp, s.dvp), sink_k = P::r(SK, s.dp, s.sp, s.dp);
+  }
+
+  void run(int t0, int n) {
+    const auto mark = scratch().mark();
+    const bool done = chunk(t0, n);
+    scratch().release(mark);
+    if (done) return;
+    this->restore();
+    run(t0, (n + 1) / 2);
+    run(t0 + (n + 1) / 2, n / 2);
+  }
+
+  bool chunk(int t0, int n) {
+    const Span a(s, t0, n, rows.count);
+    const int np = a.np;
+    this->moved.clear();
+    const bool far = s.m && (a.has_far() || sums.stored(s));
+    Rhs vt{}, ek{}, state{}, near_kt{}, near_vt{}, near_k{};
+    float *lse = P::take(np), *delta = P::take(np), *DO = P::take(np * s.dvp), *Q = P::take(np * s.dp), *dX = P::take(np * s.dp);
+    float* F = P::take((size_t)s.R * np * s.mr);
+    if (far) {
+      rows.keys(K, V, a.start, a.lowest, a.n, np);
+      this->far_keys(a, K);
+      for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
+      for (int r = 0; r < s.R; r++) if (!features(a, r, Q, F + (size_t)r * np * s.mr)) return false;
+      vt = P::rt(V, s.dvp, np, s.dvp), ek = P::rt(FK, np, s.mp, np), state = P::rt(sums.values, s.ldv, s.mp, s.dvp);
+    }
+    if (a.near) {
+      float *NK = P::take(a.ncp * s.dp), *NV = P::take(a.ncp * s.dvp);
+      rows.keys(NK, NV, a.base, a.lowest, a.cols, a.ncp);
+      near_kt = P::rt(NK, s.dp, a.ncp, s.dp), near_vt = P::rt(NV, s.dvp, a.ncp, s.dvp), near_k = P::r(NK, s.dp, a.ncp, s.dp);
+    }
+    for (int r = 0; r < s.R; r++) {
+      const auto mark = scratch().mark();
+      rows.queries(Q, r, t0, n, np);
+      cotangents(rows, sh, r, t0, n, np, DO, lse, delta);
+      std::fill(delta, delta + np, 0.0f);
+      const Lhs q = P::l(Q, s.dp, np, s.dp), grad = P::l(DO, s.dvp, np, s.dvp);
+      std::fill(dX, dX + np * s.dp, 0.0f);
+      float *Fr = F + (size_t)r * np * s.mr, *X = P::take(np * a.ncp), *Y = P::take(np * a.ncp);
+      float *SX = P::take(np * s.sp), *SY = P::take(np * s.sp), *G = P::take(np * s.mp), *Z = P::take(np * s.mp), *mass = P::take(np);
+      const int lo = a.start - a.base;
+      // δ_t = Σ_j a_tj do_t·v_j from the same rounded numbers as what it is subtracted from, not from the rounded output.
+      // Both sums are divided by Σ_j a_tj, which is 1 up to the rounding that this takes away.
+      std::fill(mass, mass + np, 0.0f);
+      if (far) far_sums(a, Fr, grad, delta, mass, vt, ek, state, G, Z);
+      if (a.near) {
+        const Band out{.out_lo = lo + 1, .out_hi = lo + s.W};
+        gemm<BF>(np, a.ncp, s.dp, q, near_kt.p, near_kt.ld, X, a.ncp, false, out);
+        gemm<BF>(np, a.ncp, s.dvp, grad, near_vt.p, near_vt.ld, Y, a.ncp, false, out);
+        for (int t = 0; t < np; t++) {
+          const int first = std::max({0, t + 1 + lo, a.lowest - a.base}), last = t < n ? t + s.W + lo : -1, tile = t & ~(MR - 1);
+          soft_row(X + (size_t)t * a.ncp, Y + (size_t)t * a.ncp, down(tile + lo + 1),
+                   std::min(a.ncp, up(tile + MR + lo + s.W)), first, last, lse[t], delta[t], mass[t]);
+        }
+      }
+      if (s.S) {
+        gemm<BF>(np, s.sp, s.dp, q, sink_kt.p, sink_kt.ld, SX, s.sp, false);
+        gemm<BF>(np, s.sp, s.dvp, grad, sink_vt.p, sink_vt.ld, SY, s.sp, false);
+        for (int t = 0; t < np; t++) {
+          const int seen = t < n ? (int)std::min<int64_t>(s.S, rows.count + t0 + t + 1) : 0;
+          soft_row(SX + t * s.sp, SY + t * s.sp, 0, s.sp, 0, seen - 1, lse[t], delta[t], mass[t]);
+        }
+      }
+      for (int t = 0; t < n; t++) sh.delta[rows.head(r) + t0 + t] = delta[t] /= mass[t] > 0 ? mass[t] : 1;
+      if (far) far_part(a, Fr, Q, delta, G, Z, dX);
+      if (a.near) {
+        const Band sum{.k_lo = lo + 1, .k_hi = lo + s.W};
+        for (int t = 0; t < np; t++) {
+          const int tile = t & ~(MR - 1);
+          logit_row(X + (size_t)t * a.ncp, Y + (size_t)t * a.ncp, down(tile + lo + 1),
+                    std::min(a.ncp, up(tile + MR + lo + s.W)), delta[t]);
+        }
+        gemm<BF>(np, s.dp, a.ncp, P::l(Y, a.ncp, np, a.ncp), near_k.p, near_k.ld, dX, s.dp, true, sum);
+      }
+      if (s.S) {
+        for (int t = 0; t < np; t++) logit_row(SX + t * s.sp, SY + t * s.sp, 0, s.sp, delta[t]);
+        gemm<BF>(np, s.dp, s.sp, P::l(SY, s.sp, np, s.sp), sink_k.p, sink_k.ld, dX, s.dp, true);
+        const Rhs qr = P::r(Q, s.dp, np, s.dp), gr = P::r(DO, s.dvp, np, s.dvp);
+        gemm<BF>(s.sp, s.dp, np, P::lt(SY, s.sp, s.sp, np), qr.p, qr.ld, dSK, s.dp, true);
+        gemm<BF>(s.sp, s.dvp, np, P::lt(SX, s.sp, s.sp, np), gr.p, gr.ld, dSV, s.dvp, true);
+      }
+      for (int t = 0; t < n; t++) store_row(c.dq, (rows.head(r) + t0 + t) * s.d, dX + (size_t)t * s.dp, s.d, c.bf16);
+      scratch().release(mark);
+    }
+    if (far && a.has_far()) this->absorb(a, P::r(V, s.dvp, np, s.dvp));
+    return true;
+  }
+
+  // X: logits become weights, 0 where not seen (columns first … last of lo … end-1 are). Y: do·v.
+  void soft_row(float* X, const float* Y, int lo, int end, int first, int last, float lse, float& delta, float& mass) const {
+    for (int j = lo; j < std::min(first, end); j++) X[j] = LOG_ZERO;
+    for (int j = std::max(lo, last + 1); j < end; j++) X[j] = LOG_ZERO;
+    const vf scaling = all((float)c.scaling), l = all(last < 0 ? -LOG_ZERO : lse);
+    vf sum = all(0), weight = all(0);
+    for (int j = lo; j < end; j += VL) {
+      const vf p = vexp(load(X + j) * scaling - l);
+      store(X + j, p);
+      sum = fma(p, load(Y + j), sum);
+      weight += p;
+    }
+    delta += hsum(sum), mass += hsum(weight);
+  }
+  // Y: gradient of the logits.
+  void logit_row(const float* X, float* Y, int lo, int end, float delta) const {
+    for (int j = lo; j < end; j += VL) store(Y + j, load(X + j) * (load(Y + j) - all(delta)) * all((float)c.scaling));
+  }
+
+  // F (np×mr): e^{ℓq + scale - lse} and y. False where that would overflow.
+  bool features(const Span& a, int r, float* Q, float* F) {
+    const auto mark = scratch().mark();
+    float* half = P::take(a.np);
+    rows.queries(Q, r, a.t0, a.n, a.np);
+    qmap.tokens(P::l(Q, s.dp, a.np, s.dp), Q, a.np, F, half);
+    bool fits = true;
+    for (int t = 0; t < a.np; t++) {
+      const vf shifted = all(half[t] + (t < a.n ? c.lse[rows.head(r) + a.t0 + t] : -LOG_ZERO));
+      vf high = all(LOG_ZERO);
+      for (int i = 0; i < s.mp; i += VL) {
+        float* f = F + (size_t)t * s.mr + i;
+        const vf l = load(f) + load(shift + i) - shifted;
+        high = vmax(high, l);
+        store(f, vexp(l));
+      }
+      if (a.n > 1 && hmax(high) > UNDERFLOW_LOG) fits = false;
+    }
+    scratch().release(mark);
+    return fits;
+  }
+
+  // G, Z (np×mp): Σ_j e^{ℓk_ji - scale_i} do_t·v_j and the same with 1 for do_t·v_j, over the far keys of row t.
+  void far_sums(const Span& a, const float* F, Lhs grad, float* delta, float* mass, Rhs vt, Rhs ek, Rhs state, float* G, float* Z) {
+    const int np = a.np;
+    float* B = P::take(np * np);
+    gemm<BF>(np, s.mp, s.dvp, grad, state.p, state.ld, G, s.mp, false);
+    gemm<BF>(np, np, s.dvp, grad, vt.p, vt.ld, B, np, false, {.out_hi = 0});
+    zero_above_diagonal(B, np, nullptr);
+    gemm<BF>(np, s.mp, np, P::l(B, np, np, np), ek.p, ek.ld, G, s.mp, true, {.k_hi = 0});
+    transpose(FK, np, s.mp, np, Z, s.mp);
+    const float* before = sums.total;
+    for (int t = 0; t < np; t++) {
+      float* z = Z + (size_t)t * s.mp;
+      vf sum = all(0), weight = all(0);
+      for (int i = 0; i < s.mp; i += VL) {
+        const vf e = load(F + (size_t)t * s.mr + i), total = load(z + i) + load(before + i);
+        store(z + i, total);
+        sum = fma(e, load(G + (size_t)t * s.mp + i), sum);
+        weight = fma(e, total, weight);
+      }
+      delta[t] += hsum(sum), mass[t] += hsum(weight);
+      before = z;
+    }
+  }
+
+  // E = e ⊙ (G - δ·Z), the gradient of the log-features, and -Σ_i E·y behind it.
+  void far_part(const Span& a, float* F, float* Q, const float* delta, const float* G, const float* Z, float* dX) {
+    const int np = a.np;
+    for (int t = 0; t < np; t++) {
+      float* f = F + (size_t)t * s.mr;
+      const vf d = all(delta[t]);
+      vf sum = all(0);
+      for (int i = 0; i < s.mp; i += VL) {
+        const vf e = load(f + i) * (load(G + (size_t)t * s.mp + i) - d * load(Z + (size_t)t * s.mp + i));
+        store(f + i, e);
+        sum += e;
+      }
+      const vf total = all(hsum(sum));
+      for (int i = s.mp; i < s.mr; i += VL) store(f + i, (all(0) - total) * load(f + i));
+      for (int i = 0; i < s.mr; i += VL) store(dw.offq.data() + i, load(dw.offq.data() + i) - load(f + i));
+      if (!qmap.linear) continue;
+      float *x = Q + (size_t)t * s.dp, *dx = dX + (size_t)t * s.dp, *lin = dw.linq.data();
+      for (int i = 0; i < s.dp; i += VL) {
+        store(f + i, fma(load(qmap.inverse + i), load(f + s.mp + i), load(f + i)));
+        store(dx + i, fma(total, load(qmap.linear + i), load(dx + i)));
+        store(lin + i, fma(total, load(x + i), load(lin + i)));
+      }
+    }
+    gemm<false>(np, s.dp, qmap.own, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true, qmap.input);
+    const Rhs f = P::r(F, s.mr, np, s.mr);
+    gemm<BF>(s.dp, qmap.own, np, P::lt(Q, s.dp, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
+  }
+};

@@ -1,0 +1,163 @@
+// What both directions share: the running sums, the rows of one (batch row, kv head) pair, and the walk along its keys.
+#pragma once
+#include "common.h"
+
+// The sums over far keys, feature i scaled by e^-scale[i]: values (mp×dvp, rows ldv apart), total (mp), scale (mp).
+struct Sums {
+  float *values, *total, *scale;
+  static size_t size(const Dims& s) { return (size_t)s.mp * s.ldv + 2 * s.mp; }
+  Sums(float* p, const Dims& s) : values(p), total(p + (size_t)s.mp * s.ldv), scale(total + s.mp) {}
+  void clear(const Dims& s) {
+    std::fill(values, scale, 0.0f);
+    for (int i = 0; i < s.mp; i++) scale[i] = i < s.m ? LOG_ZERO : 0;  // a padding feature never has weight
+  }
+  void read(const Call& c, const Dims& s, long pair) {
+    clear(s);
+    for (int i = 0; i < s.m; i++) {
+      load_row(values + (size_t)i * s.ldv, c.values, (pair * s.m + i) * s.dv, s.dv, s.dvp, false);
+      total[i] = c.total[pair * s.m + i];
+      scale[i] = c.scale[pair * s.m + i];
+    }
+  }
+  void write(const Call& c, const Dims& s, long pair) const {
+    for (int i = 0; i < s.m; i++) {
+      store_row(c.values_out, (pair * s.m + i) * s.dv, values + (size_t)i * s.ldv, s.dv, false);
+      c.total_out[pair * s.m + i] = total[i];
+      c.scale_out[pair * s.m + i] = scale[i];
+    }
+  }
+  bool stored(const Dims& s) const {
+    for (int i = 0; i < s.m; i++) if (scale[i] > LOG_ZERO / 2) return true;
+    return false;
+  }
+  void add(const Sums& other, const Dims& s) {
+    for (int i = 0; i < s.m; i++) {
+      const float top = std::max(scale[i], other.scale[i]);
+      const float mine = std::exp(scale[i] - top), theirs = std::exp(other.scale[i] - top);
+      for (int j = 0; j < s.dvp; j++)
+        values[(size_t)i * s.ldv + j] = mine * values[(size_t)i * s.ldv + j] + theirs * other.values[(size_t)i * s.ldv + j];
+      total[i] = mine * total[i] + theirs * other.total[i];
+      scale[i] = top;
+    }
+  }
+};
+
+// Rows of one (batch row, kv head) pair: keys by their index relative to the first new token.
+struct Rows {
+  const Call& c;
+  const Dims& s;
+  const int b, g, length;
+  const int64_t count;
+  const long pair;
+  Rows(const Call& c, const Dims& s, int b, int g)
+      : c(c), s(s), b(b), g(g), length(c.lengths[b]), count(c.count[b]), pair((long)b * c.G + g) {}
+  void keys(float* K, float* V, int from, int lowest, int n, int np) const {
+    for (int i = 0; i < np; i++) {
+      const int at = from + i;
+      const bool real = i < n && at >= lowest && at < length;
+      if (K) row(K + (size_t)i * s.dp, c.k, c.ks, c.recent_k, at, real, s.d, s.dp);
+      if (V) row(V + (size_t)i * s.dvp, c.v, c.vs, c.recent_v, at, real, s.dv, s.dvp);
+    }
+  }
+  void row(float* to, const void* x, const int64_t* stride, const void* recent, int at, bool real, int n, int np) const {
+    if (!real) memset(to, 0, np * sizeof(float));
+    else if (at >= 0) load_row(to, x, b * stride[0] + g * stride[1] + at * stride[2], n, np, c.bf16);
+    else load_row(to, recent, (pair * s.W + s.W + at) * n, n, np, c.bf16);
+  }
+  void sinks(float* K, float* V) const {
+    for (int i = 0; i < s.sp; i++) {
+      const bool real = i < s.S && i < count + length;
+      sink(K + (size_t)i * s.dp, c.k, c.ks, c.sink_k, i, real, s.d, s.dp);
+      sink(V + (size_t)i * s.dvp, c.v, c.vs, c.sink_v, i, real, s.dv, s.dvp);
+    }
+  }
+  void sink(float* to, const void* x, const int64_t* stride, const void* old, int i, bool real, int n, int np) const {
+    if (!real) memset(to, 0, np * sizeof(float));
+    else if (i < count) load_row(to, old, (pair * s.S + i) * n, n, np, c.bf16);
+    else load_row(to, x, b * stride[0] + g * stride[1] + (i - count) * stride[2], n, np, c.bf16);
+  }
+  void queries(float* Q, int r, int t0, int n, int np) const {
+    for (int i = 0; i < np; i++)
+      if (i < n && t0 + i >= 0 && t0 + i < length)
+        load_row(Q + (size_t)i * s.dp, c.q, b * c.qs[0] + g * c.qs[1] + r * c.qs[2] + (long)(t0 + i) * c.qs[3], s.d, s.dp, c.bf16);
+      else memset(Q + (size_t)i * s.dp, 0, s.dp * sizeof(float));
+  }
+  long head(int r) const { return (pair * c.R + r) * c.L; }  // of (B, G, R, L)
+};
+
+template <bool BF> struct Walker {
+  const Call& c;
+  const Dims s;
+  const Rows rows;
+  Sums sums;
+  Map<BF> kmap;
+  float *K, *V, *KT, *VB, *FK, *half, *EK, *EKB, *SB, *saved, *saved_total, *saved_scale, *tmp;
+  std::vector<int> moved;
+
+  Walker(const Call& c, int b, int g)
+      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, c.foldk, g, true, false) {
+    auto take = [](size_t n) { return scratch().take(n); };
+    K = take(CHUNK * s.dp), V = take(CHUNK * s.dvp), KT = take((s.dp + 16) * CHUNK), VB = take(CHUNK * s.dvp);
+    FK = take(s.mr * CHUNK), half = take(CHUNK), EK = take(s.mp * CHUNK), EKB = take(s.mp * CHUNK);
+    SB = take((size_t)s.mp * s.dvp), saved = take((size_t)s.mp * s.dvp), saved_total = take(s.mp), saved_scale = take(s.mp);
+    tmp = take(CHUNK * (s.dp + 16));
+    moved.reserve(s.mp);
+  }
+
+  // Features of the far keys of a span below the running maximum, which they raise: FK (mp×np). The sums follow it.
+  void far_keys(const Span& a, const float* K) {
+    Rhs kt = rhs_t<BF>(K, s.dp, a.np, s.dp, KT, tmp);
+    kmap.features(kt, K, a.np, FK, half);
+    for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
+    moved.clear();
+    for (int i = 0; i < s.mp; i++) {
+      float* f = FK + (size_t)i * a.np;
+      const vf off = all(kmap.off[i]);
+      vf top = all(-MASKED);
+      for (int j = 0; j < a.np; j += VL) {
+        vf l = load(f + j) - off - load(half + j);
+        store(f + j, l);
+        top = vmax(top, l);
+      }
+      const float high = hmax(top);
+      if (high > sums.scale[i]) raise(i, high);
+      const vf scale = all(sums.scale[i]);
+      for (int j = 0; j < a.np; j += VL) store(f + j, vexp(load(f + j) - scale));
+    }
+  }
+  void raise(int i, float high) {
+    float* row = sums.values + (size_t)i * s.ldv;
+    memcpy(saved + moved.size() * s.dvp, row, s.dvp * sizeof(float));
+    saved_total[moved.size()] = sums.total[i], saved_scale[moved.size()] = sums.scale[i];
+    moved.push_back(i);
+    const float factor = std::exp(sums.scale[i] - high);
+    for (int j = 0; j < s.dvp; j += VL) store(row + j, all(factor) * load(row + j));
+    sums.total[i] *= factor, sums.scale[i] = high;
+  }
+  void restore() {
+    for (size_t k = 0; k < moved.size(); k++) {
+      const int i = moved[k];
+      memcpy(sums.values + (size_t)i * s.ldv, saved + k * s.dvp, s.dvp * sizeof(float));
+      sums.total[i] = saved_total[k], sums.scale[i] = saved_scale[k];
+    }
+  }
+  // The far keys of the span enter the sums.
+  void absorb(const Span& a, Rhs values) {
+    for (int i = 0; i < s.mp; i++) {
+      vf sum = all(0);
+      for (int j = 0; j < a.np; j += VL) sum += load(FK + (size_t)i * a.np + j);
+      sums.total[i] += hsum(sum);
+    }
+    gemm<BF>(s.mp, s.dvp, a.np, lhs<BF>(FK, a.np, s.mp, a.np, EK), values.p, values.ld, sums.values, s.ldv, true);
+  }
+  // Only the sums, over the far keys of the tokens [begin, end).
+  void sums_of(int begin, int end) {
+    for (int t = begin; t < end; t += CHUNK) {
+      Span a(s, t, std::min(CHUNK, end - t), rows.count);
+      if (!a.has_far() || !s.m) continue;
+      rows.keys(K, V, a.start, a.lowest, a.n, a.np);
+      far_keys(a, K);
+      absorb(a, rhs<BF>(V, s.dvp, a.np, s.dvp, VB));
+    }
+  }
+};
