@@ -169,7 +169,7 @@ def test_files_and_functions_stay_small() -> None:
 def test_the_compiled_sources_stay_small_too() -> None:
     sources = [path for path in (PACKAGE / "ops" / "native").iterdir() if path.suffix in (".h", ".cpp")]
     assert len(sources) > 5
-    assert not {p.name: n for p in sources if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES}
+    assert not {p.name: n for p in sources if (n := len(p.read_text(encoding="utf-8").splitlines())) > MAX_FILE_LINES}
 
 
 def test_an_oversized_function_is_found() -> None:

@@ -133,7 +133,8 @@ def test_settings_are_checked_before_anything_starts(
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as caught:
         main()
-    assert caught.value.code == 1 and message in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert caught.value.code == 1 and message in shown and "Traceback" not in shown
     assert not (tmp_path / "a").exists()
 
 

@@ -8,6 +8,7 @@
 #pragma once
 #include "forward.h"
 #include "key_pass.h"
+#include "query_pass.h"
 
 // The sums of later queries for each task, at the unit of the chunk after its end.
 template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, const std::vector<Task>& tasks) {

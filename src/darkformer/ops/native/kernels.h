@@ -10,7 +10,7 @@
 
 #if defined(__AVX512F__)
 typedef __m512 vf;
-constexpr int VL = 16, VL_LOG = 4, MR = 8, NV = 2;
+constexpr int VL = 16, MR = 8, NV = 2;
 static inline vf load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
 static inline vf all(float x) { return _mm512_set1_ps(x); }
@@ -74,7 +74,7 @@ static inline void transpose_block(const float* a, long lda, float* b, long ldb)
 }
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 vf;
-constexpr int VL = 8, VL_LOG = 3, MR = 4, NV = 3;  // 12 sums, 3 of the right factor, 1 of the left: all 16 registers
+constexpr int VL = 8, MR = 4, NV = 3;  // 12 sums, 3 of the right factor, 1 of the left: all 16 registers
 static inline vf load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
 static inline vf all(float x) { return _mm256_set1_ps(x); }
@@ -216,7 +216,7 @@ static inline __attribute__((always_inline)) void tile(const Lhs a, const float*
 }
 
 // How many vectors of columns the next tile takes where `left` are left: never one beside a wide one.
-static inline int columns_of_tile(int left) { return NV > 2 && left != 4 && left > 2 ? NV : left < 2 ? left : 2; }
+static inline int columns_of_tile(int left) { return left >= NV && left != 4 ? NV : left < 2 ? left : 2; }
 
 // C (M×N) = A (M×K) · B (K×N), or += . M and N are multiples of 16, K counts elements; B has units in its rows.
 template <bool BF>
@@ -230,13 +230,12 @@ static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c,
       if (n - band.k_after > k0) k0 = n - band.k_after;
       if (n + width * VL + band.k_before < k1) k1 = n + width * VL + band.k_before;
       if (BF) k0 = k0 / 2, k1 = (k1 + 1) / 2;
-      int first = (i + band.out_lo - n) >> VL_LOG, last = (i + MR - 1 + band.out_hi - n) >> VL_LOG;
-      if (first < 0) first = 0;
+      int first = down(i + band.out_lo - n) / VL, last = up(i + MR + band.out_hi - n) / VL - 1;
       if (last >= width) last = width - 1;
       Lhs rows{a.p + i * a.rs, a.rs, a.cs};
       const float* right = b + n + first * VL;
       float* out = c + i * ldc + n + first * VL;
-      if (NV > 2 && last - first == 2) tile<BF, NV>(rows, right, ldb, k0, k1, out, ldc, accumulate);
+      if (last - first == NV - 1) tile<BF, NV>(rows, right, ldb, k0, k1, out, ldc, accumulate);
       else if (last - first == 1) tile<BF, 2>(rows, right, ldb, k0, k1, out, ldc, accumulate);
       else if (last == first) tile<BF, 1>(rows, right, ldb, k0, k1, out, ldc, accumulate);
     }

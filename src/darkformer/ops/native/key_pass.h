@@ -1,6 +1,6 @@
 // Gradients of keys, values and the key's map, in the reverse order of the tokens: see backward.h.
 #pragma once
-#include "query_pass.h"
+#include "shared.h"
 
 template <bool BF> struct KeyPass {
   using P = Pack<BF>;

@@ -106,13 +106,22 @@ def sides(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, t
     both = b is not None and c is not None
     folded = folds(p, head_dim, tokens)
     turn_q = None if folded else _turn(p.query_map, tokens)
-    query_side = _side(p, p.query_map, turn_q, b, c if both else None, head_dim, folded)
+    root = scaling**0.5
+
+    def side(
+        linear: Tensor | None, turn: Tensor | None, center: Tensor | None, other: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        w, offset, fold = _side(p, linear, turn, center, other, head_dim, folded)
+        if folded:  # the part that is linear in x, like the maps
+            fold = torch.tensor([1.0, 1.0, root])[:, None] * fold
+        return root * w, offset, fold
+
+    wq, offq, foldq = side(p.query_map, turn_q, b, c if both else None)
     if p.key_map is p.query_map and b is None and c is None:  # the paper's form: made once
-        key_side = query_side
+        wk, offk, foldk = wq, offq, foldq
     else:
         turn_k = turn_q if p.key_map is p.query_map or folded else _turn(p.key_map, tokens)
-        key_side = _side(p, p.key_map, turn_k, c, b, head_dim, folded)
-    (wq, offq, foldq), (wk, offk, foldk) = query_side, key_side
+        wk, offk, foldk = side(p.key_map, turn_k, c, b)
     m = p.projection.shape[1] if p.projection is not None else 0
 
     def features(x: Tensor) -> Tensor:  # (G,) for every feature, nothing for the rows of N
@@ -123,12 +132,4 @@ def sides(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, t
         offq = offq - features(p.far_bias)
     if b is not None and c is not None:  # bᵀk, not bᵀ(k - c)
         offk = offk - features((b * c).sum(-1))
-    root = scaling**0.5
-    one = wk is wq
-    wq = root * wq
-    wk = wq if one else root * wk
-    if folded:  # the part that is linear in x, like the maps
-        scale = torch.tensor([1.0, 1.0, root])[:, None]
-        foldq = scale * foldq
-        foldk = foldq if one else scale * foldk
     return Maps(wq, offq, wk, offk, foldq, foldk)

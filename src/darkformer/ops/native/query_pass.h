@@ -1,45 +1,6 @@
 // Gradients of queries, sinks and the query's map, in the order of the tokens: see backward.h.
 #pragma once
-#include "walker.h"
-
-struct Shared {  // between the passes of one call
-  const Call& c;
-  const Dims s;
-  int chunks;
-  std::vector<float> scales, delta;  // (pairs, chunks, mp) maxima before each chunk; (B, G, R, L)
-  std::vector<std::vector<float>> sinks;  // per task: (sp×dp) and (sp×dvp)
-  // (dp×mr), (mr×dp), (mr), (mr), and of the folds' linear parts (dp)
-  struct Weights { std::vector<float> q, k, offq, offk, linq, link; };
-  std::vector<std::vector<Weights>> weights;  // per slot and kv head
-  Shared(const Call& c, size_t tasks, int slots)
-      : c(c), s(c), chunks((c.L + CHUNK - 1) / CHUNK), scales((size_t)c.B * c.G * chunks * s.mp),
-        delta((size_t)c.B * c.G * c.R * c.L), sinks(tasks, std::vector<float>((size_t)s.sp * (s.dp + s.dvp))),
-        weights(slots, std::vector<Weights>(c.G)) {}
-  float* scale(long pair, int t0) { return scales.data() + (pair * chunks + t0 / CHUNK) * s.mp; }
-  Weights& of(int slot, int g) {
-    Weights& w = weights[slot][g];
-    if (w.offq.empty()) w.q.resize((size_t)s.dp * s.mr), w.k.resize((size_t)s.mr * s.dp), w.offq.resize(s.mr), w.offk.resize(s.mr), w.linq.resize(s.dp), w.link.resize(s.dp);
-    return w;
-  }
-};
-
-static void zero_above_diagonal(float* x, int np, const float* delta) {
-  for (int t = 0; t < np; t++)
-    for (int j = 0; j < np; j++) x[t * np + j] = j <= t ? x[t * np + j] - (delta ? delta[t] : 0) : 0;
-}
-
-// Rows of the output's gradient, of the log-normaliser and δ; rows that are no query have weight 0.
-static void cotangents(const Rows& rows, Shared& sh, int r, int t0, int n, int np, float* DO, float* lse, float* delta) {
-  const Dims& s = sh.s;
-  for (int i = 0; i < np; i++) {
-    const bool real = i < n && t0 + i >= 0 && t0 + i < rows.length;
-    const long at = rows.head(r) + t0 + i;
-    if (real) load_row(DO + (size_t)i * s.dvp, sh.c.grad_out, at * s.dv, s.dv, s.dvp, sh.c.bf16);
-    else memset(DO + (size_t)i * s.dvp, 0, s.dvp * sizeof(float));
-    lse[i] = real ? sh.c.lse[at] : -LOG_ZERO;
-    delta[i] = real ? sh.delta[at] : 0;
-  }
-}
+#include "shared.h"
 
 template <bool BF> struct QueryPass : Walker<BF> {
   using Base = Walker<BF>;
