@@ -230,7 +230,8 @@ static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c,
       if (n - band.k_after > k0) k0 = n - band.k_after;
       if (n + width * VL + band.k_before < k1) k1 = n + width * VL + band.k_before;
       if (BF) k0 = k0 / 2, k1 = (k1 + 1) / 2;
-      int first = down(i + band.out_lo - n) / VL, last = up(i + MR + band.out_hi - n) / VL - 1;
+      const int first = (unsigned)down(i + band.out_lo - n) / VL;
+      int last = up(i + MR + band.out_hi - n) / VL - 1;
       if (last >= width) last = width - 1;
       Lhs rows{a.p + i * a.rs, a.rs, a.cs};
       const float* right = b + n + first * VL;
