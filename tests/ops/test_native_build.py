@@ -18,9 +18,11 @@ import pytest
 from torch import Tensor
 
 from darkformer.ops.native import load, selftest
-from darkformer.ops.native.build import BuildError, library_path
+from darkformer.ops.native.build import NEEDS, BuildError, instruction_set, library_path
 
 from .cases import needs_native
+
+build_module = sys.modules["darkformer.ops.native.build"]  # the package exports a function of this name
 
 
 @needs_native
@@ -91,6 +93,45 @@ def library_in(cache: Path, **environment: str) -> Path:
     """Where the library would be."""
     code = "from darkformer.ops.native.build import library_path; print(library_path())"
     return Path(run_in(cache, "-c", code, **environment).stdout.strip())
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A CPU with everything, a Linux and a compiler that know it, whatever is here."""
+    monkeypatch.setattr(build_module, "cpu_flags", lambda: frozenset.union(*map(frozenset, NEEDS.values())))
+    monkeypatch.setattr(build_module, "_matrix_unit", lambda: True)
+    monkeypatch.setattr(build_module, "_understood", lambda isa, command: True)
+    monkeypatch.setenv("DARKFORMER_NATIVE_CACHE", str(tmp_path))
+    monkeypatch.delenv("DARKFORMER_NATIVE_ISA", raising=False)
+    return monkeypatch
+
+
+@needs_native
+def test_the_matrix_unit_is_taken_where_all_agree(amx: pytest.MonkeyPatch) -> None:
+    assert instruction_set() == "amx_bf16"
+    amx.setenv("DARKFORMER_NATIVE_ISA", "avx2")
+    assert instruction_set() == "avx2"
+
+
+@needs_native
+@pytest.mark.parametrize("who", ["_matrix_unit", "_understood"])
+def test_without_the_matrix_unit_the_next_best_is_taken(who: str, amx: pytest.MonkeyPatch) -> None:
+    amx.setattr(build_module, who, lambda *words: False)
+    assert instruction_set() == "avx512_bf16"
+    amx.setenv("DARKFORMER_NATIVE_ISA", "amx_bf16")
+    with pytest.raises(BuildError, match="has amx_bf16, but Linux or the compiler"):
+        instruction_set()
+
+
+@needs_native
+def test_a_compiler_without_amx_is_found_out(tmp_path: Path) -> None:
+    """As gcc 10 answers; the one that built the library knows its own flags."""
+    old = tmp_path / "c++"
+    old.write_text("#!/bin/sh\necho \"error: unrecognized command-line option '-mamx-tile'\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    assert not build_module._understood("amx_bf16", (str(old),))
+    assert not build_module._understood("amx_bf16", (str(tmp_path / "none"),))
+    assert build_module._understood(instruction_set(), tuple(build_module.compiler()))
 
 
 @needs_native

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -19,6 +20,10 @@ from ...config import DarkformerError
 SOURCES = Path(__file__).parent
 #: Compiler flags of each instruction set, best first. `DARKFORMER_NATIVE_ISA` picks one by name.
 ISAS = {
+    "amx_bf16": [
+        "-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2",
+        "-mfma", "-mprefer-vector-width=512",
+    ],
     "avx512_bf16": [
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma",
         "-mprefer-vector-width=512",
@@ -27,6 +32,7 @@ ISAS = {
     "avx2": ["-mavx2", "-mfma"],
 }  # fmt: skip
 NEEDS = {
+    "amx_bf16": {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"},
     "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"},
     "avx2": {"avx2", "fma"},
@@ -50,6 +56,38 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
+def _matrix_unit() -> bool:
+    """Asks Linux to let this process use AMX's tiles; False where it does not (before 5.16)."""
+    request, tiles = (158, 0x1023), 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return ctypes.CDLL(None, use_errno=True).syscall(*request, tiles) == 0
+
+
+@functools.cache
+def _understood(isa: str, command: tuple[str, ...]) -> bool:
+    """Whether the compiler knows the flags, which those of before 2021 do not for AMX. Compiles nothing."""
+    words = [*command, *ISAS[isa], "-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        return not subprocess.run(words, capture_output=True, timeout=PATIENCE, check=False).returncode
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def usable(isa: str) -> bool:
+    """Whether this CPU, Linux and the compiler can do with the instruction set; a key of `ISAS`.
+
+    Raises:
+        BuildError: there is no compiler.
+    """
+    if isa != "amx_bf16":
+        return cpu_flags() >= NEEDS[isa]
+    # Asking the compiler takes some milliseconds: only where there is no library yet.
+    return (
+        cpu_flags() >= NEEDS[isa]
+        and _matrix_unit()
+        and (_path(isa, compiler()).exists() or _understood(isa, tuple(compiler())))
+    )
+
+
 def instruction_set() -> str:
     """The best instruction set of this CPU, or the one that DARKFORMER_NATIVE_ISA names.
 
@@ -62,11 +100,12 @@ def instruction_set() -> str:
     if wanted and wanted not in ISAS:
         raise BuildError(f"DARKFORMER_NATIVE_ISA={wanted!r} is unknown: choose {', '.join(ISAS)}")
     for name in [wanted] if wanted else ISAS:
-        if cpu_flags() >= NEEDS[name]:
+        if usable(name):
             return name
-    raise BuildError(
-        f"the CPU has not the instructions of {wanted or 'avx2'}: {', '.join(sorted(NEEDS[wanted or 'avx2']))}"
-    )
+    needs = sorted(NEEDS[wanted or "avx2"])
+    if cpu_flags() >= set(needs):
+        raise BuildError(f"the CPU has {wanted}, but Linux or the compiler {compiler()[0]} does not know it")
+    raise BuildError(f"the CPU has not the instructions of {wanted or 'avx2'}: {', '.join(needs)}")
 
 
 def compiler() -> list[str]:
@@ -126,8 +165,11 @@ def _key(isa: str, command: list[str]) -> str:
 
 def library_path() -> Path:
     """Where the library for this CPU, compiler and these sources is, or will be."""
-    isa = instruction_set()
-    return cache_folder() / f"attention-{isa}-{_key(isa, compiler())}.so"
+    return _path(instruction_set(), compiler())
+
+
+def _path(isa: str, command: list[str]) -> Path:
+    return cache_folder() / f"attention-{isa}-{_key(isa, command)}.so"
 
 
 def build(force: bool = False) -> Path:

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "kernels.h"
 
 constexpr int CHUNK = 64;            // tokens whose features exist at once
@@ -24,7 +25,7 @@ struct Call {
   double scaling;
   void *parallel;  // GOMP_parallel of the OpenMP runtime that torch uses, or null
   int64_t *splits;
-  int64_t *bad;    // set where an input or the output is not finite
+  int64_t *bad;    // set where an input, a map, a sum of the state or the output is not finite; null in a backward call
   const void *q, *k, *v;
   const float *wq, *offq, *wk, *offk;        // (G, m+r, d), (G, m+r)
   const float *values, *total, *scale;       // the state's sums
@@ -105,6 +106,7 @@ static void parallel(void* pool, int slots, const std::function<void(int)>& body
     Work& w = *(Work*)p;
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);  // denormal numbers are 0: they cost hundreds of cycles and carry nothing here
+    const Tiles tiles;
     for (int s; (s = w.next.fetch_add(1)) < w.slots;) {
       scratch().reset();
       (*w.body)(s);
@@ -165,9 +167,12 @@ static inline void store_row(void* to, long at, const float* from, int n, bool b
 
 // Sets `bad` where one of n numbers, a multiple of a vector's, is not finite: 0·x is 0 for those that are.
 static inline void watch(const Call& c, const float* x, size_t n) {
-  vf sum = all(0);
-  for (size_t i = 0; i < n; i += VL) sum = fma(load(x + i), all(0), sum);
-  if (hsum(sum) != 0) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
+  vf sum[4] = {all(0), all(0), all(0), all(0)};  // independent of each other: they need not wait
+  size_t i = 0;
+  for (; i + 4 * VL <= n; i += 4 * VL)
+    for (int j = 0; j < 4; j++) sum[j] = fma(load(x + i + j * VL), all(0), sum[j]);
+  for (; i < n; i += VL) sum[0] = fma(load(x + i), all(0), sum[0]);
+  if (hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) != 0 && c.bad) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
 }
 
 // The map of one side, x → [P·x | N·x], packed for both orders of the product. With bfloat16 the map is the sum of two
@@ -194,9 +199,12 @@ template <bool BF> struct Map {
       else memset(a + (size_t)i * dp, 0, dp * sizeof(float));
     }
     raw = a, off = o;
+    // A vector maximum passes NaN over: diverged maps would lead to finite, wrong numbers.
+    watch(c, a, (size_t)mr * dp), watch(c, o, mr);
     if (fold) {
       float* f = scratch().take(3 * (size_t)dp);
       for (int k = 0; k < 3; k++) load_row(f + (size_t)k * dp, fold, (g * 3L + k) * s.d, s.d, dp, false);
+      watch(c, f, 3 * (size_t)dp);
       inverse = f, shift = f + dp, linear = f + 2 * dp;
     }
     bool triangular = true;
@@ -217,10 +225,10 @@ template <bool BF> struct Map {
   }
   static float* scratch_if(bool wanted, size_t n) { return wanted ? scratch().take(n) : nullptr; }
 
-  // F (np×mr), token-major: P·x and y = N·x - off; half[t] = ½‖y‖² - linearᵀx. X (np×dp): x as it is.
-  void tokens(Lhs x, const float* X, int np, float* F, float* half) const {
-    gemm<BF>(np, own, dp, x, col[0], mr, F, mr, false, columns);
-    if (BF) gemm<BF>(np, own, dp, x, col[1], mr, F, mr, true, columns);
+  // F (np×mr), token-major: P·x and, for gradients, y = N·x - off; half[t] = ½‖y‖² - linearᵀx. X (np×dp): x as it is.
+  template <bool GRADIENTS> void tokens(Lhs x, const float* X, int np, float* F, float* half) const {
+    if (BF) gemm_both(np, own, dp, x, x.p, col[0], col[1], mr, F, mr, columns);
+    else gemm<BF>(np, own, dp, x, col[0], mr, F, mr, false, columns);
     for (int t = 0; t < np; t++) {
       vf sum = all(0);
       float* f = F + (size_t)t * mr;
@@ -228,7 +236,7 @@ template <bool BF> struct Map {
         vf along = all(0);
         for (int i = 0; i < dp; i += VL) {
           vf y = fma(load(inverse + i), load(f + i), all(0) - load(shift + i));
-          store(f + mp + i, y);
+          if (GRADIENTS) store(f + mp + i, y);
           sum = fma(y, y, sum);
           along = fma(load(linear + i), load(X + (size_t)t * dp + i), along);
         }
@@ -237,17 +245,16 @@ template <bool BF> struct Map {
       }
       for (int i = mp; i < mr; i += VL) {
         vf y = load(f + i) - load(off + i);
-        store(f + i, y);
+        if (GRADIENTS) store(f + i, y);
         sum = fma(y, y, sum);
       }
       half[t] = 0.5f * hsum(sum);
     }
   }
   // The same feature-major: F (mr×np), half (np).
-  void features(Rhs x, const float* X, int np, float* F, float* half) const {
-    Lhs hi{row[0], BF ? dp / 2 : dp, 1}, lo{row[1], dp / 2, 1};
-    gemm<BF>(own, np, dp, hi, x.p, x.ld, F, np, false, rows);
-    if (BF) gemm<BF>(own, np, dp, lo, x.p, x.ld, F, np, true, rows);
+  template <bool GRADIENTS> void features(Rhs x, const float* X, int np, float* F, float* half) const {
+    if (BF) gemm_both(own, np, dp, {row[0], dp / 2, 1}, row[1], x.p, x.p, x.ld, F, np, rows);
+    else gemm<BF>(own, np, dp, {row[0], dp, 1}, x.p, x.ld, F, np, false, rows);
     if (linear) {
       for (int t = 0; t < np; t++) {
         vf along = all(0);
@@ -258,7 +265,7 @@ template <bool BF> struct Map {
         vf sum = all(0);
         for (int i = 0; i < dp; i++) {
           vf y = fma(all(inverse[i]), load(F + (size_t)i * np + j), all(-shift[i]));
-          store(F + (size_t)(mp + i) * np + j, y);
+          if (GRADIENTS) store(F + (size_t)(mp + i) * np + j, y);
           sum = fma(y, y, sum);
         }
         store(half + j, fma(all(0.5f), sum, load(half + j)));
@@ -269,7 +276,7 @@ template <bool BF> struct Map {
       vf sum = all(0);
       for (int i = mp; i < mr; i++) {
         vf y = load(F + (size_t)i * np + j) - all(off[i]);
-        store(F + (size_t)i * np + j, y);
+        if (GRADIENTS) store(F + (size_t)i * np + j, y);
         sum = fma(y, y, sum);
       }
       store(half + j, all(0.5f) * sum);

@@ -40,6 +40,7 @@ template <bool BF> struct Forward : Walker<BF> {
   bool chunk(int t0, int n) {
     const Span a(s, t0, n, rows.count);
     this->moved.clear();
+    rows.ahead(t0 + CHUNK);
     const bool far = s.m && (a.has_far() || sums.stored(s));
     Rhs near_keys{}, near_values{}, far_values{}, far_features{}, state{};
     const bool shared = a.near && a.base == a.start;
@@ -54,9 +55,9 @@ template <bool BF> struct Forward : Walker<BF> {
         rows.keys(K, V, a.start, a.lowest, a.n, a.np);
         watch(c, K, (size_t)a.np * s.dp), watch(c, V, (size_t)a.np * s.dvp);
       }
-      this->far_keys(a, shared ? NK : K);
+      this->far_keys(a, shared ? NK : K, true);
       far_values = shared ? near_values : rhs<BF>(V, s.dvp, a.np, s.dvp, VB);
-      far_features = rhs<BF>(FK, a.np, s.mp, a.np, EKB);
+      far_features = {BF ? EKB : FK, a.np};
       state = rhs<BF>(sums.values, s.ldv, s.mp, s.dvp, SB);
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
     }
@@ -67,7 +68,7 @@ template <bool BF> struct Forward : Walker<BF> {
       logits(a, q, far, near_keys);
       weights(a, far);
       if (far) {
-        const Lhs e = lhs<BF>(F, s.mr, a.np, s.mp, FA);
+        const Lhs e = BF ? Lhs{FA, s.mp / 2, 1} : Lhs{F, s.mr, 1};
         gemm<BF>(a.np, a.np, s.mp, e, far_features.p, far_features.ld, SC, a.np, false, {.out_hi = 0});
         for (int t = 0; t < a.np; t++) {
           float* x = SC + t * a.np;
@@ -75,13 +76,14 @@ template <bool BF> struct Forward : Walker<BF> {
           vf sum = all(0);
           for (int j = 0; j <= t; j += VL) sum += load(x + j);
           norm[t] += hsum(sum);
+          if (BF) pair_rows(x, a.np, 1, a.np, SCA + t * a.np / 2, a.np / 2);
         }
         gemm<BF>(a.np, s.dvp, s.mp, e, state.p, state.ld, O, s.dvp, false);
-        gemm<BF>(a.np, s.dvp, a.np, lhs<BF>(SC, a.np, a.np, a.np, SCA), far_values.p, far_values.ld, O, s.dvp, true, {.k_hi = 0});
+        gemm<BF>(a.np, s.dvp, a.np, BF ? Lhs{SCA, a.np / 2, 1} : Lhs{SC, a.np, 1}, far_values.p, far_values.ld, O, s.dvp, true, {.k_hi = 0});
       }
       if (a.near) {
         const int lo = a.start - a.base;
-        gemm<BF>(a.np, s.dvp, a.ncp, lhs<BF>(NL, a.ncp, a.np, a.ncp, NLA), near_values.p, near_values.ld, O, s.dvp, far,
+        gemm<BF>(a.np, s.dvp, a.ncp, BF ? Lhs{NLA, a.ncp / 2, 1} : Lhs{NL, a.ncp, 1}, near_values.p, near_values.ld, O, s.dvp, far,
                  {.k_lo = lo + 1, .k_hi = lo + s.W});
       }
       if (s.S)
@@ -96,7 +98,7 @@ template <bool BF> struct Forward : Walker<BF> {
   void logits(const Span& a, Lhs q, bool far, Rhs near_keys) {
     std::fill(top, top + a.np, LOG_ZERO);
     if (far) {
-      qmap.tokens(q, Q, a.np, F, half_q);
+      qmap.template tokens<false>(q, Q, a.np, F, half_q);
       for (int t = 0; t < a.np; t++) {
         float* f = F + (size_t)t * s.mr;
         vf high = all(LOG_ZERO);
@@ -112,7 +114,7 @@ template <bool BF> struct Forward : Walker<BF> {
       const int lo = a.start - a.base;
       gemm<BF>(a.np, a.ncp, s.dp, q, near_keys.p, near_keys.ld, NL, a.ncp, false, {.out_lo = lo + 1, .out_hi = lo + s.W});
       for (int t = 0; t < a.np; t++) {
-        top[t] = std::max(top[t], band_logits(NL + (size_t)t * a.ncp, t & ~(MR - 1), a, first(a, t), last(a, t)));
+        top[t] = std::max(top[t], band_logits(NL + (size_t)t * a.ncp, t & ~(ROWS<BF> - 1), a, first(a, t), last(a, t)));
       }
     }
     if (s.S) {
@@ -138,10 +140,11 @@ template <bool BF> struct Forward : Walker<BF> {
         for (int i = 0; i < s.mp; i += VL) {
           float* f = F + (size_t)t * s.mr + i;
           vf e = vexp(load(f) - high);
-          store(f, e);
+          if (BF) to_bf16((uint16_t*)(FA + (size_t)t * s.mp / 2) + i, e);
+          else store(f, e);
           sum = fma(e, load(sums.total + i), sum);
         }
-      if (a.near) sum += band_exp(NL + (size_t)t * a.ncp, t & ~(MR - 1), a, high);
+      if (a.near) sum += band_exp(NL + (size_t)t * a.ncp, NLA + (size_t)t * a.ncp / 2, t & ~(ROWS<BF> - 1), a, high);
       norm[t] = hsum(sum);
       for (int j = 0, seen = sinks_seen(a, t); j < s.sp; j++) {
         float* x = SL + t * s.sp + j;
@@ -152,7 +155,7 @@ template <bool BF> struct Forward : Walker<BF> {
   }
   // The columns that gemm computed for the rows of a tile.
   int from(const Span& a, int tile) const { return down(tile + a.start - a.base + 1); }
-  int to(const Span& a, int tile) const { return std::min(a.ncp, up(tile + MR + a.start - a.base + s.W)); }
+  int to(const Span& a, int tile) const { return std::min(a.ncp, up(tile + ROWS<BF> + a.start - a.base + s.W)); }
   // Scales the columns first … last and masks the tile's others; returns the maximum.
   float band_logits(float* x, int tile, const Span& a, int first, int last) const {
     const int lo = from(a, tile), end = to(a, tile);
@@ -166,11 +169,12 @@ template <bool BF> struct Forward : Walker<BF> {
     }
     return last < 0 ? LOG_ZERO : hmax(high);
   }
-  vf band_exp(float* x, int tile, const Span& a, vf high) const {
+  vf band_exp(float* x, float* packed, int tile, const Span& a, vf high) const {
     vf sum = all(0);
     for (int j = from(a, tile), end = to(a, tile); j < end; j += VL) {
       const vf e = vexp(load(x + j) - high);
-      store(x + j, e);
+      if (BF) to_bf16((uint16_t*)packed + j, e);
+      else store(x + j, e);
       sum += e;
     }
     return sum;

@@ -135,6 +135,13 @@ constexpr bool HAS_BF16 = true;
 #else
 constexpr bool HAS_BF16 = false;
 #endif
+#if defined(__AMX_BF16__)
+constexpr bool HAS_AMX = true;
+#else
+constexpr bool HAS_AMX = false;
+#endif
+// Rows of the result that a product computes at once.
+template <bool BF> constexpr int ROWS = BF && HAS_AMX ? 16 : MR;
 
 template <bool BF> static inline vf mac(vf a, vf b, vf c) {
 #if defined(__AVX512BF16__)
@@ -164,7 +171,7 @@ static inline int down(int n) { return n > 0 ? n & ~(VL - 1) : 0; }
 static inline int up(int n) { return (n + VL - 1) & ~(VL - 1); }
 constexpr int FAR_AWAY = 1 << 29;
 
-// Which part of a product is wanted. Rows come in tiles of MR; the band is given relative to the row.
+// Which part of a product is wanted. Rows come in tiles of ROWS; the band is given relative to the row.
 struct Band {
   int out_lo = -FAR_AWAY, out_hi = FAR_AWAY;  // columns row+out_lo … row+out_hi of the result
   int k_lo = -FAR_AWAY, k_hi = FAR_AWAY;      // summands row+k_lo … row+k_hi
@@ -218,10 +225,14 @@ static inline __attribute__((always_inline)) void tile(const Lhs a, const float*
 // How many vectors of columns the next tile takes where `left` are left: never one beside a wide one.
 static inline int columns_of_tile(int left) { return left >= NV && left != 4 ? NV : left < 2 ? left : 2; }
 
+static void gemm_tiles(int M, int N, int K, Lhs a, const float* b, long ldb, float* c, long ldc, bool accumulate, Band band,
+                       const float* more_a = nullptr, const float* more_b = nullptr);
+
 // C (M×N) = A (M×K) · B (K×N), or += . M and N are multiples of 16, K counts elements; B has units in its rows.
 template <bool BF>
 static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c, long ldc, bool accumulate,
                  Band band = {}) {
+  if (BF && HAS_AMX) return gemm_tiles(M, N, K, a, b, ldb, c, ldc, accumulate, band);
   for (int n = 0, width; n < N; n += width * VL) {
     width = columns_of_tile((N - n) / VL);
     for (int i = 0; i < M; i += MR) {
@@ -241,6 +252,14 @@ static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c,
       else if (last == first) tile<BF, 1>(rows, right, ldb, k0, k1, out, ldc, accumulate);
     }
   }
+}
+
+// C = A · B + A' · B' of bfloat16, where A' and B' lie as A and B do: the two parts of a map.
+static void gemm_both(int M, int N, int K, Lhs a, const float* more_a, const float* b, const float* more_b, long ldb, float* c,
+                      long ldc, Band band) {
+  if (HAS_AMX) return gemm_tiles(M, N, K, a, b, ldb, c, ldc, false, band, more_a, more_b);
+  gemm<true>(M, N, K, a, b, ldb, c, ldc, false, band);
+  gemm<true>(M, N, K, {more_a, a.rs, a.cs}, more_b, ldb, c, ldc, true, band);
 }
 
 // b (cols×rows) = transpose of a (rows×cols); both sizes multiples of 16.

@@ -30,7 +30,7 @@ template <bool BF> struct KeyPass {
     const auto mark = scratch().mark();
     float *Q = P::take(np * s.dp), *F = P::take(s.mr * np), *half = P::take(np);
     rows.queries(Q, r, t0, n, np);
-    qmap.features(P::rt(Q, s.dp, np, s.dp), Q, np, F, half);
+    qmap.template features<false>(P::rt(Q, s.dp, np, s.dp), Q, np, F, half);
     for (int t = 0; t < np; t++) half[t] += t < n ? c.lse[rows.head(r) + t0 + t] : -LOG_ZERO;
     vf high = all(LOG_ZERO);
     for (int i = 0; i < s.mp; i++) {
@@ -73,7 +73,7 @@ template <bool BF> struct KeyPass {
   // Features of the far keys: F (mr×np) holds log-features and y; `scale` is raised to their maximum.
   void keys(const Span& a, const float* K, float* F, float* scale) {
     float* half = P::take(a.np);
-    kmap.features(P::rt(K, s.dp, a.np, s.dp), K, a.np, F, half);
+    kmap.template features<true>(P::rt(K, s.dp, a.np, s.dp), K, a.np, F, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     for (int i = 0; i < s.mp; i++) {
       vf top = all(-MASKED);
@@ -107,6 +107,7 @@ template <bool BF> struct KeyPass {
     const Span a(s, t0, n, rows.count);
     const int np = a.np;
     float *K = P::take(np * s.dp), *V = P::take(np * s.dvp), *dX = P::take(np * s.dp), *dV = P::take(np * s.dvp);
+    rows.ahead(t0 - CHUNK, true);
     std::fill(dX, dX + np * s.dp, 0.0f), std::fill(dV, dV + np * s.dvp, 0.0f);
     rows.keys(K, V, a.start, a.lowest, a.n, np);
     bool far = s.m && before && a.has_far();
@@ -209,7 +210,7 @@ template <bool BF> struct KeyPass {
       gemm<BF>(np, ncp, s.dvp, v, gt.p, gt.ld, Y, ncp, false, out);
       const vf scaling = all((float)c.scaling);
       for (int i = 0; i < np; i++) {
-        const int tile = i & ~(MR - 1), lo = down(tile - from), end = std::min(ncp, up(tile + MR + s.W - 1 - from));
+        const int tile = i & ~(ROWS<BF> - 1), lo = down(tile - from), end = std::min(ncp, up(tile + ROWS<BF> + s.W - 1 - from));
         const bool real = i < a.n && a.start + i >= a.lowest && a.start + i < rows.length;
         const int first = std::max(0, i - from), last = real ? i + s.W - 1 - from : -1;
         float *x = X + (size_t)i * ncp, *y = Y + (size_t)i * ncp;

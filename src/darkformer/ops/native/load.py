@@ -122,7 +122,7 @@ def _call(inputs: Inputs, sizes: Sizes, **results: Tensor) -> tuple[_Call, list[
 def forward(inputs: Inputs, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (B, G, R, L, d_v) in the inputs' dtype, log-normaliser (B, G, R, L), the sums after the last token.
 
-    The output is NaN throughout if a query, key or value, or a number of the output, is not finite.
+    The output is NaN throughout if a query, key, value, map, sum of the state or number of the output is not finite.
     """
     query, value = inputs.query, inputs.value
     out = query.new_empty(*query.shape[:-1], value.shape[-1])

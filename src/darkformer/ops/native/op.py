@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,13 +27,7 @@ DIFFERENTIABLE = tuple(i for i, name in enumerate(Inputs._fields) if name not in
     schema=f"({_TENSORS}, int features, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def attention_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(*arguments[:COUNT])
-    result = load.forward(inputs, Sizes(*arguments[COUNT:]))
-    # A vector maximum passes NaN over: the kernel would answer from diverged maps with finite, wrong numbers.
-    small = (inputs.wq, inputs.offq, inputs.wk, inputs.offk, inputs.values, inputs.total, inputs.foldq, inputs.foldk)
-    if not all(bool(torch.isfinite(x.sum())) for x in {id(x): x for x in small}.values()):
-        result[0].fill_(math.nan)
-    return result
+    return load.forward(Inputs(*arguments[:COUNT]), Sizes(*arguments[COUNT:]))
 
 
 @attention_op.register_fake

@@ -35,6 +35,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
     const Span a(s, t0, n, rows.count);
     const int np = a.np;
     this->moved.clear();
+    rows.ahead(t0 + CHUNK, true);
     const bool far = s.m && (a.has_far() || sums.stored(s));
     Rhs vt{}, ek{}, state{}, near_kt{}, near_vt{}, near_k{};
     float *lse = P::take(np), *delta = P::take(np), *DO = P::take(np * s.dvp), *Q = P::take(np * s.dp), *dX = P::take(np * s.dp);
@@ -70,9 +71,9 @@ template <bool BF> struct QueryPass : Walker<BF> {
         gemm<BF>(np, a.ncp, s.dp, q, near_kt.p, near_kt.ld, X, a.ncp, false, out);
         gemm<BF>(np, a.ncp, s.dvp, grad, near_vt.p, near_vt.ld, Y, a.ncp, false, out);
         for (int t = 0; t < np; t++) {
-          const int first = std::max({0, t + 1 + lo, a.lowest - a.base}), last = t < n ? t + s.W + lo : -1, tile = t & ~(MR - 1);
+          const int first = std::max({0, t + 1 + lo, a.lowest - a.base}), last = t < n ? t + s.W + lo : -1, tile = t & ~(ROWS<BF> - 1);
           soft_row(X + (size_t)t * a.ncp, Y + (size_t)t * a.ncp, down(tile + lo + 1),
-                   std::min(a.ncp, up(tile + MR + lo + s.W)), first, last, lse[t], delta[t], mass[t]);
+                   std::min(a.ncp, up(tile + ROWS<BF> + lo + s.W)), first, last, lse[t], delta[t], mass[t]);
         }
       }
       if (s.S) {
@@ -88,9 +89,9 @@ template <bool BF> struct QueryPass : Walker<BF> {
       if (a.near) {
         const Band sum{.k_lo = lo + 1, .k_hi = lo + s.W};
         for (int t = 0; t < np; t++) {
-          const int tile = t & ~(MR - 1);
+          const int tile = t & ~(ROWS<BF> - 1);
           logit_row(X + (size_t)t * a.ncp, Y + (size_t)t * a.ncp, down(tile + lo + 1),
-                    std::min(a.ncp, up(tile + MR + lo + s.W)), delta[t]);
+                    std::min(a.ncp, up(tile + ROWS<BF> + lo + s.W)), delta[t]);
         }
         gemm<BF>(np, s.dp, a.ncp, P::l(Y, a.ncp, np, a.ncp), near_k.p, near_k.ld, dX, s.dp, true, sum);
       }
@@ -132,7 +133,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
     const auto mark = scratch().mark();
     float* half = P::take(a.np);
     rows.queries(Q, r, a.t0, a.n, a.np);
-    qmap.tokens(P::l(Q, s.dp, a.np, s.dp), Q, a.np, F, half);
+    qmap.template tokens<true>(P::l(Q, s.dp, a.np, s.dp), Q, a.np, F, half);
     bool fits = true;
     for (int t = 0; t < a.np; t++) {
       const vf shifted = all(half[t] + (t < a.n ? c.lse[rows.head(r) + a.t0 + t] : -LOG_ZERO));

@@ -18,6 +18,7 @@ struct Sums {
       total[i] = c.total[pair * s.m + i];
       scale[i] = c.scale[pair * s.m + i];
     }
+    watch(c, values, (size_t)s.mp * s.ldv), watch(c, total, s.mp);
   }
   void write(const Call& c, const Dims& s, long pair) const {
     for (int i = 0; i < s.m; i++) {
@@ -82,6 +83,21 @@ struct Rows {
         load_row(Q + (size_t)i * s.dp, c.q, b * c.qs[0] + g * c.qs[1] + r * c.qs[2] + (long)(t0 + i) * c.qs[3], s.d, s.dp, c.bf16);
       else memset(Q + (size_t)i * s.dp, 0, s.dp * sizeof(float));
   }
+  // Asks for the rows of the chunk that begins at token t0, so that they are in the cache when their turn comes.
+  void ahead(int t0, bool gradients = false) const {
+    const int n = std::min(CHUNK, length - t0), size = c.bf16 ? 2 : 4;
+    if (t0 < 0) return;
+    auto ask = [&](const void* x, long at, long stride, int width) {
+      for (int i = 0; i < n; i++)
+        for (int j = 0; j < width * size; j += 64) _mm_prefetch((const char*)x + (at + i * stride) * size + j, _MM_HINT_T1);
+    };
+    ask(c.k, b * c.ks[0] + g * c.ks[1] + t0 * c.ks[2], c.ks[2], s.d);
+    ask(c.v, b * c.vs[0] + g * c.vs[1] + t0 * c.vs[2], c.vs[2], s.dv);
+    for (int r = 0; r < s.R; r++) {
+      ask(c.q, b * c.qs[0] + g * c.qs[1] + r * c.qs[2] + t0 * c.qs[3], c.qs[3], s.d);
+      if (gradients) ask(c.grad_out, (head(r) + t0) * s.dv, s.dv, s.dv);
+    }
+  }
   long head(int r) const { return (pair * c.R + r) * c.L; }  // of (B, G, R, L)
 };
 
@@ -91,7 +107,7 @@ template <bool BF> struct Walker {
   const Rows rows;
   Sums sums;
   Map<BF> kmap;
-  float *K, *V, *KT, *VB, *FK, *half, *EK, *EKB, *SB, *saved, *saved_total, *saved_scale, *tmp;
+  float *K, *V, *KT, *VB, *FK, *half, *EK, *EKB, *SB, *added, *saved, *saved_total, *saved_scale, *tmp;
   std::vector<int> moved;
 
   Walker(const Call& c, int b, int g)
@@ -99,15 +115,16 @@ template <bool BF> struct Walker {
     auto take = [](size_t n) { return scratch().take(n); };
     K = take(CHUNK * s.dp), V = take(CHUNK * s.dvp), KT = take((s.dp + 16) * CHUNK), VB = take(CHUNK * s.dvp);
     FK = take(s.mr * CHUNK), half = take(CHUNK), EK = take(s.mp * CHUNK), EKB = take(s.mp * CHUNK);
-    SB = take((size_t)s.mp * s.dvp), saved = take((size_t)s.mp * s.dvp), saved_total = take(s.mp), saved_scale = take(s.mp);
+    SB = take((size_t)s.mp * s.dvp), added = take(s.mp), saved = take((size_t)s.mp * s.dvp), saved_total = take(s.mp), saved_scale = take(s.mp);
     tmp = take(CHUNK * (s.dp + 16));
     moved.reserve(s.mp);
   }
 
   // Features of the far keys of a span below the running maximum, which they raise: FK (mp×np). The sums follow it.
-  void far_keys(const Span& a, const float* K) {
+  // With bfloat16 FK is packed as left factor (EK) too, and if asked for as right factor (EKB).
+  void far_keys(const Span& a, const float* K, bool right = false) {
     Rhs kt = rhs_t<BF>(K, s.dp, a.np, s.dp, KT, tmp);
-    kmap.features(kt, K, a.np, FK, half);
+    kmap.template features<false>(kt, K, a.np, FK, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     moved.clear();
     for (int i = 0; i < s.mp; i++) {
@@ -122,7 +139,15 @@ template <bool BF> struct Walker {
       const float high = hmax(top);
       if (high > sums.scale[i]) raise(i, high);
       const vf scale = all(sums.scale[i]);
-      for (int j = 0; j < a.np; j += VL) store(f + j, vexp(load(f + j) - scale));
+      vf sum = all(0);
+      for (int j = 0; j < a.np; j += VL) {
+        const vf e = vexp(load(f + j) - scale);
+        store(f + j, e);
+        sum += e;
+      }
+      added[i] = hsum(sum);
+      if (BF) pair_rows(f, a.np, 1, a.np, EK + (size_t)i * a.np / 2, a.np / 2);
+      if (BF && right && i % 2) pair_columns(f - a.np, a.np, 2, a.np, EKB + (size_t)(i / 2) * a.np, a.np);
     }
   }
   void raise(int i, float high) {
@@ -143,12 +168,8 @@ template <bool BF> struct Walker {
   }
   // The far keys of the span enter the sums.
   void absorb(const Span& a, Rhs values) {
-    for (int i = 0; i < s.mp; i++) {
-      vf sum = all(0);
-      for (int j = 0; j < a.np; j += VL) sum += load(FK + (size_t)i * a.np + j);
-      sums.total[i] += hsum(sum);
-    }
-    gemm<BF>(s.mp, s.dvp, a.np, lhs<BF>(FK, a.np, s.mp, a.np, EK), values.p, values.ld, sums.values, s.ldv, true);
+    for (int i = 0; i < s.mp; i++) sums.total[i] += added[i];
+    gemm<BF>(s.mp, s.dvp, a.np, BF ? Lhs{EK, a.np / 2, 1} : Lhs{FK, a.np, 1}, values.p, values.ld, sums.values, s.ldv, true);
   }
   // Only the sums, over the far keys of the tokens [begin, end).
   void sums_of(int begin, int end) {
