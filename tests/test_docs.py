@@ -148,7 +148,10 @@ def test_commands_in_the_docs_parse() -> None:
         assert {word for word in words if word.startswith("--")} <= flags, words
 
 
-@pytest.mark.parametrize(("name", "page"), [("bench", "README.md"), ("bench-avx2", "docs/speed.md")])
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("bench", "README.md"), ("bench-avx512", "docs/speed.md"), ("bench-avx2", "docs/speed.md")],
+)
 def test_the_targets_in_the_docs_are_the_committed_records(name: str, page: str) -> None:
     record = json.loads((ROOT / "benchmarks" / "records" / f"{name}.json").read_text(encoding="utf-8"))
     assert record["finished"] and record["plan"] == "full" and "changes" not in record["environment"]["commit"]
