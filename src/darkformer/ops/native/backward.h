@@ -112,7 +112,7 @@ static void finish_weights(Shared& sh) {
 static void finish_rows(Shared& sh, const std::vector<Task>& tasks, size_t first) {
   const Call& c = sh.c;
   const Dims& s = sh.s;
-  const Rows rows(c, s, tasks[first].b, tasks[first].g);
+  const Rows<false> rows(c, s, tasks[first].b, tasks[first].g);
   std::vector<float> total(sh.sinks[first]);
   for (int k = 1; k < tasks[first].segments; k++)
     for (size_t j = 0; j < total.size(); j++) total[j] += sh.sinks[first + k][j];

@@ -86,16 +86,41 @@ static inline void huge_pages(void* p, size_t bytes) {
 #endif
 }
 
+// Rows as `Rows` reads them (float32, or bfloat16 as it comes, two numbers in a unit) as left and right factor; their transpose as
+// right factor.
+template <bool BF> static inline Lhs left(const float* x, int width) { return {x, BF ? width / 2 : width, 1}; }
+template <bool BF> static inline Rhs right(const float* x, int np, int width, float* to) {
+  if (!BF) return {x, width};
+  pair_packed(x, width / 2, np, width, to, width);
+  return {to, width};
+}
+template <bool BF> static inline Rhs transposed(const float* x, int np, int width, float* to) {
+  const int units = BF ? width / 2 : width;
+  transpose(x, units, np, up16(units), to, np);  // half a block too many where rows are odd multiples of 16
+  return {to, np};
+}
+
 // Operands packed into scratch: of a matrix or of its transpose, as left or as right factor (see kernels.h).
 template <bool BF> struct Pack {
   static float* take(size_t n) { return scratch().take(n); }
   static Lhs l(const float* a, long ld, int rows, int k) { return lhs<BF>(a, ld, rows, k, BF ? take(rows * k / 2) : nullptr); }
   static Lhs lt(const float* a, long ld, int rows, int k) {
-    return lhs_t<BF>(a, ld, rows, k, BF ? take(rows * k / 2) : nullptr, BF ? take(rows * k) : nullptr);
+    return lhs_t<BF>(a, ld, rows, k, BF ? take(rows * up16(k / 2)) : nullptr, BF ? take(rows * up16(k / 2)) : nullptr);
   }
   static Rhs r(const float* a, long ld, int k, int cols) { return rhs<BF>(a, ld, k, cols, BF ? take(k / 2 * cols) : nullptr); }
   static Rhs rt(const float* a, long ld, int cols, int k) {
     return rhs_t<BF>(a, ld, cols, k, take((BF ? up16(k / 2) : k) * cols), BF ? take(up16(k / 2) * cols) : nullptr);
+  }
+  // The same of rows as `Rows` reads them.
+  static Rhs rows(const float* x, int np, int width) { return right<BF>(x, np, width, BF ? take(np / 2 * width) : nullptr); }
+  static Rhs turned(const float* x, int np, int width) { return transposed<BF>(x, np, width, take(np * (width + 16))); }
+  static Lhs rows_t(const float* x, int width, int np) {
+    if (!BF) return {x, 1, width};
+    const int units = up16(np / 2);
+    float *pairs = take(units * width), *to = take(units * width);
+    pair_packed(x, width / 2, np, width, pairs, width);
+    transpose(pairs, width, units, width, to, units);
+    return {to, units, 1};
   }
 };
 
@@ -175,6 +200,25 @@ static inline void watch(const Call& c, const float* x, size_t n) {
   if (hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) != 0 && c.bad) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
 }
 
+// The same for n units of bfloat16 numbers.
+static inline void watch_packed(const Call& c, const float* x, size_t n) {
+#if defined(__AVX512BF16__)
+  const __m512i infinite = _mm512_set1_epi16(0x7f80);
+  __mmask32 found = 0;
+  size_t i = 0;
+  for (; i + VL <= n; i += VL)
+    found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(x + i), infinite), infinite);
+  if (i < n)  // rows of 16 numbers are half a vector
+    found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_maskz_loadu_epi32((1u << (n - i)) - 1, x + i), infinite), infinite);
+  if (found && c.bad) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
+#endif
+}
+
+// Rows of numbers as a pass reads them: float32, or bfloat16 as they came, two in a unit.
+template <bool BF> static inline vf load_as(const float* row, int i) {
+  return BF ? from_bf16((const uint16_t*)row + i) : load(row + i);
+}
+
 // The map of one side, x → [P·x | N·x], packed for both orders of the product. With bfloat16 the map is the sum of two
 // bfloat16 matrices, so that log-features keep the precision of float32.
 //
@@ -225,8 +269,8 @@ template <bool BF> struct Map {
   }
   static float* scratch_if(bool wanted, size_t n) { return wanted ? scratch().take(n) : nullptr; }
 
-  // F (np×mr), token-major: P·x and, for gradients, y = N·x - off; half[t] = ½‖y‖² - linearᵀx. X (np×dp): x as it is.
-  template <bool GRADIENTS> void tokens(Lhs x, const float* X, int np, float* F, float* half) const {
+  // F (np×mr), token-major: P·x and, for gradients, y = N·x - off; half[t] = ½‖y‖² - linearᵀx.
+  template <bool GRADIENTS> void tokens(Lhs x, int np, float* F, float* half) const {
     if (BF) gemm_both(np, own, dp, x, x.p, col[0], col[1], mr, F, mr, columns);
     else gemm<BF>(np, own, dp, x, col[0], mr, F, mr, false, columns);
     for (int t = 0; t < np; t++) {
@@ -238,9 +282,9 @@ template <bool BF> struct Map {
           vf y = fma(load(inverse + i), load(f + i), all(0) - load(shift + i));
           if (GRADIENTS) store(f + mp + i, y);
           sum = fma(y, y, sum);
-          along = fma(load(linear + i), load(X + (size_t)t * dp + i), along);
+          along = fma(load(linear + i), load_as<BF>(x.p + t * x.rs, i), along);
         }
-        half[t] = 0.5f * hsum(sum) - hsum(along);
+        half[t] = hsum(all(0.5f) * sum - along);
         continue;
       }
       for (int i = mp; i < mr; i += VL) {
@@ -251,14 +295,14 @@ template <bool BF> struct Map {
       half[t] = 0.5f * hsum(sum);
     }
   }
-  // The same feature-major: F (mr×np), half (np).
-  template <bool GRADIENTS> void features(Rhs x, const float* X, int np, float* F, float* half) const {
+  // The same feature-major: F (mr×np), half (np). `given` holds the same numbers as x, token-major.
+  template <bool GRADIENTS> void features(Rhs x, Lhs given, int np, float* F, float* half) const {
     if (BF) gemm_both(own, np, dp, {row[0], dp / 2, 1}, row[1], x.p, x.p, x.ld, F, np, rows);
     else gemm<BF>(own, np, dp, {row[0], dp, 1}, x.p, x.ld, F, np, false, rows);
     if (linear) {
       for (int t = 0; t < np; t++) {
         vf along = all(0);
-        for (int i = 0; i < dp; i += VL) along = fma(load(linear + i), load(X + (size_t)t * dp + i), along);
+        for (int i = 0; i < dp; i += VL) along = fma(load(linear + i), load_as<BF>(given.p + t * given.rs, i), along);
         half[t] = -hsum(along);
       }
       for (int j = 0; j < np; j += VL) {

@@ -4,27 +4,27 @@
 
 template <bool BF> struct Forward : Walker<BF> {
   using Base = Walker<BF>;
-  using Base::c, Base::s, Base::rows, Base::sums, Base::K, Base::V, Base::FK, Base::VB, Base::EKB, Base::SB, Base::tmp;
+  using Base::c, Base::s, Base::rows, Base::sums, Base::K, Base::V, Base::FK, Base::VB, Base::EKB, Base::SB;
   Map<BF> qmap;
-  float *Q, *QA, *F, *FA, *half_q, *SC, *SCA, *O, *NK, *NV_, *NKT, *NVB, *NL, *NLA, *ntmp, *SKT, *SVB, *SL, *SLA, *shift;
+  float *Q, *F, *FA, *half_q, *SC, *SCA, *O, *NK, *NV_, *NKT, *NVB, *NL, *NLA, *SKT, *SVB, *SL, *SLA, *shift;
   float *top, *norm;
   Rhs sink_keys, sink_values;
 
   Forward(const Call& call, int b, int g) : Base(call, b, g), qmap(c, s, c.wq, c.offq, c.foldq, g, false, true) {
     auto take = [](size_t n) { return scratch().take(n); };
-    Q = take(CHUNK * s.dp), QA = take(CHUNK * s.dp), F = take(CHUNK * s.mr), FA = take(CHUNK * s.mp);
+    Q = take(CHUNK * s.dp), F = take(CHUNK * s.mr), FA = take(CHUNK * s.mp);
     half_q = take(CHUNK), SC = take(CHUNK * CHUNK), SCA = take(CHUNK * CHUNK), O = take(CHUNK * s.dvp);
     top = take(CHUNK), norm = take(CHUNK), shift = take(s.mp);
     const size_t most = s.W ? CHUNK + std::min<int64_t>(s.W, c.L + s.W) + 32 : 0;
     NK = take(most * s.dp), NV_ = take(most * s.dvp), NKT = take(most * (s.dp + 16)), NVB = take(most * s.dvp);
-    NL = take(most * CHUNK), NLA = take(most * CHUNK), ntmp = take(most * (s.dp + 16));
+    NL = take(most * CHUNK), NLA = take(most * CHUNK);
     SKT = take(s.sp * (s.dp + 16)), SVB = take(s.sp * s.dvp), SL = take(CHUNK * s.sp), SLA = take(CHUNK * s.sp);
     if (s.S) {
-      float *sk = take(s.sp * s.dp), *sv = take(s.sp * s.dvp), *t = take(s.sp * (s.dp + 16));
+      float *sk = take(s.sp * s.dp), *sv = take(s.sp * s.dvp);
       rows.sinks(sk, sv);
-      watch(c, sk, (size_t)s.sp * s.dp), watch(c, sv, (size_t)s.sp * s.dvp);
-      sink_keys = rhs_t<BF>(sk, s.dp, s.sp, s.dp, SKT, t);
-      sink_values = rhs<BF>(sv, s.dvp, s.sp, s.dvp, SVB);
+      finite(sk, s.sp * s.dp), finite(sv, s.sp * s.dvp);
+      sink_keys = transposed<BF>(sk, s.sp, s.dp, SKT);
+      sink_values = right<BF>(sv, s.sp, s.dvp, SVB);
     }
   }
 
@@ -34,6 +34,12 @@ template <bool BF> struct Forward : Walker<BF> {
     this->restore();
     run(t0, (n + 1) / 2);
     run(t0 + (n + 1) / 2, n / 2);
+  }
+
+  // Looks at n numbers of rows as they were read.
+  void finite(const float* x, size_t n) const {
+    if (BF) watch_packed(c, x, n / 2);
+    else watch(c, x, n);
   }
 
   // False: a row saw nothing of the chunk's maximum, the sums must be restored and the chunk cut.
@@ -46,25 +52,25 @@ template <bool BF> struct Forward : Walker<BF> {
     const bool shared = a.near && a.base == a.start;
     if (a.near) {
       rows.keys(NK, NV_, a.base, a.lowest, a.cols, a.ncp);
-      watch(c, NK, (size_t)a.ncp * s.dp), watch(c, NV_, (size_t)a.ncp * s.dvp);
-      near_keys = rhs_t<BF>(NK, s.dp, a.ncp, s.dp, NKT, ntmp);
-      near_values = rhs<BF>(NV_, s.dvp, a.ncp, s.dvp, NVB);
+      finite(NK, a.ncp * s.dp), finite(NV_, a.ncp * s.dvp);
+      near_keys = transposed<BF>(NK, a.ncp, s.dp, NKT);
+      near_values = right<BF>(NV_, a.ncp, s.dvp, NVB);
     }
     if (far) {
       if (!shared) {
         rows.keys(K, V, a.start, a.lowest, a.n, a.np);
-        watch(c, K, (size_t)a.np * s.dp), watch(c, V, (size_t)a.np * s.dvp);
+        finite(K, a.np * s.dp), finite(V, a.np * s.dvp);
       }
       this->far_keys(a, shared ? NK : K, true);
-      far_values = shared ? near_values : rhs<BF>(V, s.dvp, a.np, s.dvp, VB);
+      far_values = shared ? near_values : right<BF>(V, a.np, s.dvp, VB);
       far_features = {BF ? EKB : FK, a.np};
       state = rhs<BF>(sums.values, s.ldv, s.mp, s.dvp, SB);
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
     }
     for (int r = 0; r < s.R; r++) {
       rows.queries(Q, r, t0, n, a.np);
-      watch(c, Q, (size_t)a.np * s.dp);
-      const Lhs q = lhs<BF>(Q, s.dp, a.np, s.dp, QA);
+      finite(Q, a.np * s.dp);
+      const Lhs q = left<BF>(Q, s.dp);
       logits(a, q, far, near_keys);
       weights(a, far);
       if (far) {
@@ -98,7 +104,7 @@ template <bool BF> struct Forward : Walker<BF> {
   void logits(const Span& a, Lhs q, bool far, Rhs near_keys) {
     std::fill(top, top + a.np, LOG_ZERO);
     if (far) {
-      qmap.template tokens<false>(q, Q, a.np, F, half_q);
+      qmap.template tokens<false>(q, a.np, F, half_q);
       for (int t = 0; t < a.np; t++) {
         float* f = F + (size_t)t * s.mr;
         vf high = all(LOG_ZERO);
@@ -139,7 +145,7 @@ template <bool BF> struct Forward : Walker<BF> {
       if (far)
         for (int i = 0; i < s.mp; i += VL) {
           float* f = F + (size_t)t * s.mr + i;
-          vf e = vexp(load(f) - high);
+          vf e = vexp<BF>(load(f) - high);
           if (BF) to_bf16((uint16_t*)(FA + (size_t)t * s.mp / 2) + i, e);
           else store(f, e);
           sum = fma(e, load(sums.total + i), sum);
@@ -172,7 +178,7 @@ template <bool BF> struct Forward : Walker<BF> {
   vf band_exp(float* x, float* packed, int tile, const Span& a, vf high) const {
     vf sum = all(0);
     for (int j = from(a, tile), end = to(a, tile); j < end; j += VL) {
-      const vf e = vexp(load(x + j) - high);
+      const vf e = vexp<BF>(load(x + j) - high);
       if (BF) to_bf16((uint16_t*)packed + j, e);
       else store(x + j, e);
       sum += e;

@@ -7,7 +7,7 @@ template <bool BF> struct KeyPass {
   Shared& sh;
   const Call& c;
   const Dims& s;
-  const Rows rows;
+  const Rows<BF> rows;
   Sums sums;  // of later queries: values (mp×dvp), total (mp), in units of e^-scale
   Map<BF> qmap, kmap;
   Shared::Weights& dw;
@@ -30,7 +30,7 @@ template <bool BF> struct KeyPass {
     const auto mark = scratch().mark();
     float *Q = P::take(np * s.dp), *F = P::take(s.mr * np), *half = P::take(np);
     rows.queries(Q, r, t0, n, np);
-    qmap.template features<false>(P::rt(Q, s.dp, np, s.dp), Q, np, F, half);
+    qmap.template features<false>(P::turned(Q, np, s.dp), left<BF>(Q, s.dp), np, F, half);
     for (int t = 0; t < np; t++) half[t] += t < n ? c.lse[rows.head(r) + t0 + t] : -LOG_ZERO;
     vf high = all(LOG_ZERO);
     for (int i = 0; i < s.mp; i++) {
@@ -38,7 +38,7 @@ template <bool BF> struct KeyPass {
       for (int t = 0; t < np; t += VL) {
         const vf l = load(F + (size_t)i * np + t) + shift - load(half + t);
         high = vmax(high, l);
-        store(E + (size_t)i * np + t, vexp(l));
+        store(E + (size_t)i * np + t, vexp<BF>(l));
       }
     }
     scratch().release(mark);
@@ -64,7 +64,7 @@ template <bool BF> struct KeyPass {
       for (int r = 0; r < s.R; r++) {
         queries(r, t0, n, np, sums.scale, E);
         cotangents(rows, sh, r, t0, n, np, DO, lse, delta);
-        add_queries(P::l(E, np, s.mp, np), E, np, P::r(DO, s.dvp, np, s.dvp), delta);
+        add_queries(P::l(E, np, s.mp, np), E, np, P::rows(DO, np, s.dvp), delta);
       }
       scratch().release(mark);
     }
@@ -73,7 +73,7 @@ template <bool BF> struct KeyPass {
   // Features of the far keys: F (mr×np) holds log-features and y; `scale` is raised to their maximum.
   void keys(const Span& a, const float* K, float* F, float* scale) {
     float* half = P::take(a.np);
-    kmap.template features<true>(P::rt(K, s.dp, a.np, s.dp), K, a.np, F, half);
+    kmap.template features<true>(P::turned(K, a.np, s.dp), left<BF>(K, s.dp), a.np, F, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     for (int i = 0; i < s.mp; i++) {
       vf top = all(-MASKED);
@@ -132,9 +132,9 @@ template <bool BF> struct KeyPass {
     keys(a, K, F, scale);
     for (int r = 0; r < s.R; r++) if (!queries(r, a.t0, a.n, np, scale, E + (size_t)r * s.mp * np)) return false;
     for (int i = 0; i < s.mp; i++)
-      for (int j = 0; j < np; j += VL) store(F + (size_t)i * np + j, vexp(load(F + (size_t)i * np + j) - all(scale[i])));
+      for (int j = 0; j < np; j += VL) store(F + (size_t)i * np + j, vexp<BF>(load(F + (size_t)i * np + j) - all(scale[i])));
     to_unit(scale);
-    const Rhs vt = P::rt(V, s.dvp, np, s.dvp), fk = P::r(F, np, s.mp, np), u = P::r(sums.values, s.ldv, s.mp, s.dvp);
+    const Rhs vt = P::turned(V, np, s.dvp), fk = P::r(F, np, s.mp, np), u = P::r(sums.values, s.ldv, s.mp, s.dvp);
     gemm<BF>(s.mp, np, s.dvp, P::l(sums.values, s.ldv, s.mp, s.dvp), vt.p, vt.ld, dL, np, false);
     for (int i = 0; i < s.mp; i++)
       for (int j = 0; j < np; j += VL) store(dL + (size_t)i * np + j, load(dL + (size_t)i * np + j) - all(sums.total[i]));
@@ -144,10 +144,10 @@ template <bool BF> struct KeyPass {
       const auto mark = scratch().mark();
       const float* e = E + (size_t)r * s.mp * np;
       cotangents(rows, sh, r, a.t0, a.n, np, DO, lse, delta);
-      const Rhs grad = P::r(DO, s.dvp, np, s.dvp);
+      const Rhs grad = P::rows(DO, np, s.dvp);
       const Lhs el = P::l(e, np, s.mp, np);
       gemm<BF>(np, np, s.mp, P::lt(e, np, np, s.mp), fk.p, fk.ld, A, np, false, {.out_hi = 0});
-      gemm<BF>(np, np, s.dvp, P::l(DO, s.dvp, np, s.dvp), vt.p, vt.ld, B, np, false, {.out_hi = 0});
+      gemm<BF>(np, np, s.dvp, left<BF>(DO, s.dvp), vt.p, vt.ld, B, np, false, {.out_hi = 0});
       zero_above_diagonal(A, np, nullptr);
       zero_above_diagonal(B, np, delta);
       gemm<BF>(np, s.dvp, np, P::lt(A, np, np, np), grad.p, grad.ld, dV, s.dvp, true, {.k_lo = 0});
@@ -183,11 +183,11 @@ template <bool BF> struct KeyPass {
         for (int i = 0; i < s.dp; i += VL) {
           float *dx = dX + (size_t)j * s.dp + i, *lin = dw.link.data() + i;
           store(dx, fma(all(total[j]), load(kmap.linear + i), load(dx)));
-          store(lin, fma(all(total[j]), load(K + (size_t)j * s.dp + i), load(lin)));
+          store(lin, fma(all(total[j]), load_as<BF>(K + (size_t)j * s.dp / rows.EACH, i), load(lin)));
         }
     }
     gemm<false>(np, s.dp, kmap.own, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true, kmap.input);
-    const Rhs k = P::r(K, s.dp, np, s.dp);
+    const Rhs k = P::rows(K, np, s.dp);
     gemm<BF>(kmap.own, s.dp, np, P::l(F, np, s.mr, np), k.p, k.ld, dw.k.data(), s.dp, true);
     return true;
   }
@@ -200,12 +200,12 @@ template <bool BF> struct KeyPass {
     const Band out{.out_lo = -from, .out_hi = s.W - 1 - from}, sum{.k_lo = -from, .k_hi = s.W - 1 - from};
     float *Q = P::take(ncp * s.dp), *DO = P::take(ncp * s.dvp), *lse = P::take(ncp), *delta = P::take(ncp);
     float *X = P::take(np * ncp), *Y = P::take(np * ncp);
-    const Lhs k = P::l(K, s.dp, np, s.dp), v = P::l(V, s.dvp, np, s.dvp);
+    const Lhs k = left<BF>(K, s.dp), v = left<BF>(V, s.dvp);
     for (int r = 0; r < s.R; r++) {
       const auto mark = scratch().mark();
       rows.queries(Q, r, a.start + from, cols, ncp);
       cotangents(rows, sh, r, a.start + from, cols, ncp, DO, lse, delta);
-      const Rhs qt = P::rt(Q, s.dp, ncp, s.dp), gt = P::rt(DO, s.dvp, ncp, s.dvp);
+      const Rhs qt = P::turned(Q, ncp, s.dp), gt = P::turned(DO, ncp, s.dvp);
       gemm<BF>(np, ncp, s.dp, k, qt.p, qt.ld, X, ncp, false, out);
       gemm<BF>(np, ncp, s.dvp, v, gt.p, gt.ld, Y, ncp, false, out);
       const vf scaling = all((float)c.scaling);
@@ -217,12 +217,12 @@ template <bool BF> struct KeyPass {
         for (int j = lo; j < std::min(first, end); j++) x[j] = LOG_ZERO;
         for (int j = std::max(lo, last + 1); j < end; j++) x[j] = LOG_ZERO;
         for (int j = lo; j < end; j += VL) {
-          const vf p = vexp(load(x + j) * scaling - load(lse + j));
+          const vf p = vexp<BF>(load(x + j) * scaling - load(lse + j));
           store(x + j, p);
           store(y + j, last < 0 ? all(0) : p * (load(y + j) - load(delta + j)) * scaling);
         }
       }
-      const Rhs q = P::r(Q, s.dp, ncp, s.dp), g = P::r(DO, s.dvp, ncp, s.dvp);
+      const Rhs q = P::rows(Q, ncp, s.dp), g = P::rows(DO, ncp, s.dvp);
       gemm<BF>(np, s.dvp, ncp, P::l(X, ncp, np, ncp), g.p, g.ld, dV, s.dvp, true, sum);
       gemm<BF>(np, s.dp, ncp, P::l(Y, ncp, np, ncp), q.p, q.ld, dX, s.dp, true, sum);
       scratch().release(mark);

@@ -18,7 +18,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
     dSK = sinks, dSV = sinks + (size_t)s.sp * s.dp;
     if (!s.S) return;
     rows.sinks(SK, SV);
-    sink_kt = P::rt(SK, s.dp, s.sp, s.dp), sink_vt = P::rt(SV, s.dvp, s.sp, s.dvp), sink_k = P::r(SK, s.dp, s.sp, s.dp);
+    sink_kt = P::turned(SK, s.sp, s.dp), sink_vt = P::turned(SV, s.sp, s.dvp), sink_k = P::rows(SK, s.sp, s.dp);
   }
 
   void run(int t0, int n) {
@@ -45,19 +45,19 @@ template <bool BF> struct QueryPass : Walker<BF> {
       this->far_keys(a, K);
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
       for (int r = 0; r < s.R; r++) if (!features(a, r, Q, F + (size_t)r * np * s.mr)) return false;
-      vt = P::rt(V, s.dvp, np, s.dvp), ek = P::rt(FK, np, s.mp, np), state = P::rt(sums.values, s.ldv, s.mp, s.dvp);
+      vt = P::turned(V, np, s.dvp), ek = P::rt(FK, np, s.mp, np), state = P::rt(sums.values, s.ldv, s.mp, s.dvp);
     }
     if (a.near) {
       float *NK = P::take(a.ncp * s.dp), *NV = P::take(a.ncp * s.dvp);
       rows.keys(NK, NV, a.base, a.lowest, a.cols, a.ncp);
-      near_kt = P::rt(NK, s.dp, a.ncp, s.dp), near_vt = P::rt(NV, s.dvp, a.ncp, s.dvp), near_k = P::r(NK, s.dp, a.ncp, s.dp);
+      near_kt = P::turned(NK, a.ncp, s.dp), near_vt = P::turned(NV, a.ncp, s.dvp), near_k = P::rows(NK, a.ncp, s.dp);
     }
     for (int r = 0; r < s.R; r++) {
       const auto mark = scratch().mark();
       rows.queries(Q, r, t0, n, np);
       cotangents(rows, sh, r, t0, n, np, DO, lse, delta);
       std::fill(delta, delta + np, 0.0f);
-      const Lhs q = P::l(Q, s.dp, np, s.dp), grad = P::l(DO, s.dvp, np, s.dvp);
+      const Lhs q = left<BF>(Q, s.dp), grad = left<BF>(DO, s.dvp);
       std::fill(dX, dX + np * s.dp, 0.0f);
       float *Fr = F + (size_t)r * np * s.mr, *X = P::take(np * a.ncp), *Y = P::take(np * a.ncp);
       float *SX = P::take(np * s.sp), *SY = P::take(np * s.sp), *G = P::take(np * s.mp), *Z = P::take(np * s.mp), *mass = P::take(np);
@@ -98,14 +98,14 @@ template <bool BF> struct QueryPass : Walker<BF> {
       if (s.S) {
         for (int t = 0; t < np; t++) logit_row(SX + t * s.sp, SY + t * s.sp, 0, s.sp, delta[t]);
         gemm<BF>(np, s.dp, s.sp, P::l(SY, s.sp, np, s.sp), sink_k.p, sink_k.ld, dX, s.dp, true);
-        const Rhs qr = P::r(Q, s.dp, np, s.dp), gr = P::r(DO, s.dvp, np, s.dvp);
+        const Rhs qr = P::rows(Q, np, s.dp), gr = P::rows(DO, np, s.dvp);
         gemm<BF>(s.sp, s.dp, np, P::lt(SY, s.sp, s.sp, np), qr.p, qr.ld, dSK, s.dp, true);
         gemm<BF>(s.sp, s.dvp, np, P::lt(SX, s.sp, s.sp, np), gr.p, gr.ld, dSV, s.dvp, true);
       }
       for (int t = 0; t < n; t++) store_row(c.dq, (rows.head(r) + t0 + t) * s.d, dX + (size_t)t * s.dp, s.d, c.bf16);
       scratch().release(mark);
     }
-    if (far && a.has_far()) this->absorb(a, P::r(V, s.dvp, np, s.dvp));
+    if (far && a.has_far()) this->absorb(a, P::rows(V, np, s.dvp));
     return true;
   }
 
@@ -116,7 +116,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
     const vf scaling = all((float)c.scaling), l = all(last < 0 ? -LOG_ZERO : lse);
     vf sum = all(0), weight = all(0);
     for (int j = lo; j < end; j += VL) {
-      const vf p = vexp(load(X + j) * scaling - l);
+      const vf p = vexp<BF>(load(X + j) * scaling - l);
       store(X + j, p);
       sum = fma(p, load(Y + j), sum);
       weight += p;
@@ -133,7 +133,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
     const auto mark = scratch().mark();
     float* half = P::take(a.np);
     rows.queries(Q, r, a.t0, a.n, a.np);
-    qmap.template tokens<true>(P::l(Q, s.dp, a.np, s.dp), Q, a.np, F, half);
+    qmap.template tokens<true>(left<BF>(Q, s.dp), a.np, F, half);
     bool fits = true;
     for (int t = 0; t < a.np; t++) {
       const vf shifted = all(half[t] + (t < a.n ? c.lse[rows.head(r) + a.t0 + t] : -LOG_ZERO));
@@ -142,7 +142,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
         float* f = F + (size_t)t * s.mr + i;
         const vf l = load(f) + load(shift + i) - shifted;
         high = vmax(high, l);
-        store(f, vexp(l));
+        store(f, vexp<BF>(l));
       }
       if (a.n > 1 && hmax(high) > UNDERFLOW_LOG) fits = false;
     }
@@ -190,15 +190,16 @@ template <bool BF> struct QueryPass : Walker<BF> {
       for (int i = s.mp; i < s.mr; i += VL) store(f + i, (all(0) - total) * load(f + i));
       for (int i = 0; i < s.mr; i += VL) store(dw.offq.data() + i, load(dw.offq.data() + i) - load(f + i));
       if (!qmap.linear) continue;
-      float *x = Q + (size_t)t * s.dp, *dx = dX + (size_t)t * s.dp, *lin = dw.linq.data();
+      const float* x = Q + (size_t)t * s.dp / rows.EACH;
+      float *dx = dX + (size_t)t * s.dp, *lin = dw.linq.data();
       for (int i = 0; i < s.dp; i += VL) {
         store(f + i, fma(load(qmap.inverse + i), load(f + s.mp + i), load(f + i)));
         store(dx + i, fma(total, load(qmap.linear + i), load(dx + i)));
-        store(lin + i, fma(total, load(x + i), load(lin + i)));
+        store(lin + i, fma(total, load_as<BF>(x, i), load(lin + i)));
       }
     }
     gemm<false>(np, s.dp, qmap.own, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true, qmap.input);
     const Rhs f = P::r(F, s.mr, np, s.mr);
-    gemm<BF>(s.dp, qmap.own, np, P::lt(Q, s.dp, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
+    gemm<BF>(s.dp, qmap.own, np, P::rows_t(Q, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
   }
 };

@@ -29,13 +29,15 @@ static void zero_above_diagonal(float* x, int np, const float* delta) {
 }
 
 // Rows of the output's gradient, of the log-normaliser and δ; rows that are no query have weight 0.
-static void cotangents(const Rows& rows, Shared& sh, int r, int t0, int n, int np, float* DO, float* lse, float* delta) {
+template <bool BF>
+static void cotangents(const Rows<BF>& rows, Shared& sh, int r, int t0, int n, int np, float* DO, float* lse, float* delta) {
   const Dims& s = sh.s;
   for (int i = 0; i < np; i++) {
     const bool real = i < n && t0 + i >= 0 && t0 + i < rows.length;
     const long at = rows.head(r) + t0 + i;
-    if (real) load_row(DO + (size_t)i * s.dvp, sh.c.grad_out, at * s.dv, s.dv, s.dvp, sh.c.bf16);
-    else memset(DO + (size_t)i * s.dvp, 0, s.dvp * sizeof(float));
+    float* to = DO + (size_t)i * s.dvp / rows.EACH;
+    if (real) rows.read(to, sh.c.grad_out, at * s.dv, s.dv, s.dvp);
+    else rows.none(to, s.dvp);
     lse[i] = real ? sh.c.lse[at] : -LOG_ZERO;
     delta[i] = real ? sh.delta[at] : 0;
   }

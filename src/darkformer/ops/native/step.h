@@ -101,7 +101,7 @@ template <bool BF> struct StepPair {
     load_row(carry, scale, 0, m, mp, false);
     for (int i = 0; i < mp; i += VL) {
       const vf old = load(carry + i), l = load(lf + i), top = vmax(old, l);
-      store(higher + i, top), store(carry + i, vexp(old - top)), store(lf + i, vexp(l - top));
+      store(higher + i, top), store(carry + i, vexp<false>(old - top)), store(lf + i, vexp<false>(l - top));
     }
     memcpy(scale, higher, m * sizeof(float));
     for (int i = 0; i < m; i++) {
@@ -156,7 +156,7 @@ template <bool BF> struct StepPair {
   // Logits become weights below the maximum; returns their sum, each times `factor` where there is one.
   static float weigh(float* l, int n, float top, const float* factor) {
     for (int i = n; i < up16(n); i++) l[i] = LOG_ZERO;
-    for (int i = 0; i < n; i += VL) store(l + i, vexp(load(l + i) - all(top)));
+    for (int i = 0; i < n; i += VL) store(l + i, vexp<false>(load(l + i) - all(top)));
     float sum = 0;
     for (int i = 0; i < n; i++) sum += factor ? l[i] * factor[i] : l[i];
     return sum;

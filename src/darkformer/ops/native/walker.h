@@ -43,8 +43,10 @@ struct Sums {
   }
 };
 
-// Rows of one (batch row, kv head) pair: keys by their index relative to the first new token.
-struct Rows {
+// Rows of one (batch row, kv head) pair as a pass reads them: float32, or bfloat16 as it comes, two numbers in a unit. Keys by
+// their index relative to the first new token.
+template <bool BF> struct Rows {
+  static constexpr int EACH = BF ? 2 : 1;  // numbers in a unit
   const Call& c;
   const Dims& s;
   const int b, g, length;
@@ -52,36 +54,44 @@ struct Rows {
   const long pair;
   Rows(const Call& c, const Dims& s, int b, int g)
       : c(c), s(s), b(b), g(g), length(c.lengths[b]), count(c.count[b]), pair((long)b * c.G + g) {}
+  static void none(float* to, int np) { memset(to, 0, np / EACH * sizeof(float)); }
+  void read(float* to, const void* x, long at, int n, int np) const {
+    if (!BF) return load_row(to, x, at, n, np, c.bf16);
+    memcpy(to, (const uint16_t*)x + at, n * 2);
+    if (np > n) memset((uint16_t*)to + n, 0, (np - n) * 2);
+  }
   void keys(float* K, float* V, int from, int lowest, int n, int np) const {
     for (int i = 0; i < np; i++) {
       const int at = from + i;
       const bool real = i < n && at >= lowest && at < length;
-      if (K) row(K + (size_t)i * s.dp, c.k, c.ks, c.recent_k, at, real, s.d, s.dp);
-      if (V) row(V + (size_t)i * s.dvp, c.v, c.vs, c.recent_v, at, real, s.dv, s.dvp);
+      if (K) row(K + (size_t)i * s.dp / EACH, c.k, c.ks, c.recent_k, at, real, s.d, s.dp);
+      if (V) row(V + (size_t)i * s.dvp / EACH, c.v, c.vs, c.recent_v, at, real, s.dv, s.dvp);
     }
   }
   void row(float* to, const void* x, const int64_t* stride, const void* recent, int at, bool real, int n, int np) const {
-    if (!real) memset(to, 0, np * sizeof(float));
-    else if (at >= 0) load_row(to, x, b * stride[0] + g * stride[1] + at * stride[2], n, np, c.bf16);
-    else load_row(to, recent, (pair * s.W + s.W + at) * n, n, np, c.bf16);
+    if (!real) none(to, np);
+    else if (at >= 0) read(to, x, b * stride[0] + g * stride[1] + at * stride[2], n, np);
+    else read(to, recent, (pair * s.W + s.W + at) * n, n, np);
   }
   void sinks(float* K, float* V) const {
     for (int i = 0; i < s.sp; i++) {
       const bool real = i < s.S && i < count + length;
-      sink(K + (size_t)i * s.dp, c.k, c.ks, c.sink_k, i, real, s.d, s.dp);
-      sink(V + (size_t)i * s.dvp, c.v, c.vs, c.sink_v, i, real, s.dv, s.dvp);
+      sink(K + (size_t)i * s.dp / EACH, c.k, c.ks, c.sink_k, i, real, s.d, s.dp);
+      sink(V + (size_t)i * s.dvp / EACH, c.v, c.vs, c.sink_v, i, real, s.dv, s.dvp);
     }
   }
   void sink(float* to, const void* x, const int64_t* stride, const void* old, int i, bool real, int n, int np) const {
-    if (!real) memset(to, 0, np * sizeof(float));
-    else if (i < count) load_row(to, old, (pair * s.S + i) * n, n, np, c.bf16);
-    else load_row(to, x, b * stride[0] + g * stride[1] + (i - count) * stride[2], n, np, c.bf16);
+    if (!real) none(to, np);
+    else if (i < count) read(to, old, (pair * s.S + i) * n, n, np);
+    else read(to, x, b * stride[0] + g * stride[1] + (i - count) * stride[2], n, np);
   }
   void queries(float* Q, int r, int t0, int n, int np) const {
-    for (int i = 0; i < np; i++)
+    for (int i = 0; i < np; i++) {
+      float* to = Q + (size_t)i * s.dp / EACH;
       if (i < n && t0 + i >= 0 && t0 + i < length)
-        load_row(Q + (size_t)i * s.dp, c.q, b * c.qs[0] + g * c.qs[1] + r * c.qs[2] + (long)(t0 + i) * c.qs[3], s.d, s.dp, c.bf16);
-      else memset(Q + (size_t)i * s.dp, 0, s.dp * sizeof(float));
+        read(to, c.q, b * c.qs[0] + g * c.qs[1] + r * c.qs[2] + (long)(t0 + i) * c.qs[3], s.d, s.dp);
+      else none(to, s.dp);
+    }
   }
   // Asks for the rows of the chunk that begins at token t0, so that they are in the cache when their turn comes.
   void ahead(int t0, bool gradients = false) const {
@@ -104,10 +114,10 @@ struct Rows {
 template <bool BF> struct Walker {
   const Call& c;
   const Dims s;
-  const Rows rows;
+  const Rows<BF> rows;
   Sums sums;
   Map<BF> kmap;
-  float *K, *V, *KT, *VB, *FK, *half, *EK, *EKB, *SB, *added, *saved, *saved_total, *saved_scale, *tmp;
+  float *K, *V, *KT, *VB, *FK, *half, *EK, *EKB, *SB, *added, *saved, *saved_total, *saved_scale;
   std::vector<int> moved;
 
   Walker(const Call& c, int b, int g)
@@ -116,15 +126,13 @@ template <bool BF> struct Walker {
     K = take(CHUNK * s.dp), V = take(CHUNK * s.dvp), KT = take((s.dp + 16) * CHUNK), VB = take(CHUNK * s.dvp);
     FK = take(s.mr * CHUNK), half = take(CHUNK), EK = take(s.mp * CHUNK), EKB = take(s.mp * CHUNK);
     SB = take((size_t)s.mp * s.dvp), added = take(s.mp), saved = take((size_t)s.mp * s.dvp), saved_total = take(s.mp), saved_scale = take(s.mp);
-    tmp = take(CHUNK * (s.dp + 16));
     moved.reserve(s.mp);
   }
 
   // Features of the far keys of a span below the running maximum, which they raise: FK (mp×np). The sums follow it.
-  // With bfloat16 FK is packed as left factor (EK) too, and if asked for as right factor (EKB).
-  void far_keys(const Span& a, const float* K, bool right = false) {
-    Rhs kt = rhs_t<BF>(K, s.dp, a.np, s.dp, KT, tmp);
-    kmap.template features<false>(kt, K, a.np, FK, half);
+  // With bfloat16 K is packed, and FK is packed as left factor (EK) too, and where both are asked for as right factor (EKB).
+  void far_keys(const Span& a, const float* K, bool both = false) {
+    kmap.template features<false>(transposed<BF>(K, a.np, s.dp, KT), left<BF>(K, s.dp), a.np, FK, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     moved.clear();
     for (int i = 0; i < s.mp; i++) {
@@ -141,13 +149,13 @@ template <bool BF> struct Walker {
       const vf scale = all(sums.scale[i]);
       vf sum = all(0);
       for (int j = 0; j < a.np; j += VL) {
-        const vf e = vexp(load(f + j) - scale);
+        const vf e = vexp<BF>(load(f + j) - scale);
         store(f + j, e);
         sum += e;
       }
       added[i] = hsum(sum);
       if (BF) pair_rows(f, a.np, 1, a.np, EK + (size_t)i * a.np / 2, a.np / 2);
-      if (BF && right && i % 2) pair_columns(f - a.np, a.np, 2, a.np, EKB + (size_t)(i / 2) * a.np, a.np);
+      if (BF && both && i % 2) pair_columns(f - a.np, a.np, 2, a.np, EKB + (size_t)(i / 2) * a.np, a.np);
     }
   }
   void raise(int i, float high) {
@@ -178,7 +186,7 @@ template <bool BF> struct Walker {
       if (!a.has_far() || !s.m) continue;
       rows.keys(K, V, a.start, a.lowest, a.n, a.np);
       far_keys(a, K);
-      absorb(a, rhs<BF>(V, s.dvp, a.np, s.dvp, VB));
+      absorb(a, right<BF>(V, a.np, s.dvp, VB));
     }
   }
 };
