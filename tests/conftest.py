@@ -1,4 +1,11 @@
-"""Every test starts from the same seed, on one thread, and hypothesis draws the same examples every time."""
+"""Every test starts from the same seed, on one thread, and hypothesis draws the same examples every time.
+
+No test, and no process that one starts, asks the network: a name on a hub is one that cannot be reached.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import pytest
 import torch
