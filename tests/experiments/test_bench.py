@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,12 @@ def test_the_record_says_all_there_is_to_know(record: dict) -> None:
         assert row["median"] > 0 and row["iqr"] >= 0 and row["runs"] >= 1
         assert row["peak_scratch_bytes"] is None or row["peak_scratch_bytes"] >= 0
         assert row["fraction_of_bound"] == pytest.approx(row["bound_seconds"] / row["median"])
+        flops, exps, copied = row["limits"]  # of that moment
+        best = record["limits"]
+        assert 0 < flops <= best["gemm_flops"][row["dtype"]]
+        assert 0 < exps <= best["exps_per_second"] and 0 < copied <= best["bytes_per_second"]
+        work = row["work"]
+        assert row["bound_seconds"] == max(work["flops"] / flops + work["exps"] / exps, work["bytes"] / copied)
     assert all(row["passed"] for row in record["parity"])
     steps = {"step"} if native.unavailable() is None else set()
     assert {row["path"] for row in record["decode"]} == {"recurrent", "sdpa"} | steps
@@ -100,25 +107,49 @@ def test_a_missing_peer_says_why() -> None:
 
 
 def test_an_interrupted_sweep_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple] = []
-    whole = bench.measure_point
+    calls: list[int] = []
+    whole = bench.measure_group
 
-    def counted(*arguments: object) -> dict:
-        calls.append(arguments[:5])
+    def counted(points: list[bench.Point], *arguments: Any) -> list[dict]:
+        calls.append(len(points))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return whole(*arguments)  # type: ignore[arg-type]
+        return whole(points, *arguments)
 
-    monkeypatch.setattr(bench, "measure_point", counted)
+    monkeypatch.setattr(bench, "measure_group", counted)
     with pytest.raises(KeyboardInterrupt):
         Bench(PLAN, tmp_path, Silent()).run()
-    assert len(json.loads((tmp_path / "record.json").read_text())["points"]) == 2
+    assert len(json.loads((tmp_path / "record.json").read_text())["points"]) == sum(calls[:2])
     found = Bench(PLAN, tmp_path, Silent()).run()
-    assert found["finished"] and len(calls) == len(found["points"]) + 1
+    assert found["finished"] and len(found["points"]) == sum(calls) - calls[2]
+    before = len(calls)
     Bench(PLAN, tmp_path, Silent()).run()  # a finished one is only shown again
-    assert len(calls) == len(found["points"]) + 1
+    assert len(calls) == before
     with pytest.raises(RunFolderError, match="--overwrite"):
         Bench(PLAN._replace(name="other"), tmp_path, Silent())
+
+
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    rows = bench_machine.measure_in_turns([lambda: order.append("a"), lambda: order.append("b")], seconds=0.0)
+    assert "".join(order) == "ab" + "ab" * 3  # after one warm-up each
+    assert [r["runs"] for r in rows] == [3, 3]
+    order.clear()
+    rows = bench_machine.measure_in_turns([lambda: order.append("a"), lambda: order.append("b")], seconds=1.0, most=9)
+    assert "".join(order) == "ab" + "aaabbb" * 3 and [r["runs"] for r in rows] == [9, 9]
+
+
+def test_what_is_compared_is_measured_together() -> None:
+    """Softmax once a length, in one group with every operator and peer of the same heads."""
+    groups = bench._groups(bench.full_plan(), ["float32", "bfloat16"])
+    points = [point for group in groups for point in group]
+    assert len(set(points)) == len(points)
+    for group in groups:
+        assert sum(point.path is SOFTMAX for point in group) == 1
+        assert len({(p.shape.heads, p.shape.kv_heads, p.shape.dim, *p[2:]) for p in group}) == 1
+    at_4k = next(group for group in groups if group[0].length == 4096 and group[0].dtype == "float32")
+    assert {path.name for path in bench_paths.PEERS} < {point.path.name for point in at_4k}
+    assert {point.shape.window for point in at_4k} == {0, 64}
 
 
 def row(path: str, length: int, median: float) -> dict:
@@ -213,9 +244,18 @@ def test_every_target_has_its_points_in_the_full_plan() -> None:
     assert "✓" not in nothing and "✗" not in nothing and "**" not in nothing
 
 
+def test_the_machine_is_as_fast_as_it_was_at_its_best() -> None:
+    before = {"gemm_flops": {"float32": 3.0, "bfloat16": 9.0}, "exps_per_second": 2.0}
+    now = {"gemm_flops": {"float32": 4.0}, "exps_per_second": 1.0}
+    assert bench_machine.highest(before, now) == {
+        "gemm_flops": {"float32": 4.0, "bfloat16": 9.0},
+        "exps_per_second": 2.0,
+    }
+
+
 def test_emulated_bfloat16_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {"gemm_flops": {"float32": 1e11, "bfloat16": 1e9}, "exps_per_second": 1e9, "bytes_per_second": 1e10}
-    monkeypatch.setattr(bench, "limits", lambda seconds: rates)
+    monkeypatch.setattr(bench, "limits", lambda *_: rates)
     asked: list[str] = []
     monkeypatch.setattr(bench, "model_points", lambda reporter, dtype: asked.append(dtype) or [])
     plan = Plan("tiny", (Sweep((TINY,), (64,)),), 0.0, (), True)
@@ -237,7 +277,7 @@ def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = CliRunner().invoke(app, words, catch_exceptions=False)
     assert first.exit_code == 0 and "crossover with softmax" in first.output
     assert {path.name for path in tmp_path.iterdir()} == {"record.json", "time.png", "speedup.png"}
-    monkeypatch.setattr(bench, "measure_point", None)
+    monkeypatch.setattr(bench, "measure_group", None)
     assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
 
 

@@ -1,13 +1,14 @@
 """`darkformer bench`: how fast each path is on this machine, from which length on, and how near to what is possible.
 
-Every measured point is written to the record at once, so that an interrupted sweep continues. A path whose parity check
-fails is not measured: a wrong answer has no speed.
+Points that are compared with each other are measured in turns and written to the record at once, so that an interrupted
+sweep continues. A path whose parity check fails is not measured: a wrong answer has no speed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -19,9 +20,9 @@ from ..ops import native
 from ..ops.native import Step
 from ..train.record import environment, read_json, write_json
 from ..train.report import Reporter
-from .bench_machine import EMULATED, limits, measure, peak_scratch
+from .bench_machine import EMULATED, highest, limits, measure, measure_in_turns, peak_scratch
 from .bench_model import model_points
-from .bench_paths import PEERS, SOFTMAX, Path, Shape, own_paths, parity, why_not
+from .bench_paths import PEERS, SOFTMAX, Call, Path, Shape, own_paths, parity, why_not
 
 WIDE = Shape("8 heads, d 64, m 128", 8, 8, 64, 128, 0)
 GEMMA = Shape("Gemma: 4 heads, 1 kv, d 256, m 256", 4, 1, 256, 256, 0)
@@ -74,6 +75,20 @@ def quick_plan() -> Plan:
     return Plan("quick", (Sweep(shapes, (256, 512, 1024, 2048, 4096), ("float32",)),), 0.25, (4096,), False)
 
 
+class Point(NamedTuple):
+    """What is measured: a path on an operator."""
+
+    path: Path
+    shape: Shape
+    length: int
+    dtype: str
+    direction: str
+
+    def name(self) -> dict[str, Any]:
+        """As it stands in the record."""
+        return self._asdict() | {"path": self.path.name, "shape": self.shape._asdict()}
+
+
 def _work(path: Path, shape: Shape, length: int, dtype: str, backward: bool) -> Work:
     sizes: dict[str, Any] = dict(num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.dim)
     sizes |= dict(element_bytes=4 if dtype == "float32" else 2, backward=backward)
@@ -82,35 +97,46 @@ def _work(path: Path, shape: Shape, length: int, dtype: str, backward: bool) -> 
     return linear_attention_work(length, num_features=shape.features, window=shape.window, **sizes)
 
 
-def measure_point(
-    path: Path, shape: Shape, length: int, dtype: str, direction: str, seconds: float, machine: dict[str, Any]
-) -> dict[str, Any]:
-    """One row of the record: times, peak scratch memory, work and the share of the lower bound."""
-    backward = direction != "forward"
-    call, inputs = path.make(shape), shape.inputs(length, dtype, grad=backward)
+def measure_group(points: Sequence[Point], seconds: float, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row of the record for each point: times taken in turns, peak scratch memory, work, share of the lower bound.
+
+    Args:
+        points: of one group.
+        machine: its limits at that time, for the bound.
+    """
+    shape, length, dtype = points[0].shape, points[0].length, points[0].dtype
+    backward = points[0].direction != "forward"
+    inputs = shape.inputs(length, dtype, grad=backward)
     cotangent = torch.ones(1, shape.heads, length, shape.dim, dtype=inputs[0].dtype)
 
-    def run() -> None:
-        if not backward:
-            with torch.no_grad():
-                call(*inputs)
-            return
+    def task(call: Call) -> Callable[[], None]:
+        def run() -> None:
+            if not backward:
+                with torch.no_grad():
+                    call(*inputs)
+                return
+            for x in inputs:
+                x.grad = None
+            call(*inputs).backward(cotangent)
+
+        return run
+
+    tasks = [task(point.path.make(point.shape)) for point in points]
+    timings = measure_in_turns(tasks, seconds=seconds)
+    known = cotangent.nbytes + (sum(x.nbytes for x in inputs) if backward else 0)
+    rates = [machine["gemm_flops"][dtype], machine["exps_per_second"], machine["bytes_per_second"]]
+    rows = []
+    for point, run, timing in zip(points, tasks, timings, strict=True):
         for x in inputs:
             x.grad = None
-        call(*inputs).backward(cotangent)
-
-    timing = measure(run, seconds=seconds)
-    for x in inputs:
-        x.grad = None
-    known = cotangent.nbytes + (sum(x.nbytes for x in inputs) if backward else 0)
-    scratch = None if timing["median"] > 20 else peak_scratch(run, known)  # not twice what takes so long
-    work = _work(path, shape, length, dtype, backward)
-    bound = work.seconds(machine["gemm_flops"][dtype], machine["exps_per_second"], machine["bytes_per_second"])
-    row = {"shape": shape._asdict(), "length": length, "dtype": dtype, "direction": direction, "path": path.name}
-    return row | timing | {
-        "peak_scratch_bytes": scratch, "work": work._asdict(), "bound_seconds": bound,
-        "fraction_of_bound": bound / timing["median"],
-    }  # fmt: skip
+        scratch = None if timing["median"] > 20 else peak_scratch(run, known)  # not twice what takes so long
+        work = _work(point.path, point.shape, length, dtype, backward)
+        bound = work.seconds(*rates)
+        rows.append(point.name() | timing | {
+            "peak_scratch_bytes": scratch, "work": work._asdict(), "limits": rates, "bound_seconds": bound,
+            "fraction_of_bound": bound / timing["median"],
+        })  # fmt: skip
+    return rows
 
 
 def decode_point(path: str, length: int, seconds: float) -> dict[str, Any]:
@@ -142,20 +168,23 @@ def decode_point(path: str, length: int, seconds: float) -> dict[str, Any]:
     return {"path": path, "length": length, **timing}
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (*Shape(**row["shape"]), row["length"], row["dtype"], row["direction"], row["path"])
-
-
-def _wanted(plan: Plan) -> Iterator[tuple[Path, Shape, int, str, str]]:
+def _groups(plan: Plan, dtypes: Sequence[str]) -> list[list[Point]]:
+    """All points once, those that are compared with each other together: same heads, d, length, dtype and direction."""
+    groups: dict[tuple[Any, ...], dict[Any, Point]] = {}
     for sweep in plan.sweeps:
-        for shape in sweep.shapes:
-            paths = [SOFTMAX, *own_paths(), *(PEERS if sweep.peers else ())]
-            for dtype in sweep.dtypes:
-                for length in sweep.lengths:
-                    for direction in sweep.directions:
-                        for path in paths:
-                            if length <= path.longest and not (path is SOFTMAX and shape.window):
-                                yield path, shape, length, dtype, direction
+        paths = [SOFTMAX, *own_paths(), *(PEERS if sweep.peers else ())]
+        for shape, dtype, length, direction in itertools.product(
+            sweep.shapes, sweep.dtypes, sweep.lengths, sweep.directions
+        ):
+            if dtype not in dtypes:
+                continue
+            group = groups.setdefault((shape.heads, shape.kv_heads, shape.dim, length, dtype, direction), {})
+            for path in paths:
+                # Softmax has neither features nor a window.
+                key = path.name if path is SOFTMAX else (path.name, shape)
+                if length <= path.longest:
+                    group.setdefault(key, Point(path, shape, length, dtype, direction))
+    return [list(group.values()) for group in groups.values()]
 
 
 def crossover(rows: Iterable[dict[str, Any]], path: str) -> float | None:
@@ -204,6 +233,7 @@ class Bench:
 
     def __init__(self, plan: Plan, out: File, reporter: Reporter, *, overwrite: bool = False) -> None:
         self.plan, self.file, self.reporter = plan, out / "record.json", reporter
+        self._now: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         here = environment()
         if self.file.is_file() and not overwrite:
             self.record = read_json(self.file)
@@ -236,15 +266,17 @@ class Bench:
                 f"bfloat16 is left out: this machine emulates it ({rates['bfloat16'] / 1e9:.1f} GFLOP/s, float32 "
                 f"{rates['float32'] / 1e9:.0f})."
             )
-        wanted = [point for point in _wanted(plan) if point[3] in dtypes]
-        with self.reporter.stage(f"{len(wanted)} points", len(wanted)) as advance:
-            for number, (path, shape, length, dtype, direction) in enumerate(wanted):
-                self._point(path, shape, length, dtype, direction)
-                advance(number + 1, len(wanted))
-        done = {(row["path"], row["length"]) for row in record["decode"]}
+        groups = _groups(plan, dtypes)
+        total, done = sum(map(len, groups)), 0
+        with self.reporter.stage(f"{total} points", total) as advance:
+            for group in groups:
+                self._measure(group)
+                done += len(group)
+                advance(done, total)
+        decoded = {(row["path"], row["length"]) for row in record["decode"]}
         for length in plan.decode:
             for name in ("recurrent", "sdpa", *(["step"] if native.unavailable() is None else [])):
-                if (name, length) not in done:
+                if (name, length) not in decoded:
                     record["decode"].append(decode_point(name, length, plan.seconds))
                     self._save()
         if plan.model and not record["model"]:
@@ -264,16 +296,20 @@ class Bench:
         rates = self.record["limits"]["gemm_flops"]
         return ["float32", *(["bfloat16"] if rates["bfloat16"] >= EMULATED * rates["float32"] else [])]
 
-    def _point(self, path: Path, shape: Shape, length: int, dtype: str, direction: str) -> None:
-        points = self.record["points"]
-        key = (*shape, length, dtype, direction, path.name)
-        if key in map(_key, points) or not self._admitted(path, shape, dtype):
-            return
-        points.append(measure_point(path, shape, length, dtype, direction, self.plan.seconds, self.record["limits"]))
-        self._save()
+    def _measure(self, group: list[Point]) -> None:
+        """What the record lacks of a group; its clock and neighbours change a machine's speed within minutes."""
+        record = self.record
+        had = [{name: row[name] for name in Point._fields} for row in record["points"]]
+        missing = [point for point in group if point.name() not in had and self._admitted(point)]
+        if missing:
+            now = limits(min(self.plan.seconds, 0.1), (missing[0].dtype,))
+            record["limits"] = highest(record["limits"], now)
+            record["points"] += measure_group(missing, self.plan.seconds, now)
+            self._save()
 
-    def _admitted(self, path: Path, shape: Shape, dtype: str) -> bool:
+    def _admitted(self, point: Point) -> bool:
         """Whether the path runs here and is right; asked once a (path, shape, dtype) and recorded with its errors."""
+        path, shape, dtype = point.path, point.shape, point.dtype
         name = {"path": path.name, "shape": shape._asdict(), "dtype": dtype}
         for row in self.record["parity"]:
             if all(row[key] == value for key, value in name.items()):

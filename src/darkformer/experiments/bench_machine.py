@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,43 @@ EMULATED = 0.5
 PATIENCE = 15.0
 
 
-def measure(call: Callable[[], Any], *, seconds: float, most: int = 15, least: int = 3) -> dict[str, Any]:
-    """Median, interquartile range and best of the seconds of `call`, repeated for about `seconds`, after one warm-up.
+def measure_in_turns(
+    calls: Sequence[Callable[[], Any]], *, seconds: float, most: int = 15, least: int = 3
+) -> list[dict[str, Any]]:
+    """Median, interquartile range and best of the seconds of each call, repeated for about `seconds`, after a warm-up.
 
-    A call that alone takes longer than that and than `PATIENCE` is not repeated: `runs` is 1, its warm-up is reported.
+    The calls take turns, `least` of them each: a machine that changes its speed meanwhile changes it for all alike.
+    A call that alone takes longer than `seconds` and `PATIENCE` is not repeated: `runs` is 1, its warm-up is reported.
     """
-    started = time.perf_counter()
-    call()
-    first = time.perf_counter() - started
-    if first > max(seconds, PATIENCE):
-        return {"median": first, "iqr": 0.0, "best": first, "runs": 1}
-    times: list[float] = []
-    while len(times) < least or (sum(times) < seconds and len(times) < most):
+
+    def once(call: Callable[[], Any]) -> float:
         started = time.perf_counter()
         call()
-        times.append(time.perf_counter() - started)
-    low, high = np.percentile(times, [25, 75])
-    return {"median": statistics.median(times), "iqr": float(high - low), "best": min(times), "runs": len(times)}
+        return time.perf_counter() - started
+
+    first = [once(call) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(least):
+        for call, spent, warm in zip(calls, times, first, strict=True):
+            if warm > max(seconds, PATIENCE):
+                spent[:] = [warm]
+                continue
+            turn = [once(call)]
+            while sum(turn) < seconds / least and len(turn) < most // least:
+                turn.append(once(call))
+            spent.extend(turn)
+    rows = []
+    for spent in times:
+        low, high = np.percentile(spent, [25, 75])
+        rows.append({
+            "median": statistics.median(spent), "iqr": float(high - low), "best": min(spent), "runs": len(spent),
+        })  # fmt: skip
+    return rows
+
+
+def measure(call: Callable[[], Any], *, seconds: float, most: int = 15, least: int = 3) -> dict[str, Any]:
+    """`measure_in_turns` of one call."""
+    return measure_in_turns([call], seconds=seconds, most=most, least=least)[0]
 
 
 def _status(field: str) -> int:
@@ -62,15 +82,16 @@ def peak_scratch(call: Callable[[], Any], known: int) -> int | None:
         return None
 
 
-def limits(seconds: float) -> dict[str, Any]:
+def limits(seconds: float, dtypes: Sequence[str] = ("float32", "bfloat16")) -> dict[str, Any]:
     """GEMM FLOP/s per dtype and size, exponentials a second, bytes copied a second; each for about `seconds`.
 
     From the best repetition, not the median: a limit is what the machine can do when nothing disturbs it.
     """
     found: dict[str, Any] = {"gemm_flops": {}, "gemm_flops_by_size": {}}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for name in dtypes:
         rates: dict[str, float] = {}
         for batch, n, k, p in PRODUCTS:
+            dtype = getattr(torch, name)
             x, y = torch.randn(batch, n, k).to(dtype), torch.randn(batch, k, p).to(dtype)
             out = torch.empty(batch, n, p, dtype=dtype)
             if rates and max(rates.values()) < EMULATED * found["gemm_flops"].get("float32", 0.0):
@@ -83,4 +104,13 @@ def limits(seconds: float) -> dict[str, Any]:
     big, copy = torch.ones(1 << 24), torch.empty(1 << 24)
     copied = measure(lambda: copy.copy_(big), seconds=seconds)
     found["bytes_per_second"] = 2 * big.nbytes / copied["best"]
+    return found
+
+
+def highest(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The larger of each two rates of `limits`; what only one of them holds stays."""
+    found = before | now
+    for name in before.keys() & now.keys():
+        old, new = before[name], now[name]
+        found[name] = highest(old, new) if isinstance(old, dict) else max(old, new)
     return found
