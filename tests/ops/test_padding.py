@@ -9,6 +9,8 @@ from torch import Tensor
 
 from darkformer import FeatureMap, attention
 from darkformer.config import METHODS
+from darkformer.ops import attention as door
+from darkformer.ops.problem import next_buffers, reorder
 
 from .cases import Case, Way, make_inputs, make_map
 from .test_recurrent import state_errors
@@ -170,3 +172,31 @@ def test_bidirectional_sees_the_future(case: Case) -> None:
     changed = (found - want)[:, :, :start].abs().amax((0, 1, 3)) > 1e-6
     reach = case.window - 1 if case.method == "local" else start
     assert changed[start - reach :].all() and not changed[: start - reach].any()
+
+
+def test_reordering_tokens_and_its_gradients() -> None:
+    """By rows what `torch.gather` gives, once and twice differentiable, whatever the strides."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
+    order = torch.stack([torch.randperm(5, generator=generator) for _ in range(2)])
+    inverse = torch.argsort(order, dim=1)
+    found = reorder(x, order, inverse)
+    assert torch.equal(found, x.gather(2, order[:, None, :, None].expand_as(x)))
+    assert torch.equal(reorder(found, inverse, order), x)
+    assert torch.autograd.gradcheck(lambda x: reorder(x, order, inverse), x)
+    assert torch.autograd.gradgradcheck(lambda x: reorder(x, order, inverse).square(), x)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 9])
+@pytest.mark.parametrize("method, window", [("dark", 0), ("dark", 5), ("exact", 5)])
+def test_buffers_without_pads_are_those_of_the_general_way(method: str, window: int, tokens: int) -> None:
+    case = Case(length=tokens + 3, window=window, sinks=2, method=method)
+    made, inputs = make_map(case), make_inputs(case)
+    _, state = attention(*(x[:, :, :3] for x in inputs), made, return_state=True)
+    for before in (None, state):
+        problem, _ = door._pose(*(x[:, :, 3:] for x in inputs), made, None, None, True, before, None)
+        fast, general = next_buffers(problem), next_buffers(problem._replace(padded=True))
+        assert fast.keys() == general.keys()
+        assert all(torch.equal(fast[name], general[name]) for name in fast)
+        kept = [fast[f"recent_{name}"] for name in ("key", "value")]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in kept)  # no view of the whole sequence

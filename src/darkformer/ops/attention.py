@@ -18,7 +18,7 @@ from .exact import exact
 from .native import native
 from .native import why_not as _why_not_native
 from .packing import apart, check_documents
-from .problem import AttentionState, Problem, check_state, compact, gather_tokens
+from .problem import AttentionState, Problem, check_state, compact, reorder
 from .recurrent import recurrent
 from .reference import reference
 
@@ -125,8 +125,8 @@ def _pose(
     is_causal: bool,
     initial_state: AttentionState | None,
     softcap: float | None,
-) -> tuple[Problem, Tensor | None]:
-    """The checked problem with real tokens first, and the order (B, L) that put them there, None without pads."""
+) -> tuple[Problem, tuple[Tensor, Tensor] | None]:
+    """The checked problem with real tokens first, and the order (B, L) that put them there with its inverse, if any."""
     batch, heads, length, head_dim = query.shape
     groups = feature_map.num_kv_heads
     scaling = head_dim**-0.5 if scaling is None else float(scaling)
@@ -134,13 +134,14 @@ def _pose(
         raise InputError(f"scaling={scaling}: must be a finite number above 0.")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise InputError(f"softcap={softcap}: must be a finite number above 0, or None.")
-    order = None
+    orders = None
     lengths = torch.full((batch,), length, dtype=torch.int64, device=query.device)
     if key_mask is not None and not bool(key_mask.all()):
         mask = key_mask.bool()
         order, lengths = compact(mask)
+        orders = order, torch.argsort(order, dim=1)
         pads = ~mask.gather(1, order)[:, None, :, None]
-        query, key, value = (gather_tokens(x, order).masked_fill(pads, 0) for x in (query, key, value))
+        query, key, value = (reorder(x, *orders).masked_fill(pads, 0) for x in (query, key, value))
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     state = AttentionState.empty(feature_map.config, key, value, batch=batch, compute=compute)
     if initial_state is not None:
@@ -154,10 +155,10 @@ def _pose(
         parameters=feature_map.parameters_for(compute),
         state=state,
         is_causal=is_causal,
-        padded=order is not None,
+        padded=orders is not None,
         softcap=softcap,
     )
-    return problem, order
+    return problem, orders
 
 
 def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
@@ -189,10 +190,10 @@ def _attend(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, AttentionState]:
-    problem, order = _pose(query, key, value, feature_map, scaling, key_mask, is_causal, state, softcap)
+    problem, orders = _pose(query, key, value, feature_map, scaling, key_mask, is_causal, state, softcap)
     output, after = _solve(problem, backend)
     output = output.flatten(1, 2).to(query.dtype)
-    return output if order is None else gather_tokens(output, torch.argsort(order, dim=1)), after
+    return output if orders is None else reorder(output, *reversed(orders)), after
 
 
 def attention(

@@ -65,36 +65,57 @@ def _fold(omega: Tensor, shift: Tensor, other: Tensor | None) -> Tensor:
     return torch.stack([inverse, turned, torch.zeros_like(shift) if other is None else other], dim=1)
 
 
-def _side(
-    p: FeatureParameters, linear: Tensor | None, turn: Tensor | None, center: Tensor | None, other: Tensor | None,
-    head_dim: int, folded: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """[P; N] (G, m + d, d), [a; b] (G, m + d) with ℓ = P·x̃ - a - ½‖N·x̃ - b‖² for scaled x̃, and the fold.
+class _Side(NamedTuple):
+    """What one side's log-features are made of: ωᵀN(x - c) + otherᵀ(x - c) + gain - ½‖N(x - c)‖², x not scaled."""
 
-    ωᵀN(x - c) + otherᵀ(x - c) - … : the term linear in x joins every row of P, or stands in the fold.
+    root: float  # N without a map: this times the identity
+    map: Tensor | None  # (G, r, d) N
+    turn: Tensor | None  # (G, r, r) what makes N triangular
+    center: Tensor | None  # (G, d)
+    other: Tensor | None  # (G, d)
+    gain: Tensor | None  # (G,)
+
+
+def _side(p: FeatureParameters, side: _Side, folded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[P; N] (G, m + d, d), [a; b] (G, m + d) with ℓ = P·x - a - ½‖N·x - b‖², and the fold.
+
+    The term linear in x joins every row of P, or stands in the fold. A short call's time goes into these few products,
+    so each is one operation of torch.
     """
-    assert p.projection is not None
-    norm = torch.eye(head_dim).expand(p.projection.shape[0], -1, -1) if linear is None else linear
-    pure = p.projection if linear is None else p.projection @ linear
-    rows = pure if other is None else pure + other[:, None, :]
-    offset = rows.new_full(rows.shape[:2], 0.5 * math.log(p.config.num_features))
+    omega, (root, norm, turn, center, other, gain) = p.projection, side
+    assert omega is not None
+    constant = omega.new_full(omega.shape[:2], 0.5 * math.log(p.config.num_features))
     if p.log_weight is not None:
-        offset = offset - 0.5 * p.log_weight
-    shift = norm.new_zeros(norm.shape[:2])
-    if center is not None:
-        offset = offset + (rows @ center[:, :, None]).squeeze(-1)
-        shift = (norm @ center[:, :, None]).squeeze(-1)
-    fold = _fold(p.projection, shift, other) if folded else norm[:, :0]
+        constant = constant - 0.5 * p.log_weight
+    if gain is not None:
+        constant = constant - gain[:, None]
+    joined = None if other is None or folded else other[:, None]
+    if norm is None:
+        norm = (root * torch.eye(omega.shape[2])).expand(omega.shape[0], -1, -1)
+        rows = root * omega if joined is None else torch.add(joined, omega, alpha=root)
+    else:
+        rows = torch.bmm(omega, norm) if joined is None else torch.baddbmm(joined, omega, norm)
+    fold = norm[:, :0]
+    if center is not None and other is not None and folded:
+        constant = constant + (other * center).sum(-1, keepdim=True)
+    if folded:
+        shift = norm.new_zeros(norm.shape[:2]) if center is None else (norm @ center[:, :, None]).squeeze(-1)
+        fold = _fold(omega, shift, other)
     if turn is not None:
-        norm, shift = turn @ norm, (turn @ shift[:, :, None]).squeeze(-1)
+        norm = turn @ norm
         norm = norm + (norm.triu() - norm).detach()
-    return torch.cat([pure if folded else rows, norm], dim=1), torch.cat([offset, shift], dim=1), fold
+    w = torch.cat([rows, norm], dim=1)
+    offset = torch.nn.functional.pad(constant, (0, norm.shape[1]))
+    if center is not None:
+        offset = torch.baddbmm(offset[:, :, None], w, center[:, :, None]).squeeze(-1)
+    return w, offset, fold
 
 
 def sides(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, tokens: int = 1) -> Maps:
     """The maps for raw (unscaled) queries and keys.
 
     The formulas are those of `features.maps`: the query's side has cᵀ(q - b) and the far bias, the key's side bᵀk.
+    There x̃ = √s·x stands for x: so the maps are √s times those of x̃, the centres 1/√s times.
 
     Args:
         tokens: that the maps are made for; with few of them nothing is folded and nothing made triangular.
@@ -102,34 +123,24 @@ def sides(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, t
     if not p.config.feature_count:
         nothing = torch.zeros(groups, 0, head_dim)
         return Maps(nothing, nothing[..., 0], nothing, nothing[..., 0], nothing, nothing)
-    b, c = p.query_center, p.key_center
-    both = b is not None and c is not None
+    b, c, bias, root = p.query_center, p.key_center, p.far_bias, scaling**0.5
     folded = folds(p, head_dim, tokens)
-    turn_q = None if folded else _turn(p.query_map, tokens)
-    root = scaling**0.5
 
-    def side(
-        linear: Tensor | None, turn: Tensor | None, center: Tensor | None, other: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        w, offset, fold = _side(p, linear, turn, center, other, head_dim, folded)
-        if folded:  # the part that is linear in x, like the maps
-            fold = torch.tensor([1.0, 1.0, root])[:, None] * fold
-        return root * w, offset, fold
+    def raw(center: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return None if center is None else center / root, None if other is None else root * other
 
-    wq, offq, foldq = side(p.query_map, turn_q, b, c if both else None)
-    if p.key_map is p.query_map and b is None and c is None:  # the paper's form: made once
-        wk, offk, foldk = wq, offq, foldq
+    turn = None if folded else _turn(p.query_map, tokens)
+    query_map = None if p.query_map is None else root * p.query_map
+    query = _side(p, _Side(root, query_map, turn, *raw(b, None if b is None else c), bias), folded)
+    if p.key_map is p.query_map and b is None and c is None and bias is None:  # the paper's form: made once
+        key = query
     else:
-        turn_k = turn_q if p.key_map is p.query_map or folded else _turn(p.key_map, tokens)
-        wk, offk, foldk = side(p.key_map, turn_k, c, b)
-    m = p.projection.shape[1] if p.projection is not None else 0
-
-    def features(x: Tensor) -> Tensor:  # (G,) for every feature, nothing for the rows of N
-        return torch.nn.functional.pad(x[:, None].expand(-1, m), (0, head_dim_rows))
-
-    head_dim_rows = wq.shape[1] - m
-    if p.far_bias is not None:
-        offq = offq - features(p.far_bias)
-    if b is not None and c is not None:  # bᵀk, not bᵀ(k - c)
-        offk = offk - features((b * c).sum(-1))
+        if p.key_map is p.query_map:
+            key_map = query_map
+        else:
+            key_map = None if p.key_map is None else root * p.key_map
+            turn = None if folded else _turn(p.key_map, tokens)
+        gain = None if b is None or c is None else (b * c).sum(-1)  # bᵀk, not bᵀ(k - c)
+        key = _side(p, _Side(root, key_map, turn, *raw(c, b), gain), folded)
+    (wq, offq, foldq), (wk, offk, foldk) = query, key
     return Maps(wq, offq, wk, offk, foldq, foldk)
