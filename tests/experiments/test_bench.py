@@ -284,12 +284,16 @@ def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_end_to_end_tasks(model_folder: Path) -> None:
     from darkformer import DarkConfig, convert, load_model
 
-    model = load_model(str(model_folder))
-    before = [r["task"] for r in bench_model.tasks(model, 40, 24, 16)]
-    convert(model, DarkConfig(num_features=8, window=4, sinks=1))
-    rows = bench_model.tasks(model, 40, 24, 16)
-    assert [r["task"] for r in rows] == before == ["prefill", "generation, one token", "training step"]
-    assert all(r["median"] > 0 for r in rows) and all(p.grad is None for p in model.parameters())
+    models = {name: load_model(str(model_folder)) for name in ("softmax", "linear")}
+    convert(models["linear"], DarkConfig(num_features=8, window=4, sinks=1))
+    rows = bench_model.tasks(models, 40, 24, {"softmax": 12, "linear": 16})
+    assert [(r["task"], r["model"], r["tokens"]) for r in rows] == [
+        ("prefill", "softmax", 40), ("prefill", "linear", 40),
+        ("generation, one token", "softmax", 12), ("generation, one token", "linear", 16),
+        ("training step", "softmax", 24), ("training step", "linear", 24),
+    ]  # fmt: skip
+    assert all(r["median"] > 0 and r["runs"] >= 3 for r in rows)
+    assert all(p.grad is None for model in models.values() for p in model.parameters())
 
 
 def test_scratch_memory_is_seen() -> None:

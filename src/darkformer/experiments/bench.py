@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ..ops import native
 from ..ops.native import Step
 from ..train.record import environment, read_json, write_json
 from ..train.report import Reporter
-from .bench_machine import EMULATED, highest, limits, measure, measure_in_turns, peak_scratch
+from .bench_machine import EMULATED, highest, limits, measure_in_turns, peak_scratch
 from .bench_model import model_points
 from .bench_paths import PEERS, SOFTMAX, Call, Path, Shape, own_paths, parity, why_not
 
@@ -139,33 +140,28 @@ def measure_group(points: Sequence[Point], seconds: float, machine: dict[str, An
     return rows
 
 
-def decode_point(path: str, length: int, seconds: float) -> dict[str, Any]:
-    """Seconds a token after `length` tokens, 8 heads: a step of ours, or softmax over a cache of that length.
+def decode_points(length: int, seconds: float) -> list[dict[str, Any]]:
+    """Seconds a token after `length` tokens, 8 heads, in turns.
 
-    Args:
-        path: `recurrent` (torch, through `attention`), `step` (compiled, in place), `sdpa`.
+    Paths: `recurrent` (torch, through `attention`), `step` (compiled, in place, where there is a compiler) and `sdpa`,
+    softmax over a cache of that length.
     """
+    from ..ops.attention import attention
+
     shape = WIDE._replace(window=64)
     q, k, v = shape.inputs(1, "float32")
-    if path == "sdpa":
-        past = torch.randn(2, 1, 8, length + 1, 64)
-        softmax = torch.nn.functional.scaled_dot_product_attention
-        with torch.no_grad():
-            timing = measure(lambda: softmax(q, past[0], past[1]), seconds=seconds, most=200)
-    else:
-        from ..ops.attention import attention
-
-        made, history = shape.feature_map(), shape.inputs(min(length, 8192), "float32")
-        with torch.no_grad():  # the state's size and cost do not depend on the history
-            past_q, past_k, past_v = history
-            state: Any = attention(past_q, past_k, past_v, made, return_state=True)[1]
-            if path == "step":
-                step = Step(state, made, scaling=shape.dim**-0.5, softcap=None)
-                timing = measure(lambda: step(q, k, v), seconds=seconds, most=200)
-            else:
-                timing = measure(lambda: attention(q, k, v, made, initial_state=state, return_state=True),
-                                 seconds=seconds, most=200)  # fmt: skip
-    return {"path": path, "length": length, **timing}
+    past, made, history = torch.randn(2, 1, 8, length + 1, 64), shape.feature_map(), shape.inputs(8192, "float32")
+    past_q, past_k, past_v = (x[:, :, : min(length, 8192)] for x in history)
+    with torch.no_grad():  # the state's size and cost do not depend on the history
+        state: Any = attention(past_q, past_k, past_v, made, return_state=True)[1]
+        calls: dict[str, Callable[[], Any]] = {
+            "recurrent": lambda: attention(q, k, v, made, initial_state=state, return_state=True),
+            "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, past[0], past[1]),
+        }
+        if native.unavailable() is None:
+            calls["step"] = partial(Step(state, made, scaling=shape.dim**-0.5, softcap=None), q, k, v)
+        timings = measure_in_turns(list(calls.values()), seconds=seconds, most=200)
+    return [{"path": name, "length": length, **timing} for name, timing in zip(calls, timings, strict=True)]
 
 
 def _groups(plan: Plan, dtypes: Sequence[str]) -> list[list[Point]]:
@@ -273,12 +269,10 @@ class Bench:
                 self._measure(group)
                 done += len(group)
                 advance(done, total)
-        decoded = {(row["path"], row["length"]) for row in record["decode"]}
         for length in plan.decode:
-            for name in ("recurrent", "sdpa", *(["step"] if native.unavailable() is None else [])):
-                if (name, length) not in decoded:
-                    record["decode"].append(decode_point(name, length, plan.seconds))
-                    self._save()
+            if length not in {row["length"] for row in record["decode"]}:
+                record["decode"] += decode_points(length, plan.seconds)
+                self._save()
         if plan.model and not record["model"]:
             record["model"] = model_points(self.reporter, dtypes[-1])
         record["crossover"] = [
