@@ -127,7 +127,7 @@ template <bool BF> struct KeyPass {
 
   bool far_part(const Span& a, const float* before, const float* K, const float* V, float* dX, float* dV) {
     const int np = a.np;
-    float *F = P::take(s.mr * np), *E = P::take((size_t)s.R * s.mp * np), *scale = P::take(s.mp), *dL = P::take(s.mp * np);
+    float *F = P::take(s.mr * np), *E = P::take((size_t)s.R * s.mp * np), *scale = P::take(s.mp), *later = P::take(s.mp), *dL = P::take(s.mp * np);
     memcpy(scale, before, s.mp * sizeof(float));
     keys(a, K, F, scale);
     for (int r = 0; r < s.R; r++) if (!queries(r, a.t0, a.n, np, scale, E + (size_t)r * s.mp * np)) return false;
@@ -136,8 +136,7 @@ template <bool BF> struct KeyPass {
     to_unit(scale);
     const Rhs vt = P::turned(V, np, s.dvp), fk = P::r(F, np, s.mp, np), u = P::r(sums.values, s.ldv, s.mp, s.dvp);
     gemm<BF>(s.mp, np, s.dvp, P::l(sums.values, s.ldv, s.mp, s.dvp), vt.p, vt.ld, dL, np, false);
-    for (int i = 0; i < s.mp; i++)
-      for (int j = 0; j < np; j += VL) store(dL + (size_t)i * np + j, load(dL + (size_t)i * np + j) - all(sums.total[i]));
+    memcpy(later, sums.total, s.mp * sizeof(float));
     gemm<BF>(np, s.dvp, s.mp, P::lt(F, np, np, s.mp), u.p, u.ld, dV, s.dvp, true);
     float *DO = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np), *A = P::take(np * np), *B = P::take(np * np);
     for (int r = 0; r < s.R; r++) {
@@ -161,7 +160,7 @@ template <bool BF> struct KeyPass {
       vf sum = all(0);
       for (int i = 0; i < s.mp; i++) {
         const size_t at = (size_t)i * np + j;
-        const vf g = load(F + at) * load(dL + at);
+        const vf g = load(F + at) * (load(dL + at) - all(later[i]));
         store(F + at, g);
         sum += g;
       }
@@ -188,7 +187,7 @@ template <bool BF> struct KeyPass {
     }
     gemm<false>(np, s.dp, kmap.own, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true, kmap.input);
     const Rhs k = P::rows(K, np, s.dp);
-    gemm<BF>(kmap.own, s.dp, np, P::l(F, np, s.mr, np), k.p, k.ld, dw.k.data(), s.dp, true);
+    gemm<BF>(kmap.own, s.dp, np, P::l(F, np, kmap.own, np), k.p, k.ld, dw.k.data(), s.dp, true);
     return true;
   }
 

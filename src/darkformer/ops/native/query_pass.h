@@ -45,7 +45,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
       this->far_keys(a, K);
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
       for (int r = 0; r < s.R; r++) if (!features(a, r, Q, F + (size_t)r * np * s.mr)) return false;
-      vt = P::turned(V, np, s.dvp), ek = P::rt(FK, np, s.mp, np), state = P::rt(sums.values, s.ldv, s.mp, s.dvp);
+      vt = P::turned(V, np, s.dvp), ek = this->features_turned(np), state = P::rt(sums.values, s.ldv, s.mp, s.dvp);
     }
     if (a.near) {
       float *NK = P::take(a.ncp * s.dp), *NV = P::take(a.ncp * s.dvp);
@@ -199,7 +199,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
       }
     }
     gemm<false>(np, s.dp, qmap.own, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true, qmap.input);
-    const Rhs f = P::r(F, s.mr, np, s.mr);
+    const Rhs f = P::r(F, s.mr, np, qmap.own);
     gemm<BF>(s.dp, qmap.own, np, P::rows_t(Q, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
   }
 };

@@ -158,6 +158,13 @@ template <bool BF> struct Walker {
       if (BF && both && i % 2) pair_columns(f - a.np, a.np, 2, a.np, EKB + (size_t)(i / 2) * a.np, a.np);
     }
   }
+  // The features of the last far keys as right factor with the keys as summands.
+  Rhs features_turned(int np) const {
+    if (!BF) return Pack<BF>::rt(FK, np, s.mp, np);
+    float* to = scratch().take((size_t)up16(np / 2) * s.mp);
+    transpose(EK, np / 2, s.mp, up16(np / 2), to, s.mp);  // what is behind np/2 is not used
+    return {to, s.mp};
+  }
   void raise(int i, float high) {
     float* row = sums.values + (size_t)i * s.ldv;
     memcpy(saved + moved.size() * s.dvp, row, s.dvp * sizeof(float));
