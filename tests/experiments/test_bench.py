@@ -132,11 +132,11 @@ def test_an_interrupted_sweep_continues(tmp_path: Path, monkeypatch: pytest.Monk
 def test_calls_take_turns() -> None:
     order: list[str] = []
     rows = bench_machine.measure_in_turns([lambda: order.append("a"), lambda: order.append("b")], seconds=0.0)
-    assert "".join(order) == "ab" + "ab" * 3  # after one warm-up each
-    assert [r["runs"] for r in rows] == [3, 3]
+    assert "".join(order) == "ab" + "ab" * 5  # after one warm-up each
+    assert [r["runs"] for r in rows] == [5, 5]
     order.clear()
-    rows = bench_machine.measure_in_turns([lambda: order.append("a"), lambda: order.append("b")], seconds=1.0, most=9)
-    assert "".join(order) == "ab" + "aaabbb" * 3 and [r["runs"] for r in rows] == [9, 9]
+    rows = bench_machine.measure_in_turns([lambda: order.append("a"), lambda: order.append("b")], seconds=1.0, most=10)
+    assert "".join(order) == "ab" + "aabb" * 5 and [r["runs"] for r in rows] == [10, 10]
 
 
 def test_what_is_compared_is_measured_together() -> None:

@@ -118,6 +118,16 @@ def test_a_poisoned_token_is_not_taken(which: int, poison: float) -> None:
     assert all(torch.equal(getattr(before, f.name), getattr(step.state(), f.name)) for f in fields(before))
 
 
+def test_an_output_that_is_not_finite_is_said() -> None:
+    case = CASES[3]
+    made, state = start(case, torch.float32)
+    (token,) = tokens(case, torch.float32, 1)
+    step = Step(state, made, scaling=0.3, softcap=None)
+    step._tensors[0].fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match="the output holds NaN or infinity"):
+        step(*token)
+
+
 def test_what_it_does_not_take() -> None:
     case = CASES[3]
     made, state = start(case, torch.float32)

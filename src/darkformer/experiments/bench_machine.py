@@ -23,7 +23,7 @@ PATIENCE = 15.0
 
 
 def measure_in_turns(
-    calls: Sequence[Callable[[], Any]], *, seconds: float, most: int = 15, least: int = 3
+    calls: Sequence[Callable[[], Any]], *, seconds: float, most: int = 60, least: int = 5
 ) -> list[dict[str, Any]]:
     """Median, interquartile range and best of the seconds of each call, repeated for about `seconds`, after a warm-up.
 
@@ -56,7 +56,7 @@ def measure_in_turns(
     return rows
 
 
-def measure(call: Callable[[], Any], *, seconds: float, most: int = 15, least: int = 3) -> dict[str, Any]:
+def measure(call: Callable[[], Any], *, seconds: float, most: int = 60, least: int = 5) -> dict[str, Any]:
     """`measure_in_turns` of one call."""
     return measure_in_turns([call], seconds=seconds, most=most, least=least)[0]
 

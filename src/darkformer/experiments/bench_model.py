@@ -57,10 +57,10 @@ def tasks(models: Mapping[str, Any], prefill: int, training: int, prompts: Mappi
         steps = [step(model, prompts[name]) for name, model in models.items()]
         done = {
             "prefill": measure_in_turns([partial(m, tokens, logits_to_keep=1, use_cache=True) for m in models.values()],
-                                        seconds=1.0, most=3),
+                                        seconds=1.0, most=3, least=3),
             "generation, one token": measure_in_turns(steps, seconds=2.0, most=NEW_TOKENS),
         }  # fmt: skip
-    done["training step"] = measure_in_turns([partial(train, m) for m in models.values()], seconds=1.0, most=3)
+    done["training step"] = measure_in_turns([partial(train, m) for m in models.values()], seconds=1.0, most=3, least=3)
     for model in models.values():
         model.zero_grad(set_to_none=True)
     lengths = {"prefill": dict.fromkeys(models, prefill), "training step": dict.fromkeys(models, training)}

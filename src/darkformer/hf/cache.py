@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..config import ConversionError
-from ..ops.attention import attention, check_finite
+from ..ops.attention import attention
 from ..ops.native import stepper
 from ..ops.native.step import Step
 from ..ops.problem import AttentionState
@@ -68,7 +68,11 @@ class History:
 
 def _versions(feature_map: nn.Module) -> tuple[int, ...]:
     """Counts of in-place changes: calibration, training and redraws raise one of them."""
-    tensors = [*feature_map.parameters(), *feature_map.buffers()]
+    if feature_map._modules:  # wrapped, as by peft's `modules_to_save`
+        tensors = [*feature_map.parameters(), *feature_map.buffers()]
+    else:  # the same from its own tables: walking through modules at each token took longer than the token's attention
+        tables = (feature_map._parameters, feature_map._buffers)
+        tensors = [x for table in tables for x in table.values() if x is not None]
     return tuple(0 if x.is_inference() else x._version for x in tensors)
 
 
@@ -186,9 +190,7 @@ class DarkCacheLayer(CacheLayerMixin):
             if self._step is None:
                 return None
             self._state = None
-        output = self._step(query, key, value)
-        check_finite(output=output)
-        return output
+        return self._step(query, key, value)
 
     def _record(
         self, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, options: dict[str, Any]

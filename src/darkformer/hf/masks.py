@@ -117,8 +117,8 @@ def dark_mask(
 
 
 def _steps(position_ids: Tensor | None, length: int) -> Tensor | None:
-    """(B or 1, L - 1): from one token's position to the next; None where nobody gave any."""
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length:
+    """(B or 1, L - 1): from one token's position to the next; None where nobody gave any, or there is no next one."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length or length < 2:
         return None
     return position_ids.diff(dim=1)
 

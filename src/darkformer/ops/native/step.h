@@ -128,7 +128,8 @@ template <bool BF> struct StepPair {
     return c.softcap ? (float)c.softcap * std::tanh(l / (float)c.softcap) : l;
   }
 
-  void query(int r) {
+  // Whether the output is finite.
+  bool query(int r) {
     const int h = g * c.R + r;
     load_row(x, c.q, b * c.qs[0] + h * c.qs[1], d, up16(d), BF);
     float top = LOG_ZERO;
@@ -150,8 +151,14 @@ template <bool BF> struct StepPair {
     add_rows<BF>(lw, W, c.recent_v, pair * W * dv, dv, o);
     add_rows<BF>(ls, sinks, c.sink_v, pair * S * dv, dv, o);
     const vf inverse = all(norm > 0 ? 1 / norm : 1);
-    for (int j = 0; j < up16(dv); j += VL) store(o + j, load(o + j) * inverse);
+    vf zero = all(0);
+    for (int j = 0; j < up16(dv); j += VL) {
+      const vf y = load(o + j) * inverse;
+      store(o + j, y);
+      zero = fma(y, all(0), zero);
+    }
     store_row(c.out, ((long)b * c.G * c.R + h) * dv, o, dv, BF);
+    return hsum(zero) == 0;
   }
   // Logits become weights below the maximum; returns their sum, each times `factor` where there is one.
   static float weigh(float* l, int n, float top, const float* factor) {
@@ -171,22 +178,23 @@ template <bool BF> static bool finite(const void* x, const int64_t* stride, int 
   return sum == 0;
 }
 
-// 1 where an input holds NaN or infinity, and then nothing has changed; 0 else.
+// 1 where an input holds NaN or infinity, and then nothing has changed; 2 where the output does; 0 else.
 template <bool BF> static int step(StepCall& c) {
   const bool good = finite<BF>(c.q, c.qs, c.B, c.G * c.R, c.d) && finite<BF>(c.k, c.ks, c.B, c.G, c.d) &&
                     finite<BF>(c.v, c.vs, c.B, c.G, c.dv);
   if (!good) return 1;
   const int pairs = c.B * c.G, slots = std::min<int>(std::max<int64_t>(1, c.threads), pairs);
+  std::atomic<bool> sound{true};
   parallel(c.parallel, slots, [&](int slot) {
     for (int i = slot; i < pairs; i += slots) {
       scratch().reset();
       StepPair<BF> p(c, i / c.G, i % c.G);
       p.absorb();
       p.remember();
-      for (int r = 0; r < c.R; r++) p.query(r);
+      for (int r = 0; r < c.R; r++) if (!p.query(r)) sound = false;
     }
   });
   for (int b = 0; b < c.B; b++) c.count[b]++;
   if (c.window) c.head = (c.head + 1) % c.window;
-  return 0;
+  return sound ? 0 : 2;
 }

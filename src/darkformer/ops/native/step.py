@@ -25,8 +25,9 @@ _FIELDS = (
 )  # fmt: skip
 
 
-#: Bytes of a state from which on more threads gain more than waking them costs.
-THREADED = 1 << 20
+#: Bytes of state and maps from which on more threads gain more than waking them costs: between tokens a model's other
+#: weights push them out of the caches.
+THREADED = 1 << 18
 
 
 class _StepCall(ctypes.Structure):
@@ -64,6 +65,7 @@ class Step:
         self.finite = all(bool(torch.isfinite(x.sum())) for x in (*maps, *tensors[:2]))
         self.nbytes = sum(x.nbytes for x in tensors)
         self._maps, self._tensors = [x.contiguous() for x in maps], tensors
+        self._read = self.nbytes + sum(x.nbytes for x in self._maps)
         call = self._call = _StepCall()
         call.B, call.G, call.R = batch, groups, feature_map.num_heads // groups
         call.d, call.dv, call.m, call.r = feature_map.head_dim, value_dim, m, maps[0].shape[1] - m
@@ -89,15 +91,19 @@ class Step:
         """query (B, H, 1, d), key (B, G, 1, d), value (B, G, 1, d_v) → (B, H, 1, d_v) in their dtype.
 
         Raises:
-            NonFiniteError: NaN or infinity in one of them; the state is as before.
+            NonFiniteError: NaN or infinity in one of them, and the state is as before; or in the output.
         """
         call, given = self._call, [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
         output = query.new_empty(self._output)
         call.q, call.k, call.v = (x.data_ptr() for x in given)
         call.qs[:], call.ks[:], call.vs[:] = (x.stride()[:2] for x in given)
-        call.out, call.threads = output.data_ptr(), torch.get_num_threads() if self.nbytes > THREADED else 1
-        if self._function(self._reference):
-            raise NonFiniteError("query, key or value hold NaN or infinity: the token was not taken.")
+        call.out, call.threads = output.data_ptr(), torch.get_num_threads() if self._read > THREADED else 1
+        if code := self._function(self._reference):
+            raise NonFiniteError(
+                "query, key or value hold NaN or infinity: the token was not taken."
+                if code == 1
+                else "the output holds NaN or infinity although query, key and value do not: the state has diverged."
+            )
         return output
 
     @property
