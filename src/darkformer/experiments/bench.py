@@ -229,7 +229,6 @@ class Bench:
 
     def __init__(self, plan: Plan, out: File, reporter: Reporter, *, overwrite: bool = False) -> None:
         self.plan, self.file, self.reporter = plan, out / "record.json", reporter
-        self._now: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         here = environment()
         if self.file.is_file() and not overwrite:
             self.record = read_json(self.file)
@@ -291,7 +290,7 @@ class Bench:
         return ["float32", *(["bfloat16"] if rates["bfloat16"] >= EMULATED * rates["float32"] else [])]
 
     def _measure(self, group: list[Point]) -> None:
-        """What the record lacks of a group; its clock and neighbours change a machine's speed within minutes."""
+        """Measures what the record lacks of a group, after the machine's limits: its speed changes within minutes."""
         record = self.record
         had = [{name: row[name] for name in Point._fields} for row in record["points"]]
         missing = [point for point in group if point.name() not in had and self._admitted(point)]

@@ -6,6 +6,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,6 @@ def measure_in_turns(
     return rows
 
 
-def measure(call: Callable[[], Any], *, seconds: float, most: int = 60, least: int = 5) -> dict[str, Any]:
-    """`measure_in_turns` of one call."""
-    return measure_in_turns([call], seconds=seconds, most=most, least=least)[0]
-
-
 def _status(field: str) -> int:
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
     return int(line.split()[1]) * 1024
@@ -87,23 +83,25 @@ def limits(seconds: float, dtypes: Sequence[str] = ("float32", "bfloat16")) -> d
 
     From the best repetition, not the median: a limit is what the machine can do when nothing disturbs it.
     """
+
+    def best(call: Callable[[], Any]) -> float:
+        return float(measure_in_turns([call], seconds=seconds, most=200)[0]["best"])
+
     found: dict[str, Any] = {"gemm_flops": {}, "gemm_flops_by_size": {}}
     for name in dtypes:
+        dtype = getattr(torch, name)
         rates: dict[str, float] = {}
         for batch, n, k, p in PRODUCTS:
-            dtype = getattr(torch, name)
             x, y = torch.randn(batch, n, k).to(dtype), torch.randn(batch, k, p).to(dtype)
             out = torch.empty(batch, n, p, dtype=dtype)
             if rates and max(rates.values()) < EMULATED * found["gemm_flops"].get("float32", 0.0):
                 break  # a large product would take seconds
-            took = measure(lambda x=x, y=y, out=out: torch.bmm(x, y, out=out), seconds=seconds, most=200)  # type: ignore[misc]
-            rates[f"{batch}x{n}x{k}x{p}"] = 2 * batch * n * k * p / took["best"]
+            rates[f"{batch}x{n}x{k}x{p}"] = 2 * batch * n * k * p / best(partial(torch.bmm, x, y, out=out))
         found["gemm_flops"][name], found["gemm_flops_by_size"][name] = max(rates.values()), rates
     x, target = torch.rand(1 << 18), torch.empty(1 << 18)
-    found["exps_per_second"] = x.numel() / measure(lambda: torch.exp2(x, out=target), seconds=seconds, most=200)["best"]
+    found["exps_per_second"] = x.numel() / best(partial(torch.exp2, x, out=target))
     big, copy = torch.ones(1 << 24), torch.empty(1 << 24)
-    copied = measure(lambda: copy.copy_(big), seconds=seconds)
-    found["bytes_per_second"] = 2 * big.nbytes / copied["best"]
+    found["bytes_per_second"] = 2 * big.nbytes / best(partial(copy.copy_, big))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..config import DarkConfig, MissingExtraError
-from ..hf.convert import convert, revert
+from ..hf.convert import convert
 from ..hf.load import demo_model_path, load_model
 from ..train.report import Reporter
 from .bench_machine import measure_in_turns
@@ -30,9 +30,7 @@ def model_points(reporter: Reporter, dtype: str) -> list[dict[str, Any]]:
         model.to(DTYPES[dtype])
     convert(models["linear"], DarkConfig(num_features=128, window=64, sinks=4))
     tasks(models, 64, 64, dict.fromkeys(PROMPTS, 64))  # warms up
-    rows = tasks(models, PREFILL, TRAINING, PROMPTS)
-    revert(models["linear"])
-    return [row | {"dtype": dtype} for row in rows]
+    return [row | {"dtype": dtype} for row in tasks(models, PREFILL, TRAINING, PROMPTS)]
 
 
 def tasks(models: Mapping[str, Any], prefill: int, training: int, prompts: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..features.maps import FeatureParameters
 from .chunk_features import LOG2E, Features, Form, Scratch, Side
 from .log_domain import ChunkTerms
-from .problem import LOG_ZERO
+from .problem import LOG_ZERO, gather_tokens
 
 
 class Tensors(NamedTuple):
@@ -157,11 +157,11 @@ class SuperChunks:
     def _sinks(self) -> tuple[Tensor, Tensor]:
         """Keys (P, sinks, d), scaled, and values: the state's, or this call's first tokens."""
         frame, found = self.frame, []
-        slot, fresh = (x[:, None, :, None] for x in (frame.sink_slot, frame.sink_fresh))
+        fresh = frame.sink_fresh[:, None, :, None]
         for old, new in (("sink_key", "key"), ("sink_value", "value")):
             stored, x = getattr(self.tensors, old), getattr(self.tensors, new)
             if stored.shape[2]:
-                stored = torch.where(fresh, x.gather(2, slot.expand_as(stored)), stored.to(x.dtype))
+                stored = torch.where(fresh, gather_tokens(x, frame.sink_slot), stored.to(x.dtype))
             found.append(stored.to(frame.compute).flatten(0, 1))
         return found[0] * self.root, found[1]
 

@@ -96,11 +96,11 @@ def _side(p: FeatureParameters, side: _Side, folded: bool) -> tuple[Tensor, Tens
     else:
         rows = torch.bmm(omega, norm) if joined is None else torch.baddbmm(joined, omega, norm)
     fold = norm[:, :0]
-    if center is not None and other is not None and folded:
-        constant = constant + (other * center).sum(-1, keepdim=True)
     if folded:
         shift = norm.new_zeros(norm.shape[:2]) if center is None else (norm @ center[:, :, None]).squeeze(-1)
         fold = _fold(omega, shift, other)
+        if center is not None and other is not None:
+            constant = constant + (other * center).sum(-1, keepdim=True)
     if turn is not None:
         norm = turn @ norm
         norm = norm + (norm.triu() - norm).detach()
@@ -126,20 +126,21 @@ def sides(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, t
     b, c, bias, root = p.query_center, p.key_center, p.far_bias, scaling**0.5
     folded = folds(p, head_dim, tokens)
 
+    def scaled(x: Tensor | None) -> Tensor | None:
+        return None if x is None else root * x
+
     def raw(center: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return None if center is None else center / root, None if other is None else root * other
+        return None if center is None else center / root, scaled(other)
 
     turn = None if folded else _turn(p.query_map, tokens)
-    query_map = None if p.query_map is None else root * p.query_map
+    query_map = scaled(p.query_map)
     query = _side(p, _Side(root, query_map, turn, *raw(b, None if b is None else c), bias), folded)
-    if p.key_map is p.query_map and b is None and c is None and bias is None:  # the paper's form: made once
+    shared = p.key_map is p.query_map
+    if shared and b is None and c is None and bias is None:  # the paper's form: made once
         key = query
     else:
-        if p.key_map is p.query_map:
-            key_map = query_map
-        else:
-            key_map = None if p.key_map is None else root * p.key_map
-            turn = None if folded else _turn(p.key_map, tokens)
+        key_map = query_map if shared else scaled(p.key_map)
+        turn = turn if shared or folded else _turn(p.key_map, tokens)
         gain = None if b is None or c is None else (b * c).sum(-1)  # bᵀk, not bᵀ(k - c)
         key = _side(p, _Side(root, key_map, turn, *raw(c, b), gain), folded)
     (wq, offq, foldq), (wk, offk, foldk) = query, key
