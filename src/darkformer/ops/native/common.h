@@ -230,6 +230,7 @@ template <bool BF> struct Map {
   int own;                    // rows that are multiplied: mp if folded, else mr
   const float *row[2], *col[2];  // left (mr × dp) and right (dp × mr) operand, in units
   int dp, mp, mr;
+  bool sloped = false;        // whether `linear` is anything but 0
   Band rows, columns, input;  // what N leaves to do where it is upper triangular: with P and N as rows, columns, factor
   Map(const Call& c, const Dims& s, const float* w, const float* offset, const float* fold, int g, bool by_row, bool by_column)
       : own(fold ? s.mp : s.mr), dp(s.dp), mp(s.mp), mr(s.mr) {
@@ -250,6 +251,7 @@ template <bool BF> struct Map {
       for (int k = 0; k < 3; k++) load_row(f + (size_t)k * dp, fold, (g * 3L + k) * s.d, s.d, dp, false);
       watch(c, f, 3 * (size_t)dp);
       inverse = f, shift = f + dp, linear = f + 2 * dp;
+      for (int i = 0; i < dp; i++) sloped |= linear[i] != 0;
     }
     bool triangular = true;
     for (int i = 1; i < s.r; i++)
@@ -273,57 +275,48 @@ template <bool BF> struct Map {
   template <bool GRADIENTS> void tokens(Lhs x, int np, float* F, float* half) const {
     if (BF) gemm_both(np, own, dp, x, x.p, col[0], col[1], mr, F, mr, columns);
     else gemm<BF>(np, own, dp, x, col[0], mr, F, mr, false, columns);
-    for (int t = 0; t < np; t++) {
-      vf sum = all(0);
-      float* f = F + (size_t)t * mr;
-      if (linear) {
-        vf along = all(0);
-        for (int i = 0; i < dp; i += VL) {
-          vf y = fma(load(inverse + i), load(f + i), all(0) - load(shift + i));
-          if (GRADIENTS) store(f + mp + i, y);
+    const float *scales = inverse, *shifts = scales ? shift : off + mp, *slopes = sloped ? linear : nullptr;
+    const int rest = mr - mp, width = scales ? dp : rest, from = scales ? 0 : mp, next = mr, to = mp;
+    alignas(64) float sums[VL * VL];
+    for (int t = 0; t < np; t += VL) {
+      for (int u = 0; u < VL; u++) {
+        float* f = F + (size_t)(t + u) * next;
+        vf sum = all(0);
+        for (int i = 0; i < width; i += VL) {
+          const vf y = scales ? load(scales + i) * load(f + i) - load(shifts + i) : load(f + from + i) - load(shifts + i);
+          if (GRADIENTS) store(f + to + i, y);
           sum = fma(y, y, sum);
-          along = fma(load(linear + i), load_as<BF>(x.p + t * x.rs, i), along);
         }
-        half[t] = hsum(all(0.5f) * sum - along);
-        continue;
+        sum = sum * all(0.5f);
+        for (int i = 0; slopes && i < dp; i += VL) sum = sum - load(slopes + i) * load_as<BF>(x.p + (t + u) * x.rs, i);
+        store(sums + u * VL, sum);
       }
-      for (int i = mp; i < mr; i += VL) {
-        vf y = load(f + i) - load(off + i);
-        if (GRADIENTS) store(f + i, y);
-        sum = fma(y, y, sum);
-      }
-      half[t] = 0.5f * hsum(sum);
+      store(half + t, across(sums, Add()));
     }
   }
   // The same feature-major: F (mr×np), half (np). `given` holds the same numbers as x, token-major.
   template <bool GRADIENTS> void features(Rhs x, Lhs given, int np, float* F, float* half) const {
     if (BF) gemm_both(own, np, dp, {row[0], dp / 2, 1}, row[1], x.p, x.p, x.ld, F, np, rows);
     else gemm<BF>(own, np, dp, {row[0], dp, 1}, x.p, x.ld, F, np, false, rows);
-    if (linear) {
-      for (int t = 0; t < np; t++) {
-        vf along = all(0);
-        for (int i = 0; i < dp; i += VL) along = fma(load(linear + i), load_as<BF>(given.p + t * given.rs, i), along);
-        half[t] = -hsum(along);
+    constexpr int MOST = CHUNK / VL;
+    const int n = np / VL, width = linear ? dp : mr - mp;
+    const float *f = linear ? F : F + (size_t)mp * np, *scales = inverse, *shifts = linear ? shift : off + mp;
+    float* y_to = F + (size_t)mp * np;
+    vf sum[MOST];
+    for (int j = 0; j < n; j++) sum[j] = all(0);
+    for (int i = 0; i < width; i++, f += np, y_to += np) {
+      const vf scale = scales ? all(scales[i]) : all(1), less = all(shifts[i]);
+      for (int j = 0; j < n; j++) {
+        const vf y = load(f + j * VL) * scale - less;
+        if (GRADIENTS) store(y_to + j * VL, y);
+        sum[j] = fma(y, y, sum[j]);
       }
-      for (int j = 0; j < np; j += VL) {
-        vf sum = all(0);
-        for (int i = 0; i < dp; i++) {
-          vf y = fma(all(inverse[i]), load(F + (size_t)i * np + j), all(-shift[i]));
-          if (GRADIENTS) store(F + (size_t)(mp + i) * np + j, y);
-          sum = fma(y, y, sum);
-        }
-        store(half + j, fma(all(0.5f), sum, load(half + j)));
-      }
-      return;
     }
-    for (int j = 0; j < np; j += VL) {
-      vf sum = all(0);
-      for (int i = mp; i < mr; i++) {
-        vf y = load(F + (size_t)i * np + j) - all(off[i]);
-        if (GRADIENTS) store(F + (size_t)i * np + j, y);
-        sum = fma(y, y, sum);
-      }
-      store(half + j, all(0.5f) * sum);
+    for (int j = 0; j < n; j++) store(half + j * VL, sum[j] * all(0.5f));
+    for (int t = 0; sloped && t < np; t++) {
+      vf along = all(0);
+      for (int i = 0; i < dp; i += VL) along = fma(load(linear + i), load_as<BF>(given.p + t * given.rs, i), along);
+      half[t] -= hsum(along);
     }
   }
 };

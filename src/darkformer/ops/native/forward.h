@@ -7,14 +7,14 @@ template <bool BF> struct Forward : Walker<BF> {
   using Base::c, Base::s, Base::rows, Base::sums, Base::K, Base::V, Base::FK, Base::VB, Base::EKB, Base::SB;
   Map<BF> qmap;
   float *Q, *F, *FA, *half_q, *SC, *SCA, *O, *NK, *NV_, *NKT, *NVB, *NL, *NLA, *SKT, *SVB, *SL, *SLA, *shift;
-  float *top, *norm;
+  float *top, *parts;  // of each row: the largest log-weight, and vectors whose sum is the normaliser
   Rhs sink_keys, sink_values;
 
   Forward(const Call& call, int b, int g) : Base(call, b, g), qmap(c, s, c.wq, c.offq, c.foldq, g, false, true) {
     auto take = [](size_t n) { return scratch().take(n); };
     Q = take(CHUNK * s.dp), F = take(CHUNK * s.mr), FA = take(CHUNK * s.mp);
     half_q = take(CHUNK), SC = take(CHUNK * CHUNK), SCA = take(CHUNK * CHUNK), O = take(CHUNK * s.dvp);
-    top = take(CHUNK), norm = take(CHUNK), shift = take(s.mp);
+    top = take(CHUNK), parts = take(CHUNK * VL), shift = take(s.mp);
     const size_t most = s.W ? CHUNK + std::min<int64_t>(s.W, c.L + s.W) + 32 : 0;
     NK = take(most * s.dp), NV_ = take(most * s.dvp), NKT = take(most * (s.dp + 16)), NVB = take(most * s.dvp);
     NL = take(most * CHUNK), NLA = take(most * CHUNK);
@@ -50,40 +50,34 @@ template <bool BF> struct Forward : Walker<BF> {
     const bool far = s.m && (a.has_far() || sums.stored(s));
     Rhs near_keys{}, near_values{}, far_values{}, far_features{}, state{};
     const bool shared = a.near && a.base == a.start;
+    const float *keys = nullptr, *values = nullptr;
     if (a.near) {
-      rows.keys(NK, NV_, a.base, a.lowest, a.cols, a.ncp);
-      finite(NK, a.ncp * s.dp), finite(NV_, a.ncp * s.dvp);
-      near_keys = transposed<BF>(NK, a.ncp, s.dp, NKT);
-      near_values = right<BF>(NV_, a.ncp, s.dvp, NVB);
+      keys = rows.keys(NK, a.base, a.lowest, a.cols, a.ncp), values = rows.values(NV_, a.base, a.lowest, a.cols, a.ncp);
+      finite(keys, a.ncp * s.dp), finite(values, a.ncp * s.dvp);
+      near_keys = transposed<BF>(keys, a.ncp, s.dp, NKT);
+      near_values = right<BF>(values, a.ncp, s.dvp, NVB);
     }
     if (far) {
       if (!shared) {
-        rows.keys(K, V, a.start, a.lowest, a.n, a.np);
-        finite(K, a.np * s.dp), finite(V, a.np * s.dvp);
+        keys = rows.keys(K, a.start, a.lowest, a.n, a.np), values = rows.values(V, a.start, a.lowest, a.n, a.np);
+        finite(keys, a.np * s.dp), finite(values, a.np * s.dvp);
       }
-      this->far_keys(a, shared ? NK : K, true);
-      far_values = shared ? near_values : right<BF>(V, a.np, s.dvp, VB);
+      this->far_keys(a, keys, true);
+      far_values = shared ? near_values : right<BF>(values, a.np, s.dvp, VB);
       far_features = {BF ? EKB : FK, a.np};
       state = rhs<BF>(sums.values, s.ldv, s.mp, s.dvp, SB);
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
     }
     for (int r = 0; r < s.R; r++) {
-      rows.queries(Q, r, t0, n, a.np);
-      finite(Q, a.np * s.dp);
-      const Lhs q = left<BF>(Q, s.dp);
+      const float* queries = rows.queries(Q, r, t0, n, a.np);
+      finite(queries, a.np * s.dp);
+      const Lhs q = left<BF>(queries, s.dp);
       logits(a, q, far, near_keys);
       weights(a, far);
       if (far) {
         const Lhs e = BF ? Lhs{FA, s.mp / 2, 1} : Lhs{F, s.mr, 1};
         gemm<BF>(a.np, a.np, s.mp, e, far_features.p, far_features.ld, SC, a.np, false, {.out_hi = 0});
-        for (int t = 0; t < a.np; t++) {
-          float* x = SC + t * a.np;
-          std::fill(x + t + 1, x + a.np, 0.0f);
-          vf sum = all(0);
-          for (int j = 0; j <= t; j += VL) sum += load(x + j);
-          norm[t] += hsum(sum);
-          if (BF) pair_rows(x, a.np, 1, a.np, SCA + t * a.np / 2, a.np / 2);
-        }
+        below_diagonal(a.np);
         gemm<BF>(a.np, s.dvp, s.mp, e, state.p, state.ld, O, s.dvp, false);
         gemm<BF>(a.np, s.dvp, a.np, BF ? Lhs{SCA, a.np / 2, 1} : Lhs{SC, a.np, 1}, far_values.p, far_values.ld, O, s.dvp, true, {.k_hi = 0});
       }
@@ -100,34 +94,55 @@ template <bool BF> struct Forward : Walker<BF> {
     return true;
   }
 
+  // The chunk's own far keys: 0 above the diagonal, their sums join the normalisers.
+  void below_diagonal(int np) {
+    float *x = SC, *const sums = parts;
+    uint16_t* packed = (uint16_t*)SCA;
+    for (int t = 0; t < np; t++, x += np, packed += np) {
+      const int last = t / VL * VL;
+      vf sum = load(sums + t * VL);
+      auto keep = [&](int j, vf w) {
+        sum += w;
+        if (BF) to_bf16(packed + j, w);
+      };
+      for (int j = 0; j < last; j += VL) keep(j, load(x + j));
+      const vf w = first_of(load(x + last), t - last + 1);
+      keep(last, w);
+      if (!BF) store(x + last, w);
+      store(sums + t * VL, sum);
+    }
+  }
+
   // Log-weights of all parts and their maximum per row.
   void logits(const Span& a, Lhs q, bool far, Rhs near_keys) {
-    std::fill(top, top + a.np, LOG_ZERO);
-    if (far) {
-      qmap.template tokens<false>(q, a.np, F, half_q);
-      for (int t = 0; t < a.np; t++) {
-        float* f = F + (size_t)t * s.mr;
-        vf high = all(LOG_ZERO);
-        for (int i = 0; i < s.mp; i += VL) {
-          vf l = load(f + i) + load(shift + i) - all(half_q[t]);
-          store(f + i, l);
-          high = vmax(high, l);
-        }
-        top[t] = std::max(top[t], hmax(high));
-      }
-    }
+    const int np = a.np;
+    for (int t = 0; t < np; t += VL) store(top + t, all(LOG_ZERO));
     if (a.near) {
       const int lo = a.start - a.base;
-      gemm<BF>(a.np, a.ncp, s.dp, q, near_keys.p, near_keys.ld, NL, a.ncp, false, {.out_lo = lo + 1, .out_hi = lo + s.W});
-      for (int t = 0; t < a.np; t++) {
-        top[t] = std::max(top[t], band_logits(NL + (size_t)t * a.ncp, t & ~(ROWS<BF> - 1), a, first(a, t), last(a, t)));
-      }
+      gemm<BF>(np, a.ncp, s.dp, q, near_keys.p, near_keys.ld, NL, a.ncp, false, {.out_lo = lo + 1, .out_hi = lo + s.W});
+      for (int t = 0; t < np; t++) top[t] = band_logits(NL + (size_t)t * a.ncp, t & ~(ROWS<BF> - 1), a, first(a, t), last(a, t));
     }
     if (s.S) {
-      gemm<BF>(a.np, s.sp, s.dp, q, sink_keys.p, sink_keys.ld, SL, s.sp, false);
-      for (int t = 0; t < a.np; t++)
+      gemm<BF>(np, s.sp, s.dp, q, sink_keys.p, sink_keys.ld, SL, s.sp, false);
+      for (int t = 0; t < np; t++)
         for (int j = 0; j < sinks_seen(a, t); j++)
           SL[t * s.sp + j] *= (float)c.scaling, top[t] = std::max(top[t], SL[t * s.sp + j]);
+    }
+    if (!far) return;
+    qmap.template tokens<false>(q, np, F, half_q);
+    const int mp = s.mp, mr = s.mr;
+    const float *f = F, *const add = shift;
+    float *const highest = top, *const below = half_q;
+    alignas(64) float part[VL * VL];
+    for (int t = 0; t < np; t += VL) {
+      for (int u = 0; u < VL; u++, f += mr) {
+        vf high = load(f) + load(add);
+        for (int i = VL; i < mp; i += VL) high = vmax(high, load(f + i) + load(add + i));
+        store(part + u * VL, high);
+      }
+      const vf half = load(below + t), most = vmax(load(highest + t), across(part, Most()) - half);
+      store(highest + t, most);
+      store(below + t, half + most);  // what is subtracted of a row's features
     }
   }
   // The window's columns of row t.
@@ -137,27 +152,32 @@ template <bool BF> struct Forward : Walker<BF> {
     return t < a.n ? (int)std::min<int64_t>(s.S, rows.count + a.t0 + t + 1) : 0;
   }
 
-  // Exponentials below the maximum; the normaliser but for the chunk's own far keys.
+  // Exponentials below the maximum; the normaliser's parts but for the chunk's own far keys.
   void weights(const Span& a, bool far) {
-    for (int t = 0; t < a.np; t++) {
-      const vf high = all(top[t]);
+    const int np = a.np, mp = s.mp, mr = s.mr;
+    float *f = F, *const to = parts;
+    uint16_t* packed = (uint16_t*)FA;
+    const float *const total = sums.total, *const add = shift, *const below = half_q;
+    for (int t = 0; t < np; t++, f += mr, packed += mp) {
       vf sum = all(0);
-      if (far)
-        for (int i = 0; i < s.mp; i += VL) {
-          float* f = F + (size_t)t * s.mr + i;
-          vf e = vexp<BF>(load(f) - high);
-          if (BF) to_bf16((uint16_t*)(FA + (size_t)t * s.mp / 2) + i, e);
-          else store(f, e);
-          sum = fma(e, load(sums.total + i), sum);
+      if (far) {
+        const vf high = level<BF>(all(below[t]));
+        for (int i = 0; i < mp; i += VL) {
+          const vf e = vexp_below<BF>(load(f + i) + load(add + i), high);
+          if (BF) to_bf16(packed + i, e);
+          else store(f + i, e);
+          sum = fma(e, load(total + i), sum);
         }
-      if (a.near) sum += band_exp(NL + (size_t)t * a.ncp, NLA + (size_t)t * a.ncp / 2, t & ~(ROWS<BF> - 1), a, high);
-      norm[t] = hsum(sum);
+      }
+      if (a.near) sum += band_exp(NL + (size_t)t * a.ncp, NLA + (size_t)t * a.ncp / 2, t & ~(ROWS<BF> - 1), a, all(top[t]));
+      store(to + t * VL, sum);
+    }
+    for (int t = 0; s.S && t < np; t++)
       for (int j = 0, seen = sinks_seen(a, t); j < s.sp; j++) {
         float* x = SL + t * s.sp + j;
         *x = j < seen ? std::exp(*x - top[t]) : 0;
-        norm[t] += *x;
+        to[t * VL] += *x;
       }
-    }
   }
   // The columns that gemm computed for the rows of a tile.
   int from(const Span& a, int tile) const { return down(tile + a.start - a.base + 1); }
@@ -187,16 +207,35 @@ template <bool BF> struct Forward : Walker<BF> {
   }
 
   bool finish(const Span& a, int r) {
-    for (int t = 0; t < a.n; t++) if (norm[t] < 1e-18f && a.n > 1) return false;
-    for (int t = 0; t < a.n; t++) {
-      const long at = rows.head(r) + a.t0 + t;
-      const float inverse = norm[t] > 0 ? 1 / norm[t] : 1;
-      float* o = O + t * s.dvp;
-      for (int j = 0; j < s.dvp; j += VL) store(o + j, load(o + j) * all(inverse));
-      store_row(c.out, at * s.dv, o, s.dv, c.bf16);
-      c.lse[at] = norm[t] > 0 ? top[t] + std::log(norm[t]) : LOG_ZERO;
+    alignas(64) float inverse[CHUNK], lse[CHUNK];
+    const long first = rows.head(r) + a.t0;
+    bool seen = true;
+    for (int t = 0; t < a.np; t += VL) {
+      const vf norm = across(parts + t * VL, Add());
+      store(lse + t, load(top + t) + vlog(norm));
+      store(inverse + t, norm);
     }
-    watch(c, O, (size_t)a.n * s.dvp);
+    for (int t = 0; t < a.n; t++) {
+      const float norm = inverse[t];
+      seen &= !(norm < 1e-18f);
+      if (!(norm > 0)) lse[t] = LOG_ZERO;
+      inverse[t] = norm > 0 ? 1 / norm : 1;
+    }
+    if (!seen && a.n > 1) return false;
+    memcpy(c.lse + first, lse, a.n * sizeof(float));
+    const int width = s.dv, padded = s.dvp;
+    const bool bf16 = c.bf16;
+    float* o = O;
+    vf zero = all(0);  // stays 0 if all numbers are finite
+    for (int t = 0; t < a.n; t++, o += padded) {
+      for (int j = 0; j < padded; j += VL) {
+        const vf x = load(o + j) * all(inverse[t]);
+        zero = fma(x, all(0), zero);
+        store(o + j, x);
+      }
+      store_row(c.out, (first + t) * width, o, width, bf16);
+    }
+    if (hsum(zero) != 0 && c.bad) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
     return true;
   }
 };

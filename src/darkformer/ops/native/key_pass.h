@@ -28,8 +28,8 @@ template <bool BF> struct KeyPass {
   // E (mp×np): e^{ℓq + scale - lse}; false where that would overflow.
   bool queries(int r, int t0, int n, int np, const float* scale, float* E) {
     const auto mark = scratch().mark();
-    float *Q = P::take(np * s.dp), *F = P::take(s.mr * np), *half = P::take(np);
-    rows.queries(Q, r, t0, n, np);
+    float *F = P::take(s.mr * np), *half = P::take(np);
+    const float* Q = rows.queries(P::take(np * s.dp), r, t0, n, np);
     qmap.template features<false>(P::turned(Q, np, s.dp), left<BF>(Q, s.dp), np, F, half);
     for (int t = 0; t < np; t++) half[t] += t < n ? c.lse[rows.head(r) + t0 + t] : -LOG_ZERO;
     vf high = all(LOG_ZERO);
@@ -59,11 +59,11 @@ template <bool BF> struct KeyPass {
     for (int t0 = last; t0 >= begin; t0 -= CHUNK) {
       const int n = std::min(CHUNK, end - t0), np = up16(n);
       const auto mark = scratch().mark();
-      float *E = P::take(s.mp * np), *DO = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np);
+      float *E = P::take(s.mp * np), *to = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np);
       to_unit(sh.scale(rows.pair, t0));
       for (int r = 0; r < s.R; r++) {
         queries(r, t0, n, np, sums.scale, E);
-        cotangents(rows, sh, r, t0, n, np, DO, lse, delta);
+        const float* DO = cotangents(rows, sh, r, t0, n, np, to, lse, delta);
         add_queries(P::l(E, np, s.mp, np), E, np, P::rows(DO, np, s.dvp), delta);
       }
       scratch().release(mark);
@@ -95,9 +95,8 @@ template <bool BF> struct KeyPass {
     float* middle = P::take(s.mp);
     memcpy(middle, before, s.mp * sizeof(float));
     const Span a(s, t0, h, rows.count);
-    float *K = P::take(a.np * s.dp), *F = P::take(s.mr * a.np);
-    rows.keys(K, nullptr, a.start, a.lowest, a.n, a.np);
-    keys(a, K, F, middle);
+    float *to = P::take(a.np * s.dp), *F = P::take(s.mr * a.np);
+    keys(a, rows.keys(to, a.start, a.lowest, a.n, a.np), F, middle);
     run(t0 + h, n - h, middle);
     run(t0, h, before);
     scratch().release(mark);
@@ -106,10 +105,10 @@ template <bool BF> struct KeyPass {
   bool chunk(int t0, int n, const float* before) {
     const Span a(s, t0, n, rows.count);
     const int np = a.np;
-    float *K = P::take(np * s.dp), *V = P::take(np * s.dvp), *dX = P::take(np * s.dp), *dV = P::take(np * s.dvp);
+    float *K_ = P::take(np * s.dp), *V_ = P::take(np * s.dvp), *dX = P::take(np * s.dp), *dV = P::take(np * s.dvp);
     rows.ahead(t0 - CHUNK, true);
     std::fill(dX, dX + np * s.dp, 0.0f), std::fill(dV, dV + np * s.dvp, 0.0f);
-    rows.keys(K, V, a.start, a.lowest, a.n, np);
+    const float *K = rows.keys(K_, a.start, a.lowest, a.n, np), *V = rows.values(V_, a.start, a.lowest, a.n, np);
     bool far = s.m && before && a.has_far();
     for (int i = 0; s.m && before && i < s.m && !far; i++) far = before[i] > LOG_ZERO / 2;
     if (far && !far_part(a, before, K, V, dX, dV)) return false;
@@ -138,11 +137,11 @@ template <bool BF> struct KeyPass {
     gemm<BF>(s.mp, np, s.dvp, P::l(sums.values, s.ldv, s.mp, s.dvp), vt.p, vt.ld, dL, np, false);
     memcpy(later, sums.total, s.mp * sizeof(float));
     gemm<BF>(np, s.dvp, s.mp, P::lt(F, np, np, s.mp), u.p, u.ld, dV, s.dvp, true);
-    float *DO = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np), *A = P::take(np * np), *B = P::take(np * np);
+    float *to = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np), *A = P::take(np * np), *B = P::take(np * np);
     for (int r = 0; r < s.R; r++) {
       const auto mark = scratch().mark();
       const float* e = E + (size_t)r * s.mp * np;
-      cotangents(rows, sh, r, a.t0, a.n, np, DO, lse, delta);
+      const float* DO = cotangents(rows, sh, r, a.t0, a.n, np, to, lse, delta);
       const Rhs grad = P::rows(DO, np, s.dvp);
       const Lhs el = P::l(e, np, s.mp, np);
       gemm<BF>(np, np, s.mp, P::lt(e, np, np, s.mp), fk.p, fk.ld, A, np, false, {.out_hi = 0});
@@ -197,13 +196,13 @@ template <bool BF> struct KeyPass {
     if (to <= from) return;
     const int cols = to - from, ncp = up16(cols), np = a.np;
     const Band out{.out_lo = -from, .out_hi = s.W - 1 - from}, sum{.k_lo = -from, .k_hi = s.W - 1 - from};
-    float *Q = P::take(ncp * s.dp), *DO = P::take(ncp * s.dvp), *lse = P::take(ncp), *delta = P::take(ncp);
+    float *Q_ = P::take(ncp * s.dp), *DO_ = P::take(ncp * s.dvp), *lse = P::take(ncp), *delta = P::take(ncp);
     float *X = P::take(np * ncp), *Y = P::take(np * ncp);
     const Lhs k = left<BF>(K, s.dp), v = left<BF>(V, s.dvp);
     for (int r = 0; r < s.R; r++) {
       const auto mark = scratch().mark();
-      rows.queries(Q, r, a.start + from, cols, ncp);
-      cotangents(rows, sh, r, a.start + from, cols, ncp, DO, lse, delta);
+      const float* Q = rows.queries(Q_, r, a.start + from, cols, ncp);
+      const float* DO = cotangents(rows, sh, r, a.start + from, cols, ncp, DO_, lse, delta);
       const Rhs qt = P::turned(Q, ncp, s.dp), gt = P::turned(DO, ncp, s.dvp);
       gemm<BF>(np, ncp, s.dp, k, qt.p, qt.ld, X, ncp, false, out);
       gemm<BF>(np, ncp, s.dvp, v, gt.p, gt.ld, Y, ncp, false, out);

@@ -4,7 +4,7 @@
 
 template <bool BF> struct QueryPass : Walker<BF> {
   using Base = Walker<BF>;
-  using Base::c, Base::s, Base::rows, Base::sums, Base::K, Base::V, Base::FK;
+  using Base::c, Base::s, Base::rows, Base::sums, Base::FK;
   using P = Pack<BF>;
   Shared& sh;
   Map<BF> qmap;
@@ -37,25 +37,25 @@ template <bool BF> struct QueryPass : Walker<BF> {
     this->moved.clear();
     rows.ahead(t0 + CHUNK, true);
     const bool far = s.m && (a.has_far() || sums.stored(s));
+    const float* V = nullptr;
     Rhs vt{}, ek{}, state{}, near_kt{}, near_vt{}, near_k{};
-    float *lse = P::take(np), *delta = P::take(np), *DO = P::take(np * s.dvp), *Q = P::take(np * s.dp), *dX = P::take(np * s.dp);
+    float *lse = P::take(np), *delta = P::take(np), *DO_ = P::take(np * s.dvp), *Q_ = P::take(np * s.dp), *dX = P::take(np * s.dp);
     float* F = P::take((size_t)s.R * np * s.mr);
     if (far) {
-      rows.keys(K, V, a.start, a.lowest, a.n, np);
-      this->far_keys(a, K);
+      V = rows.values(Base::V, a.start, a.lowest, a.n, np);
+      this->far_keys(a, rows.keys(Base::K, a.start, a.lowest, a.n, np));
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
-      for (int r = 0; r < s.R; r++) if (!features(a, r, Q, F + (size_t)r * np * s.mr)) return false;
+      for (int r = 0; r < s.R; r++) if (!features(a, r, Q_, F + (size_t)r * np * s.mr)) return false;
       vt = P::turned(V, np, s.dvp), ek = this->features_turned(np), state = P::rt(sums.values, s.ldv, s.mp, s.dvp);
     }
     if (a.near) {
-      float *NK = P::take(a.ncp * s.dp), *NV = P::take(a.ncp * s.dvp);
-      rows.keys(NK, NV, a.base, a.lowest, a.cols, a.ncp);
+      const float* NK = rows.keys(P::take(a.ncp * s.dp), a.base, a.lowest, a.cols, a.ncp);
+      const float* NV = rows.values(P::take(a.ncp * s.dvp), a.base, a.lowest, a.cols, a.ncp);
       near_kt = P::turned(NK, a.ncp, s.dp), near_vt = P::turned(NV, a.ncp, s.dvp), near_k = P::rows(NK, a.ncp, s.dp);
     }
     for (int r = 0; r < s.R; r++) {
       const auto mark = scratch().mark();
-      rows.queries(Q, r, t0, n, np);
-      cotangents(rows, sh, r, t0, n, np, DO, lse, delta);
+      const float *Q = rows.queries(Q_, r, t0, n, np), *DO = cotangents(rows, sh, r, t0, n, np, DO_, lse, delta);
       std::fill(delta, delta + np, 0.0f);
       const Lhs q = left<BF>(Q, s.dp), grad = left<BF>(DO, s.dvp);
       std::fill(dX, dX + np * s.dp, 0.0f);
@@ -129,10 +129,10 @@ template <bool BF> struct QueryPass : Walker<BF> {
   }
 
   // F (np×mr): e^{ℓq + scale - lse} and y. False where that would overflow.
-  bool features(const Span& a, int r, float* Q, float* F) {
+  bool features(const Span& a, int r, float* to, float* F) {
     const auto mark = scratch().mark();
     float* half = P::take(a.np);
-    rows.queries(Q, r, a.t0, a.n, a.np);
+    const float* Q = rows.queries(to, r, a.t0, a.n, a.np);
     qmap.template tokens<true>(left<BF>(Q, s.dp), a.np, F, half);
     bool fits = true;
     for (int t = 0; t < a.np; t++) {
@@ -175,7 +175,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
   }
 
   // E = e ⊙ (G - δ·Z), the gradient of the log-features, and -Σ_i E·y behind it.
-  void far_part(const Span& a, float* F, float* Q, const float* delta, const float* G, const float* Z, float* dX) {
+  void far_part(const Span& a, float* F, const float* Q, const float* delta, const float* G, const float* Z, float* dX) {
     const int np = a.np;
     for (int t = 0; t < np; t++) {
       float* f = F + (size_t)t * s.mr;

@@ -28,17 +28,17 @@ static void zero_above_diagonal(float* x, int np, const float* delta) {
     for (int j = 0; j < np; j++) x[t * np + j] = j <= t ? x[t * np + j] - (delta ? delta[t] : 0) : 0;
 }
 
-// Rows of the output's gradient, of the log-normaliser and δ; rows that are no query have weight 0.
+// Rows of the output's gradient (as `Rows` reads them), of the log-normaliser and δ; rows that are no query have weight 0.
 template <bool BF>
-static void cotangents(const Rows<BF>& rows, Shared& sh, int r, int t0, int n, int np, float* DO, float* lse, float* delta) {
+static const float* cotangents(const Rows<BF>& rows, Shared& sh, int r, int t0, int n, int np, float* to, float* lse, float* delta) {
   const Dims& s = sh.s;
+  const long head = rows.head(r);
   for (int i = 0; i < np; i++) {
     const bool real = i < n && t0 + i >= 0 && t0 + i < rows.length;
-    const long at = rows.head(r) + t0 + i;
-    float* to = DO + (size_t)i * s.dvp / rows.EACH;
-    if (real) rows.read(to, sh.c.grad_out, at * s.dv, s.dv, s.dvp);
-    else rows.none(to, s.dvp);
-    lse[i] = real ? sh.c.lse[at] : -LOG_ZERO;
-    delta[i] = real ? sh.delta[at] : 0;
+    lse[i] = real ? sh.c.lse[head + t0 + i] : -LOG_ZERO;
+    delta[i] = real ? sh.delta[head + t0 + i] : 0;
   }
+  const int64_t strides[3] = {0, 0, s.dv};
+  const char* first = (const char*)sh.c.grad_out + head * s.dv * (sh.c.bf16 ? 2 : 4);
+  return rows.some(to, first, strides, nullptr, t0, 0, n, np, s.dv, s.dvp);
 }

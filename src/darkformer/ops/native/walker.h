@@ -60,18 +60,29 @@ template <bool BF> struct Rows {
     memcpy(to, (const uint16_t*)x + at, n * 2);
     if (np > n) memset((uint16_t*)to + n, 0, (np - n) * 2);
   }
-  void keys(float* K, float* V, int from, int lowest, int n, int np) const {
-    for (int i = 0; i < np; i++) {
-      const int at = from + i;
-      const bool real = i < n && at >= lowest && at < length;
-      if (K) row(K + (size_t)i * s.dp / EACH, c.k, c.ks, c.recent_k, at, real, s.d, s.dp);
-      if (V) row(V + (size_t)i * s.dvp / EACH, c.v, c.vs, c.recent_v, at, real, s.dv, s.dvp);
-    }
+  // n rows (up to np with zeros) of keys, values, queries: where they lie if that is how a pass reads them, else copied to `to`.
+  const float* keys(float* to, int from, int lowest, int n, int np) const {
+    return some(to, c.k, c.ks, c.recent_k, from, lowest, n, np, s.d, s.dp);
   }
-  void row(float* to, const void* x, const int64_t* stride, const void* recent, int at, bool real, int n, int np) const {
-    if (!real) none(to, np);
-    else if (at >= 0) read(to, x, b * stride[0] + g * stride[1] + at * stride[2], n, np);
-    else read(to, recent, (pair * s.W + s.W + at) * n, n, np);
+  const float* values(float* to, int from, int lowest, int n, int np) const {
+    return some(to, c.v, c.vs, c.recent_v, from, lowest, n, np, s.dv, s.dvp);
+  }
+  const float* queries(float* to, int r, int t0, int n, int np) const {
+    const int64_t strides[3] = {c.qs[0], c.qs[1], c.qs[3]};
+    return some(to, (const char*)c.q + r * c.qs[2] * (c.bf16 ? 2 : 4), strides, nullptr, t0, 0, n, np, s.d, s.dp);
+  }
+  const float* some(float* to, const void* x, const int64_t* stride, const void* recent, int from, int lowest, int n, int np, int width,
+                    int padded) const {
+    const long first = b * stride[0] + g * stride[1], step = stride[2];
+    if (BF == bool(c.bf16) && step == padded && width == padded && n == np && from >= std::max(0, lowest) && from + n <= length)
+      return (const float*)((const char*)x + (first + from * step) * (BF ? 2 : 4));
+    float* row = to;
+    for (int i = 0, at = from; i < np; i++, at++, row += padded / EACH) {
+      if (i >= n || at < lowest || at >= length) none(row, padded);
+      else if (at >= 0) read(row, x, first + at * step, width, padded);
+      else read(row, recent, ((pair + 1) * s.W + at) * width, width, padded);
+    }
+    return to;
   }
   void sinks(float* K, float* V) const {
     for (int i = 0; i < s.sp; i++) {
@@ -84,14 +95,6 @@ template <bool BF> struct Rows {
     if (!real) none(to, np);
     else if (i < count) read(to, old, (pair * s.S + i) * n, n, np);
     else read(to, x, b * stride[0] + g * stride[1] + (i - count) * stride[2], n, np);
-  }
-  void queries(float* Q, int r, int t0, int n, int np) const {
-    for (int i = 0; i < np; i++) {
-      float* to = Q + (size_t)i * s.dp / EACH;
-      if (i < n && t0 + i >= 0 && t0 + i < length)
-        read(to, c.q, b * c.qs[0] + g * c.qs[1] + r * c.qs[2] + (long)(t0 + i) * c.qs[3], s.d, s.dp);
-      else none(to, s.dp);
-    }
   }
   // Asks for the rows of the chunk that begins at token t0, so that they are in the cache when their turn comes.
   void ahead(int t0, bool gradients = false) const {
@@ -130,32 +133,42 @@ template <bool BF> struct Walker {
   }
 
   // Features of the far keys of a span below the running maximum, which they raise: FK (mp×np). The sums follow it.
-  // With bfloat16 K is packed, and FK is packed as left factor (EK) too, and where both are asked for as right factor (EKB).
+  // With bfloat16 they are packed as left factor (EK), and where `both` as right factor (EKB); FK stays log-features then.
   void far_keys(const Span& a, const float* K, bool both = false) {
     kmap.template features<false>(transposed<BF>(K, a.np, s.dp, KT), left<BF>(K, s.dp), a.np, FK, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     moved.clear();
-    for (int i = 0; i < s.mp; i++) {
-      float* f = FK + (size_t)i * a.np;
-      const vf off = all(kmap.off[i]);
-      vf top = all(-MASKED);
-      for (int j = 0; j < a.np; j += VL) {
-        vf l = load(f + j) - off - load(half + j);
-        store(f + j, l);
-        top = vmax(top, l);
+    if (a.np == CHUNK) both ? exponentials<CHUNK / VL, true>(a.np) : exponentials<CHUNK / VL, false>(a.np);
+    else both ? exponentials<0, true>(a.np) : exponentials<0, false>(a.np);
+  }
+  // N vectors in a row where that is known when this is compiled, else 0. Pointers on the stack, here and elsewhere: for all that
+  // the compiler knows, a store of a vector may change a member.
+  template <int N, bool BOTH> void exponentials(int np) {
+    const int n = N ? N : np / VL, mp = s.mp;
+    const float *const offsets = kmap.off, *const scales = sums.scale;
+    float *const to = added, *turned = EKB;
+    uint16_t* packed = (uint16_t*)EK;
+    vf below[CHUNK / VL], e[2][CHUNK / VL];
+    alignas(64) float part[VL * VL];
+    for (int j = 0; j < n; j++) below[j] = load(half + j * VL);
+    float* f = FK;
+    for (int i = 0; i < mp; i += 2) {
+      for (int h = 0; h < 2; h++, f += np) {
+        const float off = offsets[i + h];
+        vf top = all(-MASKED), sum = all(0);
+        for (int j = 0; j < n; j++) e[h][j] = load(f + j * VL) - below[j], top = vmax(top, e[h][j]);
+        if (any_above(top, all(scales[i + h] + off))) raise(i + h, hmax(top) - off);
+        const vf scale = level<BF>(all(scales[i + h] + off));
+        for (int j = 0; j < n; j++) e[h][j] = vexp_below<BF>(e[h][j], scale), sum += e[h][j];
+        if (!BF || !BOTH)
+          for (int j = 0; j < n; j++) store(f + j * VL, e[h][j]);
+        for (int j = 0; BF && !BOTH && j < n; j++) to_bf16(packed + h * np + j * VL, e[h][j]);
+        store(part + (i + h) % VL * VL, sum);
       }
-      const float high = hmax(top);
-      if (high > sums.scale[i]) raise(i, high);
-      const vf scale = all(sums.scale[i]);
-      vf sum = all(0);
-      for (int j = 0; j < a.np; j += VL) {
-        const vf e = vexp<BF>(load(f + j) - scale);
-        store(f + j, e);
-        sum += e;
-      }
-      added[i] = hsum(sum);
-      if (BF) pair_rows(f, a.np, 1, a.np, EK + (size_t)i * a.np / 2, a.np / 2);
-      if (BF && both && i % 2) pair_columns(f - a.np, a.np, 2, a.np, EKB + (size_t)(i / 2) * a.np, a.np);
+      for (int j = 0; BF && BOTH && j < n; j++)
+        store(turned + j * VL, pair_bf16(e[0][j], e[1][j], packed + j * VL, packed + np + j * VL));
+      turned += np, packed += 2 * np;
+      if (i % VL == VL - 2) store(to + i + 2 - VL, across(part, Add()));
     }
   }
   // The features of the last far keys as right factor with the keys as summands.
@@ -165,7 +178,7 @@ template <bool BF> struct Walker {
     transpose(EK, np / 2, s.mp, up16(np / 2), to, s.mp);  // what is behind np/2 is not used
     return {to, s.mp};
   }
-  void raise(int i, float high) {
+  __attribute__((noinline)) void raise(int i, float high) {
     float* row = sums.values + (size_t)i * s.ldv;
     memcpy(saved + moved.size() * s.dvp, row, s.dvp * sizeof(float));
     saved_total[moved.size()] = sums.total[i], saved_scale[moved.size()] = sums.scale[i];
@@ -191,9 +204,8 @@ template <bool BF> struct Walker {
     for (int t = begin; t < end; t += CHUNK) {
       Span a(s, t, std::min(CHUNK, end - t), rows.count);
       if (!a.has_far() || !s.m) continue;
-      rows.keys(K, V, a.start, a.lowest, a.n, a.np);
-      far_keys(a, K);
-      absorb(a, right<BF>(V, a.np, s.dvp, VB));
+      far_keys(a, rows.keys(K, a.start, a.lowest, a.n, a.np));
+      absorb(a, right<BF>(rows.values(V, a.start, a.lowest, a.n, a.np), a.np, s.dvp, VB));
     }
   }
 };
