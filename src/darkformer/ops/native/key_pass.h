@@ -25,32 +25,63 @@ template <bool BF> struct KeyPass {
       sums.total[i] *= factor, sums.scale[i] = scale[i];
     }
   }
-  // E (mp×np): e^{ℓq + scale - lse}; false where that would overflow.
-  bool queries(int r, int t0, int n, int np, const float* scale, float* E) {
+  // Features of queries, e^{ℓq + scale - lse} (mp×np), as the products want them: `e` with float32; with bfloat16 `rows` packed as left
+  // factor and `turned` as right factor. along: Σ_t e_ti δ_t (mp).
+  struct Queries {
+    float *e, *rows, *turned, *along;
+    Queries(const Dims& s, int np)
+        : e(BF ? nullptr : P::take(s.mp * np)), rows(BF ? P::take(s.mp * np / 2) : nullptr), turned(BF ? P::take(up16(s.mp / 2) * np) : nullptr),
+          along(P::take(s.mp)) {}
+    Lhs left(int np) const { return BF ? Lhs{rows, np / 2, 1} : Lhs{e, np, 1}; }
+  };
+  // The transpose of mp×np features, packed as right factor, as left factor.
+  Lhs turned_left(const float* packed, int np) const {
+    const int units = up16(s.mp / 2);
+    float* to = P::take((size_t)np * units);
+    transpose(packed, np, units, np, to, units);  // what is behind mp/2 is not used
+    return {to, units, 1};
+  }
+  // False where a feature would overflow.
+  bool queries(int r, int t0, int n, int np, const float* scale, const float* delta, const Queries& to) {
     const auto mark = scratch().mark();
     float *F = P::take(s.mr * np), *half = P::take(np);
-    const float* Q = rows.queries(P::take(np * s.dp), r, t0, n, np);
+    const float *Q = rows.queries(P::take(np * s.dp), r, t0, n, np), *lse = c.lse + rows.head(r) + t0;
     qmap.template features<false>(P::turned(Q, np, s.dp), left<BF>(Q, s.dp), np, F, half);
-    for (int t = 0; t < np; t++) half[t] += t < n ? c.lse[rows.head(r) + t0 + t] : -LOG_ZERO;
-    vf high = all(LOG_ZERO);
-    for (int i = 0; i < s.mp; i++) {
-      const vf shift = all(scale[i] - qmap.off[i]);
-      for (int t = 0; t < np; t += VL) {
-        const vf l = load(F + (size_t)i * np + t) + shift - load(half + t);
-        high = vmax(high, l);
-        store(E + (size_t)i * np + t, vexp<BF>(l));
-      }
-    }
+    for (int t = 0; t < np; t++) half[t] += t < n ? lse[t] : -LOG_ZERO;
+    const bool fits = np == CHUNK ? exponentials<CHUNK / VL>(np, F, half, scale, delta, to) : exponentials<0>(np, F, half, scale, delta, to);
     scratch().release(mark);
-    return n == 1 || hmax(high) <= UNDERFLOW_LOG;
+    return n == 1 || fits;
   }
-  void add_queries(Lhs e, const float* E, int np, Rhs grad, const float* delta) {
-    gemm<BF>(s.mp, s.dvp, np, e, grad.p, grad.ld, sums.values, s.ldv, true);
-    for (int i = 0; i < s.mp; i++) {
-      vf sum = all(0);
-      for (int t = 0; t < np; t += VL) sum = fma(load(E + (size_t)i * np + t), load(delta + t), sum);
-      sums.total[i] += hsum(sum);
+  template <int N>
+  bool exponentials(int np, const float* f, const float* half, const float* scale, const float* delta, const Queries& to) const {
+    const int n = N ? N : np / VL, mp = s.mp;
+    const float* const offsets = qmap.off;
+    float *e_to = to.e, *turned = to.turned, *const along = to.along;
+    uint16_t* packed = (uint16_t*)to.rows;
+    vf high = all(LOG_ZERO), below[CHUNK / VL], weight[CHUNK / VL], e[2][CHUNK / VL];
+    alignas(64) float part[VL * VL];
+    for (int j = 0; j < n; j++) below[j] = load(half + j * VL), weight[j] = load(delta + j * VL);
+    for (int i = 0; i < mp; i += 2) {
+      for (int h = 0; h < 2; h++, f += np) {
+        const vf shift = all(scale[i + h] - offsets[i + h]);
+        vf sum = all(0);
+        for (int j = 0; j < n; j++) {
+          const vf l = load(f + j * VL) - below[j] + shift;
+          high = vmax(high, l), e[h][j] = vexp<BF>(l), sum = fma(e[h][j], weight[j], sum);
+        }
+        for (int j = 0; !BF && j < n; j++) store(e_to + h * np + j * VL, e[h][j]);
+        store(part + (i + h) % VL * VL, sum);
+      }
+      for (int j = 0; BF && j < n; j++)
+        store(turned + j * VL, pair_bf16(e[0][j], e[1][j], packed + j * VL, packed + np + j * VL));
+      turned += np, packed += 2 * np, e_to += 2 * np;
+      if (i % VL == VL - 2) store(along + i + 2 - VL, across(part, Add()));
     }
+    return hmax(high) <= UNDERFLOW_LOG;
+  }
+  void add_queries(const Queries& q, int np, Rhs grad) {
+    gemm<BF>(s.mp, s.dvp, np, q.left(np), grad.p, grad.ld, sums.values, s.ldv, true);
+    for (int i = 0; i < s.mp; i += VL) store(sums.total + i, load(sums.total + i) + load(q.along + i));
   }
   // Only the sums, over the queries [begin, end), for the keys before `begin`.
   void sums_of(int begin, int end) {
@@ -59,30 +90,42 @@ template <bool BF> struct KeyPass {
     for (int t0 = last; t0 >= begin; t0 -= CHUNK) {
       const int n = std::min(CHUNK, end - t0), np = up16(n);
       const auto mark = scratch().mark();
-      float *E = P::take(s.mp * np), *to = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np);
+      const Queries q(s, np);
+      float *to = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np);
       to_unit(sh.scale(rows.pair, t0));
       for (int r = 0; r < s.R; r++) {
-        queries(r, t0, n, np, sums.scale, E);
         const float* DO = cotangents(rows, sh, r, t0, n, np, to, lse, delta);
-        add_queries(P::l(E, np, s.mp, np), E, np, P::rows(DO, np, s.dvp), delta);
+        queries(r, t0, n, np, sums.scale, delta, q);
+        add_queries(q, np, P::rows(DO, np, s.dvp));
       }
       scratch().release(mark);
     }
   }
 
-  // Features of the far keys: F (mr×np) holds log-features and y; `scale` is raised to their maximum.
-  void keys(const Span& a, const float* K, float* F, float* scale) {
+  // Features of the far keys, F (mr×np): e^{ℓk - scale}, then y; `scale` is raised to their maximum. With bfloat16 they are packed as
+  // right factor (mp/2 × np units) too.
+  void keys(const Span& a, const float* K, float* F, float* packed, float* scale) {
     float* half = P::take(a.np);
     kmap.template features<true>(P::turned(K, a.np, s.dp), left<BF>(K, s.dp), a.np, F, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
-    for (int i = 0; i < s.mp; i++) {
-      vf top = all(-MASKED);
-      for (int j = 0; j < a.np; j += VL) {
-        const vf l = load(F + (size_t)i * a.np + j) - all(kmap.off[i]) - load(half + j);
-        store(F + (size_t)i * a.np + j, l);
-        top = vmax(top, l);
+    a.np == CHUNK ? key_exponentials<CHUNK / VL>(a.np, F, half, packed, scale) : key_exponentials<0>(a.np, F, half, packed, scale);
+  }
+  template <int N> void key_exponentials(int np, float* f, const float* half, float* packed, float* scale) const {
+    const int n = N ? N : np / VL, mp = s.mp;
+    const float* const offsets = kmap.off;
+    vf below[CHUNK / VL], e[2][CHUNK / VL];
+    for (int j = 0; j < n; j++) below[j] = load(half + j * VL);
+    for (int i = 0; i < mp; i += 2) {
+      for (int h = 0; h < 2; h++, f += np) {
+        const float off = offsets[i + h];
+        vf top = all(-MASKED);
+        for (int j = 0; j < n; j++) e[h][j] = load(f + j * VL) - below[j], top = vmax(top, e[h][j]);
+        if (any_above(top, all(scale[i + h] + off))) scale[i + h] = hmax(top) - off;
+        const vf under = level<BF>(all(scale[i + h] + off));
+        for (int j = 0; j < n; j++) e[h][j] = vexp_below<BF>(e[h][j], under), store(f + j * VL, e[h][j]);
       }
-      scale[i] = std::max(scale[i], hmax(top));
+      for (int j = 0; BF && j < n; j++) store(packed + j * VL, pair_bf16(e[0][j], e[1][j]));
+      packed += np;
     }
   }
 
@@ -95,8 +138,8 @@ template <bool BF> struct KeyPass {
     float* middle = P::take(s.mp);
     memcpy(middle, before, s.mp * sizeof(float));
     const Span a(s, t0, h, rows.count);
-    float *to = P::take(a.np * s.dp), *F = P::take(s.mr * a.np);
-    keys(a, rows.keys(to, a.start, a.lowest, a.n, a.np), F, middle);
+    float *to = P::take(a.np * s.dp), *F = P::take(s.mr * a.np), *packed = P::take(up16(s.mp / 2) * a.np);
+    keys(a, rows.keys(to, a.start, a.lowest, a.n, a.np), F, packed, middle);
     run(t0 + h, n - h, middle);
     run(t0, h, before);
     scratch().release(mark);
@@ -126,68 +169,81 @@ template <bool BF> struct KeyPass {
 
   bool far_part(const Span& a, const float* before, const float* K, const float* V, float* dX, float* dV) {
     const int np = a.np;
-    float *F = P::take(s.mr * np), *E = P::take((size_t)s.R * s.mp * np), *scale = P::take(s.mp), *later = P::take(s.mp), *dL = P::take(s.mp * np);
+    float *F = P::take(s.mr * np), *FP = P::take(up16(s.mp / 2) * np), *scale = P::take(s.mp), *later = P::take(s.mp), *dL = P::take(s.mp * np);
     memcpy(scale, before, s.mp * sizeof(float));
-    keys(a, K, F, scale);
-    for (int r = 0; r < s.R; r++) if (!queries(r, a.t0, a.n, np, scale, E + (size_t)r * s.mp * np)) return false;
-    for (int i = 0; i < s.mp; i++)
-      for (int j = 0; j < np; j += VL) store(F + (size_t)i * np + j, vexp<BF>(load(F + (size_t)i * np + j) - all(scale[i])));
+    keys(a, K, F, FP, scale);
+    struct Head { Queries q; float *lse, *delta; const float* DO; };
+    std::vector<Head> heads;
+    for (int r = 0; r < s.R; r++) {
+      heads.push_back({{s, np}, P::take(np), P::take(np), nullptr});
+      Head& h = heads.back();
+      h.DO = cotangents(rows, sh, r, a.t0, a.n, np, P::take(np * s.dvp), h.lse, h.delta);
+      if (!queries(r, a.t0, a.n, np, scale, h.delta, h.q)) return false;
+    }
     to_unit(scale);
-    const Rhs vt = P::turned(V, np, s.dvp), fk = P::r(F, np, s.mp, np), u = P::r(sums.values, s.ldv, s.mp, s.dvp);
+    const Rhs vt = P::turned(V, np, s.dvp), fk = BF ? Rhs{FP, np} : Rhs{F, np}, u = P::r(sums.values, s.ldv, s.mp, s.dvp);
     gemm<BF>(s.mp, np, s.dvp, P::l(sums.values, s.ldv, s.mp, s.dvp), vt.p, vt.ld, dL, np, false);
     memcpy(later, sums.total, s.mp * sizeof(float));
-    gemm<BF>(np, s.dvp, s.mp, P::lt(F, np, np, s.mp), u.p, u.ld, dV, s.dvp, true);
-    float *to = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np), *A = P::take(np * np), *B = P::take(np * np);
-    for (int r = 0; r < s.R; r++) {
+    gemm<BF>(np, s.dvp, s.mp, BF ? turned_left(FP, np) : Lhs{F, 1, np}, u.p, u.ld, dV, s.dvp, true);
+    float *A = P::take(np * np), *B = P::take(np * np);
+    for (const Head& h : heads) {
       const auto mark = scratch().mark();
-      const float* e = E + (size_t)r * s.mp * np;
-      const float* DO = cotangents(rows, sh, r, a.t0, a.n, np, to, lse, delta);
-      const Rhs grad = P::rows(DO, np, s.dvp);
-      const Lhs el = P::l(e, np, s.mp, np);
-      gemm<BF>(np, np, s.mp, P::lt(e, np, np, s.mp), fk.p, fk.ld, A, np, false, {.out_hi = 0});
-      gemm<BF>(np, np, s.dvp, left<BF>(DO, s.dvp), vt.p, vt.ld, B, np, false, {.out_hi = 0});
+      const Rhs grad = P::rows(h.DO, np, s.dvp);
+      gemm<BF>(np, np, s.mp, BF ? turned_left(h.q.turned, np) : Lhs{h.q.e, 1, np}, fk.p, fk.ld, A, np, false, {.out_hi = 0});
+      gemm<BF>(np, np, s.dvp, left<BF>(h.DO, s.dvp), vt.p, vt.ld, B, np, false, {.out_hi = 0});
       zero_above_diagonal(A, np, nullptr);
-      zero_above_diagonal(B, np, delta);
+      zero_above_diagonal(B, np, h.delta);
       gemm<BF>(np, s.dvp, np, P::lt(A, np, np, np), grad.p, grad.ld, dV, s.dvp, true, {.k_lo = 0});
       const Rhs b = P::r(B, np, np, np);
-      gemm<BF>(s.mp, np, np, el, b.p, b.ld, dL, np, true, {.k_after = 0});
-      add_queries(el, e, np, grad, delta);
+      gemm<BF>(s.mp, np, np, h.q.left(np), b.p, b.ld, dL, np, true, {.k_after = 0});
+      add_queries(h.q, np, grad);
       scratch().release(mark);
     }
-    float* total = P::take(np);
-    for (int j = 0; j < np; j += VL) {
-      vf sum = all(0);
-      for (int i = 0; i < s.mp; i++) {
-        const size_t at = (size_t)i * np + j;
-        const vf g = load(F + at) * (load(dL + at) - all(later[i]));
-        store(F + at, g);
-        sum += g;
-      }
-      store(total + j, sum);
-      for (int i = s.mp; i < s.mr; i++) store(F + (size_t)i * np + j, load(F + (size_t)i * np + j) * (all(0) - sum));
-    }
-    for (int i = 0; i < s.mr; i++) {
-      vf sum = all(0);
-      for (int j = 0; j < np; j += VL) sum += load(F + (size_t)i * np + j);
-      dw.offk[i] -= hsum(sum);
-    }
-    if (kmap.linear) {
-      for (int i = 0; i < s.d; i++)
-        for (int j = 0; j < np; j += VL) {
-          float* f = F + (size_t)i * np + j;
-          store(f, fma(all(kmap.inverse[i]), load(f + (size_t)s.mp * np), load(f)));
-        }
-      for (int j = 0; j < np; j++)
-        for (int i = 0; i < s.dp; i += VL) {
-          float *dx = dX + (size_t)j * s.dp + i, *lin = dw.link.data() + i;
-          store(dx, fma(all(total[j]), load(kmap.linear + i), load(dx)));
-          store(lin, fma(all(total[j]), load_as<BF>(K + (size_t)j * s.dp / rows.EACH, i), load(lin)));
-        }
-    }
+    log_gradients(a, K, F, dL, later, dX);
     gemm<false>(np, s.dp, kmap.own, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true, kmap.input);
     const Rhs k = P::rows(K, np, s.dp);
     gemm<BF>(kmap.own, s.dp, np, P::l(F, np, kmap.own, np), k.p, k.ld, dw.k.data(), s.dp, true);
     return true;
+  }
+
+  // F: the gradient of the log-features, F ⊙ (dL - later), and -Σ_i of it times y; of a folded map what reaches P through y joins.
+  void log_gradients(const Span& a, const float* K, float* F, const float* dL, const float* later, float* dX) {
+    const int np = a.np, mp = s.mp, mr = s.mr, dp = s.dp;
+    float *const off = dw.offk.data(), *const total = P::take(np);
+    alignas(64) float part[VL * VL];
+    vf sum[CHUNK / VL];
+    for (int j = 0; j < np; j += VL) sum[j / VL] = all(0);
+    for (int i = 0; i < mr; i++) {
+      float* f = F + (size_t)i * np;
+      const float* given = dL + (size_t)i * np;
+      vf along = all(0);
+      if (i < mp)
+        for (int j = 0; j < np; j += VL) {
+          const vf g = load(f + j) * (load(given + j) - all(later[i]));
+          store(f + j, g), sum[j / VL] += g, along += g;
+        }
+      else
+        for (int j = 0; j < np; j += VL) {
+          const vf g = load(f + j) * (all(0) - sum[j / VL]);
+          store(f + j, g), along += g;
+        }
+      store(part + i % VL * VL, along);
+      if (i % VL == VL - 1) store(off + i + 1 - VL, load(off + i + 1 - VL) - across(part, Add()));
+    }
+    if (!kmap.linear) return;
+    for (int j = 0; j < np; j += VL) store(total + j, sum[j / VL]);
+    for (int i = 0; i < s.d; i++)
+      for (int j = 0; j < np; j += VL) {
+        float* f = F + (size_t)i * np + j;
+        store(f, fma(all(kmap.inverse[i]), load(f + (size_t)mp * np), load(f)));
+      }
+    float* const lin = dw.link.data();
+    const float *const linear = kmap.linear, *k = K;
+    for (int j = 0; j < np; j++, dX += dp, k += dp / rows.EACH)
+      for (int i = 0; i < dp; i += VL) {
+        store(dX + i, fma(all(total[j]), load(linear + i), load(dX + i)));
+        store(lin + i, fma(all(total[j]), load_as<BF>(k, i), load(lin + i)));
+      }
   }
 
   // Keys of the span against the queries that have them in their window: column c is query start + c.

@@ -134,18 +134,21 @@ template <bool BF> struct QueryPass : Walker<BF> {
     float* half = P::take(a.np);
     const float* Q = rows.queries(to, r, a.t0, a.n, a.np);
     qmap.template tokens<true>(left<BF>(Q, s.dp), a.np, F, half);
-    bool fits = true;
-    for (int t = 0; t < a.np; t++) {
-      const vf shifted = all(half[t] + (t < a.n ? c.lse[rows.head(r) + a.t0 + t] : -LOG_ZERO));
+    const int mp = s.mp, mr = s.mr;
+    const float *const lse = c.lse + rows.head(r) + a.t0, *const add = shift;
+    vf over = all(LOG_ZERO);
+    for (int t = 0; t < a.np; t++, F += mr) {
+      const float below = half[t] + (t < a.n ? lse[t] : -LOG_ZERO);
+      const vf less = level<BF>(all(below));
       vf high = all(LOG_ZERO);
-      for (int i = 0; i < s.mp; i += VL) {
-        float* f = F + (size_t)t * s.mr + i;
-        const vf l = load(f) + load(shift + i) - shifted;
+      for (int i = 0; i < mp; i += VL) {
+        const vf l = load(F + i) + load(add + i);
         high = vmax(high, l);
-        store(f, vexp<BF>(l));
+        store(F + i, vexp_below<BF>(l, less));
       }
-      if (a.n > 1 && hmax(high) > UNDERFLOW_LOG) fits = false;
+      over = vmax(over, high - all(below));
     }
+    const bool fits = a.n == 1 || !any_above(over, all(UNDERFLOW_LOG));
     scratch().release(mark);
     return fits;
   }
@@ -159,47 +162,65 @@ template <bool BF> struct QueryPass : Walker<BF> {
     zero_above_diagonal(B, np, nullptr);
     gemm<BF>(np, s.mp, np, P::l(B, np, np, np), ek.p, ek.ld, G, s.mp, true, {.k_hi = 0});
     transpose(FK, np, s.mp, np, Z, s.mp);
-    const float* before = sums.total;
-    for (int t = 0; t < np; t++) {
-      float* z = Z + (size_t)t * s.mp;
+    const float *before = sums.total, *g = G;
+    const int mp = s.mp, mr = s.mr;
+    alignas(64) float products[CHUNK * VL], weights[CHUNK * VL];
+    for (int t = 0; t < np; t++, Z += mp, F += mr, g += mp) {
       vf sum = all(0), weight = all(0);
-      for (int i = 0; i < s.mp; i += VL) {
-        const vf e = load(F + (size_t)t * s.mr + i), total = load(z + i) + load(before + i);
-        store(z + i, total);
-        sum = fma(e, load(G + (size_t)t * s.mp + i), sum);
+      for (int i = 0; i < mp; i += VL) {
+        const vf e = load(F + i), total = load(Z + i) + load(before + i);
+        store(Z + i, total);
+        sum = fma(e, load(g + i), sum);
         weight = fma(e, total, weight);
       }
-      delta[t] += hsum(sum), mass[t] += hsum(weight);
-      before = z;
+      store(products + t * VL, sum), store(weights + t * VL, weight);
+      before = Z;
+    }
+    for (int t = 0; t < np; t += VL) {
+      store(delta + t, load(delta + t) + across(products + t * VL, Add()));
+      store(mass + t, load(mass + t) + across(weights + t * VL, Add()));
     }
   }
 
   // E = e ⊙ (G - δ·Z), the gradient of the log-features, and -Σ_i E·y behind it.
   void far_part(const Span& a, float* F, const float* Q, const float* delta, const float* G, const float* Z, float* dX) {
-    const int np = a.np;
-    for (int t = 0; t < np; t++) {
-      float* f = F + (size_t)t * s.mr;
+    const int np = a.np, mp = s.mp, mr = s.mr, dp = s.dp;
+    float *f = F, *const off = dw.offq.data(), *const lin = dw.linq.data();
+    alignas(64) float part[VL * VL], total[CHUNK];
+    for (int t = 0; t < np; t++, f += mr, G += mp, Z += mp) {
       const vf d = all(delta[t]);
       vf sum = all(0);
-      for (int i = 0; i < s.mp; i += VL) {
-        const vf e = load(f + i) * (load(G + (size_t)t * s.mp + i) - d * load(Z + (size_t)t * s.mp + i));
+      for (int i = 0; i < mp; i += VL) {
+        const vf e = load(f + i) * (load(G + i) - d * load(Z + i));
         store(f + i, e);
         sum += e;
       }
-      const vf total = all(hsum(sum));
-      for (int i = s.mp; i < s.mr; i += VL) store(f + i, (all(0) - total) * load(f + i));
-      for (int i = 0; i < s.mr; i += VL) store(dw.offq.data() + i, load(dw.offq.data() + i) - load(f + i));
-      if (!qmap.linear) continue;
-      const float* x = Q + (size_t)t * s.dp / rows.EACH;
-      float *dx = dX + (size_t)t * s.dp, *lin = dw.linq.data();
-      for (int i = 0; i < s.dp; i += VL) {
-        store(f + i, fma(load(qmap.inverse + i), load(f + s.mp + i), load(f + i)));
-        store(dx + i, fma(total, load(qmap.linear + i), load(dx + i)));
-        store(lin + i, fma(total, load_as<BF>(x, i), load(lin + i)));
-      }
+      store(part + t % VL * VL, sum);
+      if (t % VL == VL - 1) store(total + t + 1 - VL, across(part, Add()));
     }
+    for (int i = 0; i < mr; i += VL) {
+      vf sum = all(0);
+      f = F + i;
+      if (i < mp)
+        for (int t = 0; t < np; t++, f += mr) sum += load(f);
+      else
+        for (int t = 0; t < np; t++, f += mr) {
+          const vf e = all(-total[t]) * load(f);
+          store(f, e), sum += e;
+        }
+      store(off + i, load(off + i) - sum);
+    }
+    const float *const inverse = qmap.inverse, *const linear = qmap.linear, *x = Q;
+    float* dx = dX;
+    f = F;
+    for (int t = 0; linear && t < np; t++, f += mr, dx += dp, x += dp / rows.EACH)
+      for (int i = 0; i < dp; i += VL) {
+        store(f + i, fma(load(inverse + i), load(f + mp + i), load(f + i)));
+        store(dx + i, fma(all(total[t]), load(linear + i), load(dx + i)));
+        store(lin + i, fma(all(total[t]), load_as<BF>(x, i), load(lin + i)));
+      }
     gemm<false>(np, s.dp, qmap.own, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true, qmap.input);
-    const Rhs f = P::r(F, s.mr, np, qmap.own);
-    gemm<BF>(s.dp, qmap.own, np, P::rows_t(Q, s.dp, np), f.p, f.ld, dw.q.data(), s.mr, true);
+    const Rhs packed = P::r(F, s.mr, np, qmap.own);
+    gemm<BF>(s.dp, qmap.own, np, P::rows_t(Q, s.dp, np), packed.p, packed.ld, dw.q.data(), s.mr, true);
   }
 };

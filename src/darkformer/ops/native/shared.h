@@ -23,9 +23,15 @@ struct Shared {  // between the passes of one call
   }
 };
 
+// x - δ up to the diagonal, 0 above it.
 static void zero_above_diagonal(float* x, int np, const float* delta) {
-  for (int t = 0; t < np; t++)
-    for (int j = 0; j < np; j++) x[t * np + j] = j <= t ? x[t * np + j] - (delta ? delta[t] : 0) : 0;
+  for (int t = 0; t < np; t++, x += np) {
+    const vf less = all(delta ? delta[t] : 0);
+    const int last = t / VL * VL;
+    for (int j = 0; j < last; j += VL) store(x + j, load(x + j) - less);
+    store(x + last, first_of(load(x + last) - less, t - last + 1));
+    for (int j = last + VL; j < np; j += VL) store(x + j, all(0));
+  }
 }
 
 // Rows of the output's gradient (as `Rows` reads them), of the log-normaliser and δ; rows that are no query have weight 0.
