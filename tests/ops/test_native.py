@@ -73,6 +73,7 @@ def test_segments(case: Case, count: int) -> None:
 def test_long_calls_multiply_by_a_triangle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The map of the norm is turned until it is triangular; outputs, states and every gradient stay what they are."""
     monkeypatch.setattr("darkformer.ops.native.maps.MANY", 1)
+    monkeypatch.setattr("darkformer.ops.native.maps.ORTHOGONAL", 0.0)  # else the norm needs no product at all
     made = make_map(case).float()
     maps = sides(made.parameters_for(torch.float32), case.kv_heads, case.dim, 0.5, tokens=1)
     for w in (maps.wq, maps.wk):
@@ -95,9 +96,8 @@ FOLDED = dict(dim=24, features=40, value_dim=20)
     ],
     ids=str,
 )
-def test_orthogonal_draws_hold_the_norm(case: Case, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orthogonal_draws_hold_the_norm(case: Case, count: int) -> None:
     """The norm is taken from the first log-features; outputs, states and every gradient stay what they are."""
-    monkeypatch.setattr("darkformer.ops.native.maps.SOME", 1)
     parameters = make_map(case).float().parameters_for(torch.float32)
     assert sides(parameters, case.kv_heads, case.dim, 0.5, tokens=1).foldq.shape[1] == 3
     with threads(count):
@@ -168,8 +168,9 @@ def test_bfloat16_is_as_good_as_softmax_attention() -> None:
     assert all(a <= 1.3 * b for a, b in zip(ours, softmax, strict=True)), (ours, softmax)
 
 
-@pytest.mark.parametrize("tokens", [1, 4096], ids=["plain", "folded"])
-def test_opcheck(tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [0, 1], ids=["plain", "folded"])
+@pytest.mark.parametrize("keeps", [True, False], ids=["state", "no-state"])
+def test_opcheck(keeps: bool, tokens: int) -> None:
     from darkformer.ops.native.op import attention_op
 
     torch.manual_seed(0)
@@ -177,10 +178,11 @@ def test_opcheck(tokens: int) -> None:
     inputs = [torch.randn(1, 2, 2, 9, 6), torch.randn(1, 2, 9, 6), torch.randn(1, 2, 9, 5)]
     state = AttentionState.empty(made.config, inputs[1], inputs[2], batch=1, compute=torch.float32)
     maps = [x.detach() for x in sides(made.parameters_for(torch.float32), 2, 6, 0.4, tokens=tokens)]
-    tensors = [*inputs, *maps[:4], state.feature_values, state.feature_sum, state.log_scale, state.recent_key]
+    sums = [x.clone() if keeps else x.new_empty(0) for x in (state.feature_values, state.feature_sum, state.log_scale)]
+    tensors = [*inputs, *maps[:4], *sums, state.recent_key]
     tensors += [state.recent_value, state.sink_key, state.sink_value, torch.tensor([9]), state.count, *maps[4:]]
     leaves = [x.requires_grad_() if x.is_floating_point() and i != 9 else x for i, x in enumerate(tensors)]
-    torch.library.opcheck(attention_op, (*leaves, 8, 0.4))
+    torch.library.opcheck(attention_op, (*leaves, 8, 0.4, keeps))
 
 
 def test_float64_and_other_methods_go_elsewhere() -> None:
@@ -252,7 +254,7 @@ def test_it_compiles() -> None:
     """`torch.compile` accepts the operator (no code is generated: backend="aot_eager")."""
     case = Case(length=40, window=5, sinks=2, **ODD_SIZES)
     made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
-    problem_of = attention_module._pose(*inputs, made, None, None, True, None, None)[0]
+    problem_of = attention_module._pose(*inputs, made, None, None, True, None, True, None)[0]
 
     def function(query: Tensor) -> Tensor:
         return native.native(problem_of._replace(query=query))[0].square()

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, DarkConfig
 from .draws import draw_projection
 from .proposals import log_weight
+from .same import same_numbers
 from .transforms import symmetric_power
 
 
@@ -31,6 +33,19 @@ class FeatureParameters(NamedTuple):
     log_weight: Tensor | None  # (G, m) log p_I(ω)/ψ(ω) of a weighted proposal, half of it for each side
     config: DarkConfig
     layer: int
+    recalled: dict[Any, Any] | None = None  # see `recall`
+
+    def recall(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, kept under `key` where `FeatureMap.parameters_for` returns this very object until a number changes.
+
+        So what is made must depend on these numbers and `key` alone, and must not be changed.
+        """
+        found = self.recalled
+        if found is None or found.get("parameters") is not self:  # differentiable, or a changed copy
+            return make()
+        if key not in found:
+            found[key] = make()
+        return found[key]
 
     def scaled(self, scale: float) -> FeatureParameters:
         """Those of `scale` times the mapped queries and keys: a colder kernel for scale < 1."""
@@ -133,6 +148,17 @@ def key_log_features(parameters: FeatureParameters, key: Tensor, positions: Tens
     """ℓ_k of scaled keys k̃ = √s·k: (B, G, T, d), positions (B, T) → (B, G, T, m), with -½log m."""
     config = parameters.config
     return LOG_FEATURES[config.method][1](parameters, key, positions) - 0.5 * math.log(config.num_features)
+
+
+class _Known(NamedTuple):
+    """The numbers of a feature map as they were, and the parameters made of them."""
+
+    numbers: list[Tensor]
+    parameters: FeatureParameters
+
+
+#: Per feature map and dtype. Not an attribute: copies and saved files of a map would hold it.
+_KNOWN: WeakKeyDictionary[FeatureMap, dict[torch.dtype, _Known]] = WeakKeyDictionary()
 
 
 class FeatureMap(nn.Module):
@@ -240,7 +266,23 @@ class FeatureMap(nn.Module):
         )
 
     def parameters_for(self, dtype: torch.dtype) -> FeatureParameters:
-        """The layer's `FeatureParameters` in `dtype` (float32 or float64), differentiable."""
+        """The layer's `FeatureParameters` in `dtype` (float32 or float64), differentiable.
+
+        Without a gradient the same object comes back until a number changes, so that what is made of it can be kept.
+        The numbers themselves are compared: a write through `.data` leaves no other trace.
+        """
+        owned = [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in owned)):
+            return self._make(dtype)
+        known = _KNOWN.setdefault(self, {})
+        last = known.get(dtype)
+        if last is None or not all(map(same_numbers, last.numbers, owned)):
+            made: dict[Any, Any] = {}
+            made["parameters"] = self._make(dtype)._replace(recalled=made)
+            last = known[dtype] = _Known([x.detach().clone() for x in owned], made["parameters"])
+        return last.parameters
+
+    def _make(self, dtype: torch.dtype) -> FeatureParameters:
         weighted = self.proposal_root is not None and self.config.proposal_weights
 
         def product(*factors: Tensor | None) -> Tensor | None:

@@ -124,6 +124,7 @@ def _pose(
     key_mask: Tensor | None,
     is_causal: bool,
     initial_state: AttentionState | None,
+    wants_state: bool,
     softcap: float | None,
 ) -> tuple[Problem, tuple[Tensor, Tensor] | None]:
     """The checked problem with real tokens first, and the order (B, L) that put them there with its inverse, if any."""
@@ -157,6 +158,8 @@ def _pose(
         is_causal=is_causal,
         padded=orders is not None,
         softcap=softcap,
+        fresh=initial_state is None,
+        wants_state=wants_state,
     )
     return problem, orders
 
@@ -169,7 +172,7 @@ def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
     if not chosen.watchful:
         check_finite(**given)
     output, state = chosen.function(problem)
-    if _non_finite(output=output.flatten()[:1] if chosen.watchful else output):
+    if not math.isfinite(output.view(-1)[0].item()) if chosen.watchful else _non_finite(output=output):
         check_finite(**given)
         raise NonFiniteError(
             "the output holds NaN or infinity although query, key and value do not: the feature map's parameters or "
@@ -184,13 +187,14 @@ def _attend(
     value: Tensor,
     key_mask: Tensor | None,
     state: AttentionState | None,
+    wants_state: bool,
     feature_map: FeatureMap,
     scaling: float | None,
     is_causal: bool,
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, AttentionState]:
-    problem, orders = _pose(query, key, value, feature_map, scaling, key_mask, is_causal, state, softcap)
+    problem, orders = _pose(query, key, value, feature_map, scaling, key_mask, is_causal, state, wants_state, softcap)
     output, after = _solve(problem, backend)
     output = output.flatten(1, 2).to(query.dtype)
     return output if orders is None else reorder(output, *reversed(orders)), after
@@ -245,7 +249,7 @@ def attention(
         raise InputError("a state exists for causal attention only: is_causal=False takes and returns none.")
 
     def solve(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, AttentionState]:
-        return _attend(q, k, v, mask, initial_state, feature_map, scaling, is_causal, softcap, backend)
+        return _attend(q, k, v, mask, initial_state, return_state, feature_map, scaling, is_causal, softcap, backend)
 
     with torch.autocast(query.device.type, enabled=False):
         if documents is None:

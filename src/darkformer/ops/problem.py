@@ -43,15 +43,19 @@ class AttentionState:
     def empty(
         cls, config: DarkConfig, key: Tensor, value: Tensor, *, batch: int, compute: torch.dtype
     ) -> AttentionState:
-        """The state before the first token; `key` (B, G, L, d) and `value` give sizes, dtype and device."""
+        """The state before the first token; `key` (B, G, L, d) and `value` give sizes, dtype and device.
+
+        Its sums are single numbers, expanded: a short call must not fill and read memory for them.
+        """
         groups, m = key.shape[1], config.feature_count
         window, sinks = (0, 0) if config.method == "exact" else (config.window, config.sinks)
         d, d_v, device = key.shape[-1], value.shape[-1], key.device
+        zero = torch.zeros((), dtype=compute, device=device)
         return cls(
             count=torch.zeros(batch, dtype=torch.int64, device=device),
-            feature_values=torch.zeros(batch, groups, m, d_v, dtype=compute, device=device),
-            feature_sum=torch.zeros(batch, groups, m, dtype=compute, device=device),
-            log_scale=torch.full((batch, groups, m), LOG_ZERO, dtype=compute, device=device),
+            feature_values=zero.expand(batch, groups, m, d_v),
+            feature_sum=zero.expand(batch, groups, m),
+            log_scale=torch.full((), LOG_ZERO, dtype=compute, device=device).expand(batch, groups, m),
             recent_key=key.new_zeros(batch, groups, window, d),
             recent_value=value.new_zeros(batch, groups, window, d_v),
             sink_key=key.new_zeros(batch, groups, sinks, d),
@@ -85,6 +89,8 @@ class Problem(NamedTuple):
     is_causal: bool
     padded: bool  # whether any row is shorter than L
     softcap: float | None = None  # the exact part's logits are softcap·tanh(logit / softcap); features are not capped
+    fresh: bool = False  # the state is the one before the first token
+    wants_state: bool = True  # whether the state after the last token is looked at
 
     @property
     def config(self) -> DarkConfig:

@@ -28,19 +28,25 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
     """Attention in time linear in L, forward and backward; nothing but inputs, output and log-normaliser is kept.
 
     Returns:
-        output (B, G, R, L, d_v) in the inputs' dtype, zero at pads, and the state after the last token.
+        output (B, G, R, L, d_v) in the inputs' dtype, zero at pads, and the state after the last token; the one before
+        the first where nobody wants it.
     """
-    from .op import attention_op
+    from .op import attend
 
     state, config = problem.state, problem.config
     batch, groups, tokens, head_dim = problem.key.shape
     maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=batch * tokens)
-    output, _, values, total, scale = attention_op(
-        problem.query, problem.key, problem.value, *maps[:4],
-        state.feature_values, state.feature_sum, state.log_scale.detach(),
+    sums = [state.feature_values, state.feature_sum, state.log_scale.detach()]
+    if problem.fresh:
+        sums = [torch.empty(0) for _ in sums]
+    output, _, values, total, scale = attend(
+        problem.query, problem.key, problem.value, *maps[:4], *sums,
         state.recent_key, state.recent_value, state.sink_key, state.sink_value,
-        problem.lengths, state.count, maps.foldq, maps.foldk, config.feature_count, problem.scaling,
+        problem.lengths, state.count, maps.foldq, maps.foldk,
+        config.feature_count, problem.scaling, problem.wants_state,
     )  # fmt: skip
+    if not problem.wants_state:
+        return output, state
     return output, AttentionState(feature_values=values, feature_sum=total, log_scale=scale, **next_buffers(problem))
 
 

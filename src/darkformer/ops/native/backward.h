@@ -63,9 +63,10 @@ template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, 
     const long pair = (long)tasks[i].b * c.G + tasks[i].g;
     now.clear(s);
     for (int k = 0; k < s.m; k++) {
+      now.scale[k] = c.scale_out[pair * s.m + k];
+      if (!c.grad_values) continue;
       load_row(now.values + (size_t)k * s.ldv, c.grad_values, (pair * s.m + k) * s.dv, s.dv, s.dvp, false);
       now.total[k] = -c.grad_total[pair * s.m + k];
-      now.scale[k] = c.scale_out[pair * s.m + k];
     }
   }
   return after;
@@ -162,7 +163,7 @@ template <bool BF> static void backward(const Call& c) {
         for (int at = t.end; at < t.end + s.W; at += CHUNK) pass.run(at, std::min(CHUNK, t.end + s.W - at), nullptr);
       for (int at = t.begin + (t.end - t.begin - 1) / CHUNK * CHUNK; at >= t.begin && t.end > t.begin; at -= CHUNK)
         pass.run(at, std::min(CHUNK, t.end - at), sh.scale(pass.rows.pair, at));
-      if (t.segment) continue;
+      if (t.segment || !c.dvalues) continue;
       std::vector<float> start(s.mp, 0.0f);
       std::copy(c.scale + pass.rows.pair * s.m, c.scale + (pass.rows.pair + 1) * s.m, start.begin());
       pass.to_unit(start.data());

@@ -28,13 +28,13 @@ struct Call {
   int64_t *bad;    // set where an input, a map, a sum of the state or the output is not finite; null in a backward call
   const void *q, *k, *v;
   const float *wq, *offq, *wk, *offk;        // (G, m+r, d), (G, m+r)
-  const float *values, *total, *scale;       // the state's sums
+  const float *values, *total, *scale;       // the state's sums, or null before the first token
   const void *recent_k, *recent_v, *sink_k, *sink_v;
   const int64_t *lengths, *count;
   const float *foldq, *foldk;                // (G, 3, d): see `Map`, or null
   void *out;                                 // (B, G, R, L, dv)
   float *lse;                                // (B, G, R, L)
-  float *values_out, *total_out, *scale_out;
+  float *values_out, *total_out, *scale_out; // the first two null where nobody wants them; so are, in a backward call, their gradients
   const void *grad_out;
   const float *grad_values, *grad_total;
   void *dq, *dk, *dvalue;

@@ -14,7 +14,7 @@ template <bool BF> struct KeyPass {
 
   KeyPass(Shared& sh, int b, int g, int slot)
       : sh(sh), c(sh.c), s(sh.s), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s),
-        qmap(c, s, c.wq, c.offq, c.foldq, g, true, false), kmap(c, s, c.wk, c.offk, c.foldk, g, true, false), dw(sh.of(slot, g)) {}
+        qmap(c, s, c.wq, c.offq, c.foldq, g, true, false), kmap(Walker<BF>::both(c) ? qmap : Map<BF>(c, s, c.wk, c.offk, c.foldk, g, true, false)), dw(sh.of(slot, g)) {}
 
   void to_unit(const float* scale) {
     for (int i = 0; i < s.m; i++) {

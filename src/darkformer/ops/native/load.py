@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     offq: Tensor  # (G, m + r)
     wk: Tensor
     offk: Tensor
-    values: Tensor  # (B, G, m, d_v) float32: the state's sums
+    values: Tensor  # (B, G, m, d_v) float32: the state's sums; all three empty before the first token
     total: Tensor  # (B, G, m)
     scale: Tensor  # (B, G, m)
     recent_k: Tensor  # (B, G, W, d)
@@ -63,6 +63,7 @@ class Inputs(NamedTuple):
 class Sizes(NamedTuple):
     features: int
     scaling: float
+    keeps: bool  # whether the sums after the last token are wanted; their scale always is, by the backward pass
 
 
 splits = ctypes.c_int64(0)
@@ -119,15 +120,26 @@ def _call(inputs: Inputs, sizes: Sizes, **results: Tensor) -> tuple[_Call, list[
     return call, [*tensors.values(), *plain.values(), *results.values()]
 
 
+def empty_results(inputs: Inputs, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `forward` returns, not yet filled."""
+    query, value = inputs.query, inputs.value
+    sums = (*query.shape[:2], sizes.features)
+    kept = sums if sizes.keeps else (0,)
+    return (
+        query.new_empty(*query.shape[:-1], value.shape[-1]),
+        query.new_empty(query.shape[:-1], dtype=torch.float32),
+        query.new_empty(*kept, value.shape[-1], dtype=torch.float32),
+        query.new_empty(kept, dtype=torch.float32),
+        query.new_empty(sums, dtype=torch.float32),
+    )
+
+
 def forward(inputs: Inputs, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (B, G, R, L, d_v) in the inputs' dtype, log-normaliser (B, G, R, L), the sums after the last token.
 
     The output is NaN throughout if a query, key, value, map, sum of the state or number of the output is not finite.
     """
-    query, value = inputs.query, inputs.value
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    values, total, scale = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[7:10])
+    results = out, lse, values, total, scale = empty_results(inputs, sizes)
     call, alive = _call(inputs, sizes, out=out, lse=lse, values_out=values, total_out=total, scale_out=scale)
     bad = ctypes.c_int64(0)
     call.bad = ctypes.addressof(bad)
@@ -135,7 +147,7 @@ def forward(inputs: Inputs, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tenso
     del alive
     if bad.value:
         out.fill_(math.nan)
-    return out, lse, values, total, scale
+    return results
 
 
 def backward(

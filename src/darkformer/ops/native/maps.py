@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...features.maps import FeatureParameters
+from ...features.same import same_numbers
 
 #: Tokens from which on a QR factorisation a kv head (0.1 ms at d = 64) costs less than the half product it saves.
 MANY = 4096
-#: Tokens from which on it pays to look whether draws are orthogonal (0.8 ms for 8 kv heads at d = 64).
+#: Tokens from which on it pays to look whether draws are orthogonal that are made anew in each call: 0.8 ms for 8 kv
+#: heads at d = 64.
 SOME = 2048
 #: Largest |cosine| between rows of Ω that count as orthogonal. Draws are made in float64 and kept in float32.
 ORTHOGONAL = 1e-5
@@ -40,19 +43,33 @@ def _turn(norm: Tensor | None, tokens: int) -> Tensor | None:
     return torch.linalg.qr(norm.detach()).Q.mT
 
 
+#: Draws, as they were when they were looked at, and whether they are orthogonal.
+_LOOKED_AT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _orthogonal(omega: Tensor, head_dim: int) -> bool:
+    rows = torch.nn.functional.normalize(omega[:, :head_dim], dim=2)
+    return bool((rows @ rows.mT - torch.eye(head_dim)).abs().max() < ORTHOGONAL)
+
+
 def folds(p: FeatureParameters, head_dim: int, tokens: int) -> bool:
     """Whether the first d rows of Ω, d its columns, are orthogonal: over their lengths, ΩN is a turned N there.
 
-    Rows that are parameters (`lfk`) do not stay orthogonal, so they have gradients of their own. The numbers are looked
-    at each time, because a buffer may be changed; tracing by `torch.compile` cannot look.
+    Rows that are parameters (`lfk`) do not stay orthogonal, so they have gradients of their own. A buffer may be
+    changed, so its numbers are compared each time: cheaper than to look. Under `torch.compile` neither is possible.
     """
     omega = p.projection
-    if omega is None or tokens < SOME or torch.compiler.is_compiling():
+    if omega is None or torch.compiler.is_compiling():
         return False
     if omega.requires_grad or omega.shape[1] < head_dim or omega.shape[2] != head_dim:
         return False
-    rows = torch.nn.functional.normalize(omega[:, :head_dim], dim=2)
-    return bool((rows @ rows.mT - torch.eye(head_dim)).abs().max() < ORTHOGONAL)
+    if p.log_weight is not None and p.recalled is None:  # a product, made anew in each call
+        return tokens >= SOME and _orthogonal(omega, head_dim)
+    before, answer = _LOOKED_AT.get(omega, (omega.new_empty(0), False))
+    if not same_numbers(before, omega):
+        answer = _orthogonal(omega, head_dim)
+        _LOOKED_AT[omega] = omega.detach().clone(), answer
+    return answer
 
 
 def _fold(omega: Tensor, shift: Tensor, other: Tensor | None) -> Tensor:
@@ -118,13 +135,19 @@ def sides(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, t
     There x̃ = √s·x stands for x: so the maps are √s times those of x̃, the centres 1/√s times.
 
     Args:
-        tokens: that the maps are made for; with few of them nothing is folded and nothing made triangular.
+        tokens: that the maps are made for; with few of them nothing is made triangular, for 0 (`Step`) nothing folded.
     """
+    return p.recall(
+        (groups, head_dim, scaling, tokens >= MANY, tokens > 0), lambda: _sides(p, groups, head_dim, scaling, tokens)
+    )
+
+
+def _sides(p: FeatureParameters, groups: int, head_dim: int, scaling: float, tokens: int) -> Maps:
     if not p.config.feature_count:
         nothing = torch.zeros(groups, 0, head_dim)
         return Maps(nothing, nothing[..., 0], nothing, nothing[..., 0], nothing, nothing)
     b, c, bias, root = p.query_center, p.key_center, p.far_bias, scaling**0.5
-    folded = folds(p, head_dim, tokens)
+    folded = tokens > 0 and folds(p, head_dim, tokens)
 
     def scaled(x: Tensor | None) -> Tensor | None:
         return None if x is None else root * x

@@ -60,7 +60,7 @@ class Step:
         tensors = [getattr(state, name).detach().clone(memory_format=torch.contiguous_format) for name in _FIELDS]
         batch, groups, m, value_dim = tensors[0].shape
         with torch.no_grad():
-            maps = sides(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling)[:4]
+            maps = sides(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling, tokens=0)[:4]
         # A vector maximum passes NaN over: diverged maps would give finite, wrong numbers.
         self.finite = all(bool(torch.isfinite(x.sum())) for x in (*maps, *tensors[:2]))
         self.nbytes = sum(x.nbytes for x in tensors)

@@ -13,6 +13,7 @@ struct Sums {
   }
   void read(const Call& c, const Dims& s, long pair) {
     clear(s);
+    if (!c.values) return;  // nothing seen yet
     for (int i = 0; i < s.m; i++) {
       load_row(values + (size_t)i * s.ldv, c.values, (pair * s.m + i) * s.dv, s.dv, s.dvp, false);
       total[i] = c.total[pair * s.m + i];
@@ -22,9 +23,10 @@ struct Sums {
   }
   void write(const Call& c, const Dims& s, long pair) const {
     for (int i = 0; i < s.m; i++) {
+      c.scale_out[pair * s.m + i] = scale[i];
+      if (!c.values_out) continue;  // not wanted
       store_row(c.values_out, (pair * s.m + i) * s.dv, values + (size_t)i * s.ldv, s.dv, false);
       c.total_out[pair * s.m + i] = total[i];
-      c.scale_out[pair * s.m + i] = scale[i];
     }
   }
   bool stored(const Dims& s) const {
@@ -123,8 +125,10 @@ template <bool BF> struct Walker {
   float *K, *V, *KT, *VB, *FK, *half, *EK, *EKB, *SB, *added, *saved, *saved_total, *saved_scale;
   std::vector<int> moved;
 
+  // The paper's form has one map for both sides: it is made once.
+  static bool both(const Call& c) { return c.wq == c.wk && c.offq == c.offk && c.foldq == c.foldk; }
   Walker(const Call& c, int b, int g)
-      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, c.foldk, g, true, false) {
+      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, c.foldk, g, true, both(c)) {
     auto take = [](size_t n) { return scratch().take(n); };
     K = take(CHUNK * s.dp), V = take(CHUNK * s.dvp), KT = take((s.dp + 16) * CHUNK), VB = take(CHUNK * s.dvp);
     FK = take(s.mr * CHUNK), half = take(CHUNK), EK = take(s.mp * CHUNK), EKB = take(s.mp * CHUNK);
