@@ -225,14 +225,15 @@ template <bool BF> static inline vf load_as(const float* row, int i) {
 // Folded (rows `inverse`, `shift`, `linear` of a fold): the first rows of P, divided by their draws' lengths, are a turned
 // N, so y = inverse·(P·x) - shift has the norm of N·x - b and no product of its own; linearᵀx joins every log-feature.
 template <bool BF> struct Map {
-  const float *off, *raw;     // (mr), (mr×dp)
+  const float* off;           // (mr)
   const float *inverse = nullptr, *shift = nullptr, *linear = nullptr;  // (dp), null if not folded
   int own;                    // rows that are multiplied: mp if folded, else mr
   const float *row[2], *col[2];  // left (mr × dp) and right (dp × mr) operand, in units
+  const float* back[2];          // right operand (own × dp) of the product that ends in gradients of x
   int dp, mp, mr;
   bool sloped = false;        // whether `linear` is anything but 0
   Band rows, columns, input;  // what N leaves to do where it is upper triangular: with P and N as rows, columns, factor
-  Map(const Call& c, const Dims& s, const float* w, const float* offset, const float* fold, int g, bool by_row, bool by_column)
+  Map(const Call& c, const Dims& s, const float* w, const float* offset, const float* fold, int g, bool by_row, bool by_column, bool gradients = false)
       : own(fold ? s.mp : s.mr), dp(s.dp), mp(s.mp), mr(s.mr) {
     float* a = scratch().take((size_t)mr * dp);
     float* o = scratch().take(mr);
@@ -243,7 +244,7 @@ template <bool BF> struct Map {
       if (from >= 0) load_row(a + (size_t)i * dp, w, (g * given + from) * s.d, s.d, dp, false);
       else memset(a + (size_t)i * dp, 0, dp * sizeof(float));
     }
-    raw = a, off = o;
+    off = o;
     // A vector maximum passes NaN over: diverged maps would lead to finite, wrong numbers.
     watch(c, a, (size_t)mr * dp), watch(c, o, mr);
     if (fold) {
@@ -265,15 +266,22 @@ template <bool BF> struct Map {
         for (int i = 0; i < mr * dp; i += VL) store(rest + i, load(a + i) - round_bf16(load(a + i)));
         part = rest;
       }
+      if (gradients) back[h] = rhs<BF>(part, dp, own, dp, scratch_if(BF, (size_t)mr * dp)).p;
       if (by_row) row[h] = lhs<BF>(part, dp, mr, dp, scratch_if(BF, (size_t)mr * dp)).p;
       if (by_column) col[h] = rhs_t<BF>(part, dp, mr, dp, scratch().take((size_t)(dp + 16) * mr), tmp).p;
     }
+  }
+  // dX (np×dp) += D · [P; N], D (np×own) the gradient of what the map gives, packed as left factor. With bfloat16 D is rounded, as
+  // softmax attention's own gradient of its logits is, and the map is not.
+  void backwards(Lhs d, int np, float* dX) const {
+    if (BF) gemm_both(np, dp, own, d, d.p, back[0], back[1], dp, dX, dp, true, input);
+    else gemm<BF>(np, dp, own, d, back[0], dp, dX, dp, true, input);
   }
   static float* scratch_if(bool wanted, size_t n) { return wanted ? scratch().take(n) : nullptr; }
 
   // F (np×mr), token-major: P·x and, for gradients, y = N·x - off; half[t] = ½‖y‖² - linearᵀx.
   template <bool GRADIENTS> void tokens(Lhs x, int np, float* F, float* half) const {
-    if (BF) gemm_both(np, own, dp, x, x.p, col[0], col[1], mr, F, mr, columns);
+    if (BF) gemm_both(np, own, dp, x, x.p, col[0], col[1], mr, F, mr, false, columns);
     else gemm<BF>(np, own, dp, x, col[0], mr, F, mr, false, columns);
     const float *scales = inverse, *shifts = scales ? shift : off + mp, *slopes = sloped ? linear : nullptr;
     const int rest = mr - mp, width = scales ? dp : rest, from = scales ? 0 : mp, next = mr, to = mp;
@@ -296,7 +304,7 @@ template <bool BF> struct Map {
   }
   // The same feature-major: F (mr×np), half (np). `given` holds the same numbers as x, token-major.
   template <bool GRADIENTS> void features(Rhs x, Lhs given, int np, float* F, float* half) const {
-    if (BF) gemm_both(own, np, dp, {row[0], dp / 2, 1}, row[1], x.p, x.p, x.ld, F, np, rows);
+    if (BF) gemm_both(own, np, dp, {row[0], dp / 2, 1}, row[1], x.p, x.p, x.ld, F, np, false, rows);
     else gemm<BF>(own, np, dp, {row[0], dp, 1}, x.p, x.ld, F, np, false, rows);
     constexpr int MOST = CHUNK / VL;
     const int n = np / VL, width = linear ? dp : mr - mp;

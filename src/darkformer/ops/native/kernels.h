@@ -104,11 +104,11 @@ static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c,
   }
 }
 
-// C = A · B + A' · B' of bfloat16, where A' and B' lie as A and B do: the two parts of a map.
+// C = A · B + A' · B' of bfloat16, or +=, where A' and B' lie as A and B do: the two parts of a map.
 static void gemm_both(int M, int N, int K, Lhs a, const float* more_a, const float* b, const float* more_b, long ldb, float* c,
-                      long ldc, Band band) {
-  if (HAS_AMX) return gemm_tiles(M, N, K, a, b, ldb, c, ldc, false, band, more_a, more_b);
-  gemm<true>(M, N, K, a, b, ldb, c, ldc, false, band);
+                      long ldc, bool accumulate, Band band) {
+  if (HAS_AMX) return gemm_tiles(M, N, K, a, b, ldb, c, ldc, accumulate, band, more_a, more_b);
+  gemm<true>(M, N, K, a, b, ldb, c, ldc, accumulate, band);
   gemm<true>(M, N, K, {more_a, a.rs, a.cs}, more_b, ldb, c, ldc, true, band);
 }
 

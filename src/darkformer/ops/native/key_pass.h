@@ -14,7 +14,7 @@ template <bool BF> struct KeyPass {
 
   KeyPass(Shared& sh, int b, int g, int slot)
       : sh(sh), c(sh.c), s(sh.s), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s),
-        qmap(c, s, c.wq, c.offq, c.foldq, g, true, false), kmap(Walker<BF>::both(c) ? qmap : Map<BF>(c, s, c.wk, c.offk, c.foldk, g, true, false)), dw(sh.of(slot, g)) {}
+        qmap(c, s, c.wq, c.offq, c.foldq, g, true, false, Walker<BF>::both(c)), kmap(Walker<BF>::both(c) ? qmap : Map<BF>(c, s, c.wk, c.offk, c.foldk, g, true, false, true)), dw(sh.of(slot, g)) {}
 
   void to_unit(const float* scale) {
     for (int i = 0; i < s.m; i++) {
@@ -200,7 +200,7 @@ template <bool BF> struct KeyPass {
       scratch().release(mark);
     }
     log_gradients(a, K, F, dL, later, dX);
-    gemm<false>(np, s.dp, kmap.own, {F, 1, np}, kmap.raw, s.dp, dX, s.dp, true, kmap.input);
+    kmap.backwards(P::lt(F, np, np, kmap.own), np, dX);
     const Rhs k = P::rows(K, np, s.dp);
     gemm<BF>(kmap.own, s.dp, np, P::l(F, np, kmap.own, np), k.p, k.ld, dw.k.data(), s.dp, true);
     return true;

@@ -13,7 +13,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
   Rhs sink_kt{}, sink_vt{}, sink_k{};
 
   QueryPass(Shared& sh, int b, int g, int slot, float* sinks)
-      : Base(sh.c, b, g), sh(sh), qmap(Base::both(c) ? this->kmap : Map<BF>(c, s, c.wq, c.offq, c.foldq, g, false, true)), dw(sh.of(slot, g)) {
+      : Base(sh.c, b, g, true), sh(sh), qmap(Base::both(c) ? this->kmap : Map<BF>(c, s, c.wq, c.offq, c.foldq, g, false, true, true)), dw(sh.of(slot, g)) {
     SK = P::take(s.sp * s.dp), SV = P::take(s.sp * s.dvp), shift = P::take(s.mp);
     dSK = sinks, dSV = sinks + (size_t)s.sp * s.dp;
     if (!s.S) return;
@@ -219,7 +219,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
         store(dx + i, fma(all(total[t]), load(linear + i), load(dx + i)));
         store(lin + i, fma(all(total[t]), load_as<BF>(x, i), load(lin + i)));
       }
-    gemm<false>(np, s.dp, qmap.own, {F, s.mr, 1}, qmap.raw, s.dp, dX, s.dp, true, qmap.input);
+    qmap.backwards(P::l(F, mr, np, qmap.own), np, dX);
     const Rhs packed = P::r(F, s.mr, np, qmap.own);
     gemm<BF>(s.dp, qmap.own, np, P::rows_t(Q, s.dp, np), packed.p, packed.ld, dw.q.data(), s.mr, true);
   }
