@@ -62,9 +62,64 @@ static inline __attribute__((always_inline)) void tiles(const float* a, const fl
   if (NT > 3) { _tile_stored(3, c + 48, sc); }
 }
 
+// The same for C (16·NT × 16), for a right factor that is the larger one: it is read once for all rows.
+template <int NT>
+static inline __attribute__((always_inline)) void tall_tiles(const float* a, const float* more_a, long lda, const float* b,
+                                                             const float* more_b, long ldb, int k1, float* c, long ldc,
+                                                             bool accumulate) {
+  const long sa = lda * 4, sb = ldb * 4, sc = ldc * 4;
+  if (accumulate) {
+    _tile_loadd(0, c, sc);
+    if (NT > 1) { _tile_loadd(1, c + 16 * ldc, sc); }
+    if (NT > 2) { _tile_loadd(2, c + 32 * ldc, sc); }
+    if (NT > 3) { _tile_loadd(3, c + 48 * ldc, sc); }
+  } else {
+    _tile_zero(0);
+    if (NT > 1) { _tile_zero(1); }
+    if (NT > 2) { _tile_zero(2); }
+    if (NT > 3) { _tile_zero(3); }
+  }
+#define STEP(left, right)                                                                                  \
+  {                                                                                                        \
+    const float* p = a + k;                                                                                \
+    _tile_loadd(right, b + k * ldb, sb);                                                                   \
+    _tile_loadd(left, p, sa);                                                                              \
+    _tile_dpbf16ps(0, left, right);                                                                        \
+    if (NT > 1) { _tile_loadd(left, p + 16 * lda, sa); _tile_dpbf16ps(1, left, right); }                   \
+    if (NT > 2) { _tile_loadd(left, p + 32 * lda, sa); _tile_dpbf16ps(2, left, right); }                   \
+    if (NT > 3) { _tile_loadd(left, p + 48 * lda, sa); _tile_dpbf16ps(3, left, right); }                   \
+  }
+  for (;; a = more_a, b = more_b, more_a = nullptr) {
+    int k = 0;
+    for (; k + 16 <= k1; k += 16) STEP(4, 5)
+    if (k < k1) STEP(6, 7)
+    if (!more_a) break;
+  }
+#undef STEP
+  _tile_stored(0, c, sc);
+  if (NT > 1) { _tile_stored(1, c + 16 * ldc, sc); }
+  if (NT > 2) { _tile_stored(2, c + 32 * ldc, sc); }
+  if (NT > 3) { _tile_stored(3, c + 48 * ldc, sc); }
+}
+
 // As `gemm`. What a band leaves out is left out in whole tiles, so a band's summands must be 0 up to their ends.
 static void gemm_tiles(int M, int N, int K, Lhs a, const float* b, long ldb, float* c, long ldc, bool accumulate, Band band,
                        const float* more_a, const float* more_b) {
+  if (N > M && M <= 64 && whole(band)) {
+    for (int n = 0; n < N; n += 16) {
+      const float *right = b + n, *right2 = more_b + n;
+      float* out = c + n;
+#define TILES(n) tall_tiles<n>(a.p, more_a, a.rs, right, right2, ldb, up16(K) / 2, out, ldc, accumulate)
+      switch (M / 16) {
+        case 4: TILES(4); break;
+        case 3: TILES(3); break;
+        case 2: TILES(2); break;
+        default: TILES(1); break;
+      }
+#undef TILES
+    }
+    return;
+  }
   for (int n = 0; n < N; n += 64)
     for (int i = 0; i < M; i += 16) {
       const int k0 = std::max({0, i + band.k_lo, n - band.k_after}) & ~15;

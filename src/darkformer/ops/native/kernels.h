@@ -29,6 +29,10 @@ struct Band {
   int k_before = FAR_AWAY;                    // summands up to column+k_before
 };
 
+static inline bool whole(const Band& b) {
+  return b.out_lo == -FAR_AWAY && b.k_lo == -FAR_AWAY && b.out_hi == FAR_AWAY && b.k_hi == FAR_AWAY && b.k_after == FAR_AWAY && b.k_before == FAR_AWAY;
+}
+
 // A left operand: element (i, k) at p[i·rs + k·cs], one of the strides being 1.
 struct Lhs {
   const float* p;
