@@ -320,3 +320,67 @@ def test_gqa_groups_share_consecutive_query_heads() -> None:
         single.load_state_dict({name: x[g : g + 1] for name, x in made.state_dict().items()})
         found = attention(query[:, 3 * g : 3 * g + 3], key[:, g : g + 1], value[:, g : g + 1], single)
         assert relative_error(found, want[:, 3 * g : 3 * g + 3]) <= PARITY
+
+
+def test_parameters_are_the_same_object_until_a_number_changes() -> None:
+    made = moved(make(method="dark", center=True, balance=True))
+    with torch.no_grad():
+        first = made.parameters_for(torch.float32)
+        assert made.parameters_for(torch.float32) is first
+        assert made.parameters_for(torch.float64) is not first
+        assert copy.deepcopy(made).parameters_for(torch.float32) is not first
+        for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+            before = made.parameters_for(torch.float32)
+            tensor.data.view(-1)[-1] += 0.25  # no version counter tells
+            after = made.parameters_for(torch.float32)
+            assert after is not before, name
+            assert made.parameters_for(torch.float32) is after
+            wanted = made._make(torch.float32)
+            for field in ("query_map", "key_map", "projection", "query_center", "key_center"):
+                assert torch.equal(getattr(after, field), getattr(wanted, field)), (name, field)
+    assert set(made.state_dict()) == set(make(method="dark", center=True, balance=True).state_dict())
+
+
+def test_parameters_with_a_gradient_are_made_anew() -> None:
+    made = moved(make(method="dark", balance=True))
+    with torch.no_grad():
+        kept = made.parameters_for(torch.float32)
+    first, second = made.parameters_for(torch.float32), made.parameters_for(torch.float32)
+    assert first is not second and kept is not first
+    assert first.recalled is None
+    assert first.query_map is not None
+    first.query_map.sum().backward()
+    assert made.geometry is not None and made.geometry.grad is not None
+    made.requires_grad_(False)
+    assert made.parameters_for(torch.float32) is kept
+
+
+def test_what_is_kept_is_kept_for_these_numbers_alone() -> None:
+    calls: list[int] = []
+
+    def value() -> int:
+        calls.append(1)
+        return len(calls)
+
+    made = make(method="performer").requires_grad_(False)
+    p = made.parameters_for(torch.float32)
+    assert [p.recall("a", value), p.recall("a", value), p.recall("b", value)] == [1, 1, 2]
+    colder = p._replace(layer=p.layer + 1)  # a changed copy keeps nothing
+    assert [colder.recall("a", value), colder.recall("a", value)] == [3, 4]
+    made.redraw_(1)
+    assert made.parameters_for(torch.float32).recall("a", value) == 5
+
+
+def test_kept_parameters_do_not_depend_on_where_they_were_made() -> None:
+    """Neither inference mode, whose tensors no backward pass may keep, nor autocast leaves a trace."""
+    made = moved(make(method="dark", balance=True, window=4)).requires_grad_(False)
+    x = torch.randn(1, 6, 20, 8)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        made.parameters_for(torch.float32)
+        attention(x, x[:, :2], x[:, :2], made)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = made.parameters_for(torch.float32)
+    assert torch.equal(kept.query_map, made._make(torch.float32).query_map)  # type: ignore[arg-type]
+    x.requires_grad_()
+    attention(x, x[:, :2], x[:, :2], made).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +14,13 @@ import pytest
 import torch
 from tolerances import AGAINST_FLOAT64, relative_error
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from darkformer import AttentionState, ConfigError, DarkConfig, NonFiniteError, attention, feature_map
 from darkformer.ops import attention as attention_module
 from darkformer.ops import native
 from darkformer.ops.attention import BACKENDS
+from darkformer.ops.native import load
 from darkformer.ops.native.build import usable
 from darkformer.ops.native.maps import folds, sides
 
@@ -183,6 +185,48 @@ def test_opcheck(keeps: bool, tokens: int) -> None:
     tensors += [state.recent_value, state.sink_key, state.sink_value, torch.tensor([9]), state.count, *maps[4:]]
     leaves = [x.requires_grad_() if x.is_floating_point() and i != 9 else x for i, x in enumerate(tensors)]
     torch.library.opcheck(attention_op, (*leaves, 8, 0.4, keeps))
+
+
+def test_eager_code_and_the_operator_agree() -> None:
+    """Numbers and gradients, with the state and without; code that watches operators sees one."""
+    case = Case(length=70, window=5, sinks=2, mode="warm", **ODD_SIZES)
+    made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
+    leaves = [*inputs, *made.parameters()]
+    found = []
+    for watched in (False, True):
+        for wants in (False, True):
+            with FlopCounterMode(display=False) if watched else nullcontext():
+                result = attention(*(x.requires_grad_() for x in inputs), made, return_state=wants, backend="native")
+                output = result[0] if isinstance(result, tuple) else result
+                found.append([output, *torch.autograd.grad(output.sin().sum(), leaves, allow_unused=True)])
+    for other in found[1:]:
+        assert all((x is None) == (y is None) for x, y in zip(found[0], other, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True) if x is not None)
+
+
+def test_maps_without_a_gradient_cost_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(length=150, window=5, sinks=2, **ODD_SIZES)
+    made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
+    backward, asked = load.backward, []
+    monkeypatch.setattr(load, "backward", lambda *x, maps: asked.append(maps) or backward(*x, maps=maps))
+    found = []
+    for frozen in (False, True):
+        made.requires_grad_(not frozen)
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output = attention(*leaves, made, backend="native")
+        found.append(torch.autograd.grad(output.sin().sum(), leaves))
+    assert asked == [True, False]
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_there_is_no_second_derivative() -> None:
+    case = Case(length=20, window=0)
+    made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
+    query = inputs[0].requires_grad_()
+    output = attention(query, *inputs[1:], made, backend="native")
+    (slope,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
 
 
 def test_float64_and_other_methods_go_elsewhere() -> None:

@@ -21,6 +21,11 @@ from .same import same_numbers
 from .transforms import symmetric_power
 
 
+def _full_precision(x: Tensor | None) -> torch.autocast:
+    """Autocast off: what is kept must not depend on where it was made."""
+    return torch.autocast("cpu" if x is None else x.device.type, enabled=False)
+
+
 class FeatureParameters(NamedTuple):
     """What the log-features of one layer need, with the products that do not depend on tokens already made."""
 
@@ -44,7 +49,8 @@ class FeatureParameters(NamedTuple):
         if found is None or found.get("parameters") is not self:  # differentiable, or a changed copy
             return make()
         if key not in found:
-            found[key] = make()
+            with _full_precision(self.projection):
+                found[key] = make()
         return found[key]
 
     def scaled(self, scale: float) -> FeatureParameters:
@@ -157,8 +163,9 @@ class _Known(NamedTuple):
     parameters: FeatureParameters
 
 
-#: Per feature map and dtype. Not an attribute: copies and saved files of a map would hold it.
-_KNOWN: WeakKeyDictionary[FeatureMap, dict[torch.dtype, _Known]] = WeakKeyDictionary()
+#: Per feature map, by dtype and by whether inference mode, whose tensors no backward pass may keep, was on. Not an
+#: attribute: copies and saved files of a map would hold it.
+_KNOWN: WeakKeyDictionary[FeatureMap, dict[tuple[torch.dtype, bool], _Known]] = WeakKeyDictionary()
 
 
 class FeatureMap(nn.Module):
@@ -274,12 +281,13 @@ class FeatureMap(nn.Module):
         owned = [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in owned)):
             return self._make(dtype)
-        known = _KNOWN.setdefault(self, {})
-        last = known.get(dtype)
+        known, key = _KNOWN.setdefault(self, {}), (dtype, torch.is_inference_mode_enabled())
+        last = known.get(key)
         if last is None or not all(map(same_numbers, last.numbers, owned)):
             made: dict[Any, Any] = {}
-            made["parameters"] = self._make(dtype)._replace(recalled=made)
-            last = known[dtype] = _Known([x.detach().clone() for x in owned], made["parameters"])
+            with _full_precision(self.projection), torch.no_grad():
+                made["parameters"] = self._make(dtype)._replace(recalled=made)
+            last = known[key] = _Known([x.detach().clone() for x in owned], made["parameters"])
         return last.parameters
 
     def _make(self, dtype: torch.dtype) -> FeatureParameters:

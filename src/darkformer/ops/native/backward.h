@@ -173,6 +173,6 @@ template <bool BF> static void backward(const Call& c) {
       }
     }
   });
-  finish_weights(sh);
+  if (c.dwq) finish_weights(sh);
   for (size_t i = 0; i < tasks.size(); i++) if (!tasks[i].segment) finish_rows(sh, tasks, i);
 }

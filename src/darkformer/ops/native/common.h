@@ -38,6 +38,7 @@ struct Call {
   const void *grad_out;
   const float *grad_values, *grad_total;
   void *dq, *dk, *dvalue;
+  // The maps' and folds' gradients: all null where nobody wants them.
   float *dwq, *doffq, *dwk, *doffk, *dvalues, *dtotal;
   void *d_recent_k, *d_recent_v, *d_sink_k, *d_sink_v;
   float *dfoldq, *dfoldk;

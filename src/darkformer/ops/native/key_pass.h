@@ -201,6 +201,7 @@ template <bool BF> struct KeyPass {
     }
     log_gradients(a, K, F, dL, later, dX);
     kmap.backwards(P::lt(F, np, np, kmap.own), np, dX);
+    if (!c.dwk) return true;
     const Rhs k = P::rows(K, np, s.dp);
     gemm<BF>(kmap.own, s.dp, np, P::l(F, np, kmap.own, np), k.p, k.ld, dw.k.data(), s.dp, true);
     return true;

@@ -150,6 +150,11 @@ def forward(inputs: Inputs, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tenso
     return results
 
 
+_MAPS = ("dwq", "doffq", "dwk", "doffk", "dfoldq", "dfoldk")
+_RESULTS = ("dq", "dk", "dvalue", *_MAPS[:4], "dvalues", "dtotal")
+_BUFFERS = ("d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v")
+
+
 def backward(
     inputs: Inputs,
     sizes: Sizes,
@@ -158,17 +163,22 @@ def backward(
     grad_output: Tensor,
     grad_values: Tensor,
     grad_total: Tensor,
-) -> list[Tensor]:
-    """Gradients of all inputs but scale, lengths and count, in the order of `Inputs`."""
+    *,
+    maps: bool = True,
+) -> list[Tensor | None]:
+    """Gradients of all inputs but scale, lengths and count, in the order of `Inputs`.
+
+    Args:
+        maps: whether those of the maps and folds are wanted, a sixth of the time; else None stands for them.
+    """
 
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    names = ("dq", "dk", "dvalue", "dwq", "doffq", "dwk", "doffk", "dvalues", "dtotal")
-    results = {name: like(x) for name, x in zip(names, inputs[:9], strict=True)}
-    buffers = ("d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v")
-    results |= {name: like(x).zero_() for name, x in zip(buffers, inputs[10:14], strict=True)}
-    results |= {"dfoldq": like(inputs.foldq), "dfoldk": like(inputs.foldk)}
+    results = {name: like(x) for name, x in zip(_RESULTS, inputs[:9], strict=True) if maps or name not in _MAPS}
+    results |= {name: like(x).zero_() for name, x in zip(_BUFFERS, inputs[10:14], strict=True)}
+    if maps:
+        results |= {"dfoldq": like(inputs.foldq), "dfoldk": like(inputs.foldk)}
     given = {
         "lse": log_normaliser, "scale_out": scale_after,
         "grad_out": grad_output.to(inputs.query.dtype), "grad_values": grad_values, "grad_total": grad_total,
@@ -176,4 +186,4 @@ def backward(
     call, alive = _call(inputs, sizes, **results, **{name: x.contiguous() for name, x in given.items()})
     library().darkformer_backward(ctypes.byref(call))
     del alive
-    return list(results.values())
+    return [results.get(name) for name in (*_RESULTS, *_BUFFERS, *_MAPS[4:])]

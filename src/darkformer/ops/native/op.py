@@ -20,6 +20,8 @@ _TENSORS = (
 )
 _SIZES = "int features, float scaling, bool keeps"
 COUNT, SIZES = len(Inputs._fields), len(Sizes._fields)
+#: The maps among them.
+MAPS = tuple(i for i, name in enumerate(Inputs._fields) if name.startswith(("w", "off", "fold")))
 #: Inputs that have a gradient, in order: all but the scale, the lengths and the count.
 DIFFERENTIABLE = tuple(i for i, name in enumerate(Inputs._fields) if name not in ("scale", "lengths", "counts"))
 
@@ -48,7 +50,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 )
 def backward_op(*arguments: Any) -> list[Tensor]:
     inputs, sizes = Inputs(*arguments[:COUNT]), Sizes(*arguments[COUNT : COUNT + SIZES])
-    return load.backward(inputs, sizes, *arguments[COUNT + SIZES :])
+    return [x for x in load.backward(inputs, sizes, *arguments[COUNT + SIZES :]) if x is not None]
 
 
 @backward_op.register_fake
@@ -63,7 +65,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(lse, scale)
 
 
-def _in_place(found: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def _in_place(found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * (COUNT + SIZES)
     for i, gradient in zip(DIFFERENTIABLE, found, strict=True):
         gradients[i] = gradient
@@ -94,9 +96,8 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *saved, scale, lse = ctx.saved_tensors
         grad_output, _, grad_values, grad_total, _ = grads
-        return _in_place(
-            load.backward(Inputs(*saved), Sizes(*ctx.sizes), scale, lse, grad_output, grad_values, grad_total)
-        )
+        inputs, sizes, maps = Inputs(*saved), Sizes(*ctx.sizes), any(ctx.needs_input_grad[i] for i in MAPS)
+        return _in_place(load.backward(inputs, sizes, scale, lse, grad_output, grad_values, grad_total, maps=maps))
 
 
 def attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -220,6 +220,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
         store(lin + i, fma(all(total[t]), load_as<BF>(x, i), load(lin + i)));
       }
     qmap.backwards(P::l(F, mr, np, qmap.own), np, dX);
+    if (!c.dwq) return;  // nobody wants the map's gradient
     const Rhs packed = P::r(F, s.mr, np, qmap.own);
     gemm<BF>(s.dp, qmap.own, np, P::rows_t(Q, s.dp, np), packed.p, packed.ld, dw.q.data(), s.mr, true);
   }

@@ -47,7 +47,7 @@ def _native(problem: Problem, grad: Tensor, tokens: int) -> list[Tensor]:
     gradients = load.backward(
         inputs, sizes, scale, lse, grad.to(output.dtype), torch.zeros_like(values), torch.zeros_like(total)
     )
-    return [output, *gradients[:3]]
+    return [output, *(x for x in gradients[:3] if x is not None)]
 
 
 def selftest() -> None:
