@@ -225,7 +225,7 @@ def test_there_is_no_second_derivative() -> None:
     query = inputs[0].requires_grad_()
     output = attention(query, *inputs[1:], made, backend="native")
     (slope,) = torch.autograd.grad(output.sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         slope.sum().backward()
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import load
@@ -92,8 +91,9 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the operator says that there is no second derivative
+            return _backward(ctx, *grads)
         *saved, scale, lse = ctx.saved_tensors
         grad_output, _, grad_values, grad_total, _ = grads
         inputs, sizes, maps = Inputs(*saved), Sizes(*ctx.sizes), any(ctx.needs_input_grad[i] for i in MAPS)
