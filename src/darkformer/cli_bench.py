@@ -47,6 +47,7 @@ def register(app: typer.Typer, console: Console) -> None:
 
 def print_bench(record: dict[str, Any], console: Console) -> None:
     """The record as tables: limits, points with their speed-up over softmax, crossovers, decode, end to end."""
+    from .cost import times_as_fast
     from .experiments.bench import families
 
     machine = record["limits"]
@@ -61,9 +62,10 @@ def print_bench(record: dict[str, Any], console: Console) -> None:
         table = Table("path", title=title, title_justify="left")
         for name in ("tokens", "ms", "IQR", "× softmax", "of bound", "MB"):
             table.add_column(name, justify="right")
-        softmax = {row["length"]: row["median"] for row in rows if row["path"] == "sdpa"}
+        softmax = {row["length"]: row for row in rows if row["path"] == "sdpa"}
         for row in sorted(rows, key=lambda row: row["length"]):
-            ratio = softmax.get(row["length"], float("nan")) / row["median"]
+            against = softmax.get(row["length"])
+            ratio = float("nan") if against is None else times_as_fast(row, against)
             memory = row["peak_scratch_bytes"]
             table.add_row(
                 row["path"], str(row["length"]), f"{1e3 * row['median']:.2f}", f"{1e3 * row['iqr']:.2f}",

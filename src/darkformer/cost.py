@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from .config import DarkConfig
 
@@ -89,3 +91,15 @@ def softmax_attention_work(
     return Work(
         pairs * head_dim * (14 if backward else 4), pairs * (2 if backward else 1), size * (3 if backward else 1)
     )
+
+
+def times_as_fast(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """How many times as fast `ours` is, of two rows of a benchmark's record.
+
+    The median over the turns they took together, so that a machine that changes its speed changes it for both; the
+    ratio of the medians where one of them was not repeated.
+    """
+    pairs = ours.get("turns", ()), theirs.get("turns", ())
+    if len(pairs[0]) != len(pairs[1]) or not pairs[0]:
+        return float(theirs["median"] / ours["median"])
+    return statistics.median(y / x for x, y in zip(*pairs, strict=True))

@@ -18,7 +18,7 @@ from darkformer import plots
 from darkformer.cli import app
 from darkformer.cli_bench import print_bench
 from darkformer.config import RunFolderError
-from darkformer.cost import linear_attention_work, softmax_attention_work
+from darkformer.cost import linear_attention_work, softmax_attention_work, times_as_fast
 from darkformer.experiments import bench, bench_machine, bench_model, bench_paths
 from darkformer.experiments.bench import Bench, Plan, Sweep, crossover
 from darkformer.experiments.bench_paths import SOFTMAX, Shape, parity
@@ -132,11 +132,20 @@ def test_an_interrupted_sweep_continues(tmp_path: Path, monkeypatch: pytest.Monk
 def test_calls_take_turns() -> None:
     order: list[str] = []
     rows = bench_machine.measure_in_turns([lambda: order.append("a"), lambda: order.append("b")], seconds=0.0)
-    assert "".join(order) == "ab" + "ab" * 5  # after one warm-up each
-    assert [r["runs"] for r in rows] == [5, 5]
+    assert "".join(order) == "ab" + "ab" * 7  # after one warm-up each
+    assert [r["runs"] for r in rows] == [len(r["turns"]) for r in rows] == [7, 7]
     order.clear()
-    rows = bench_machine.measure_in_turns([lambda: order.append("a"), lambda: order.append("b")], seconds=1.0, most=10)
-    assert "".join(order) == "ab" + "aabb" * 5 and [r["runs"] for r in rows] == [10, 10]
+    rows = bench_machine.measure_in_turns([lambda: order.append("a"), lambda: order.append("b")], seconds=1.0, most=14)
+    assert "".join(order) == "ab" + "aabb" * 7 and [r["runs"] for r in rows] == [14, 14]
+
+
+def test_a_ratio_is_that_of_the_turns() -> None:
+    """The second half of the turns is three times as slow, for both; so the ratio stays what it is."""
+    ours = {"median": 3.0, "turns": [1.0, 1.0, 3.0, 3.0, 3.0]}
+    theirs = {"median": 8.0, "turns": [8.0, 8.0, 24.0, 24.0, 24.0]}
+    assert times_as_fast(ours, theirs) == 8
+    assert times_as_fast(ours, {"median": 30.0, "turns": [30.0]}) == 10  # not repeated
+    assert times_as_fast({"median": 2.0}, {"median": 8.0}) == 4  # a record without turns
 
 
 def test_what_is_compared_is_measured_together() -> None:

@@ -294,6 +294,40 @@ def test_nothing_is_read_before_it_is_written(isa: str) -> None:
     assert run.stdout.strip() == "clean", run.stdout + run.stderr
 
 
+BEHIND = '''
+import ctypes, mmap, torch
+from darkformer import DarkConfig, attention, feature_map
+libc, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+kept = []
+
+def at_the_edge(x):
+    """The same numbers, their last byte followed by a page that nobody may read."""
+    pages = -(-x.nbytes // PAGE)
+    memory = mmap.mmap(-1, (pages + 1) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + pages * PAGE), PAGE, 0) == 0
+    kept.append(memory)
+    edge = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages * PAGE - x.nbytes)
+    return edge.view(x.shape).copy_(x)
+
+for dtype in (torch.bfloat16, torch.float32):
+    for dim in (16, 24, 32, 48, 64):
+        for window in (0, 5):
+            config = DarkConfig(num_features=32, window=window, sinks=2)
+            made = feature_map(config, num_heads=2, num_kv_heads=1, head_dim=dim)
+            inputs = [at_the_edge(torch.randn(1, heads, 128, dim).to(dtype)).requires_grad_() for heads in (2, 1, 1)]
+            output = attention(*inputs, made, backend="native")
+            output.backward(at_the_edge(torch.randn_like(output)))
+print("clean")
+'''
+
+
+def test_nothing_is_read_behind_a_tensor() -> None:
+    """Rows are read where they lie, in whole vectors; a page behind them that may not be read ends the process."""
+    run = subprocess.run([sys.executable, "-c", BEHIND], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "clean", (run.returncode, run.stdout, run.stderr)
+
+
 def test_it_compiles() -> None:
     """`torch.compile` accepts the operator (no code is generated: backend="aot_eager")."""
     case = Case(length=40, window=5, sinks=2, **ODD_SIZES)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import RunFolderError
-from ..cost import Work, linear_attention_work, softmax_attention_work
+from ..cost import Work, linear_attention_work, softmax_attention_work, times_as_fast
 from ..ops import native
 from ..ops.native import Step
 from ..train.record import environment, read_json, write_json
@@ -193,10 +193,10 @@ def crossover(rows: Iterable[dict[str, Any]], path: str) -> float | None:
         None if it is not faster at the longest length; the shortest length measured if it is faster everywhere.
     """
     rows = list(rows)
-    softmax = {row["length"]: row["median"] for row in rows if row["path"] == SOFTMAX.name}
-    ours = {row["length"]: row["median"] for row in rows if row["path"] == path}
+    softmax = {row["length"]: row for row in rows if row["path"] == SOFTMAX.name}
+    ours = {row["length"]: row for row in rows if row["path"] == path}
     lengths = sorted(softmax.keys() & ours.keys())
-    gains = [math.log(softmax[n] / ours[n]) for n in lengths]
+    gains = [math.log(times_as_fast(ours[n], softmax[n])) for n in lengths]
     if not gains or gains[-1] < 0:
         return None
     for i in range(len(lengths) - 1, 0, -1):

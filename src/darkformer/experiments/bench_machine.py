@@ -24,9 +24,9 @@ PATIENCE = 15.0
 
 
 def measure_in_turns(
-    calls: Sequence[Callable[[], Any]], *, seconds: float, most: int = 60, least: int = 5
+    calls: Sequence[Callable[[], Any]], *, seconds: float, most: int = 60, least: int = 7
 ) -> list[dict[str, Any]]:
-    """Median, interquartile range and best of the seconds of each call, repeated for about `seconds`, after a warm-up.
+    """Median, interquartile range, best and medians of turns of the seconds of each call, after a warm-up.
 
     The calls take turns, `least` of them each: a machine that changes its speed meanwhile changes it for all alike.
     A call that alone takes longer than `seconds` and `PATIENCE` is not repeated: `runs` is 1, its warm-up is reported.
@@ -39,20 +39,23 @@ def measure_in_turns(
 
     first = [once(call) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
+    turns: list[list[float]] = [[] for _ in calls]
     for _ in range(least):
-        for call, spent, warm in zip(calls, times, first, strict=True):
+        for call, spent, medians, warm in zip(calls, times, turns, first, strict=True):
             if warm > max(seconds, PATIENCE):
-                spent[:] = [warm]
+                spent[:] = medians[:] = [warm]
                 continue
             turn = [once(call)]
             while sum(turn) < seconds / least and len(turn) < most // least:
                 turn.append(once(call))
             spent.extend(turn)
+            medians.append(statistics.median(turn))
     rows = []
-    for spent in times:
+    for spent, medians in zip(times, turns, strict=True):
         low, high = np.percentile(spent, [25, 75])
         rows.append({
             "median": statistics.median(spent), "iqr": float(high - low), "best": min(spent), "runs": len(spent),
+            "turns": medians,
         })  # fmt: skip
     return rows
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..cost import times_as_fast
 from .bench_paths import SOFTMAX
 
 Row = Mapping[str, Any]
@@ -102,7 +103,7 @@ class Measured:
         """How many times as fast as `against`; None where one of them was not measured."""
         ours = self.rows(path, sizes, window, dtype, direction).get(length)
         theirs = self.rows(against, sizes, 0, dtype, direction).get(length)
-        return None if ours is None or theirs is None else theirs["median"] / ours["median"]
+        return None if ours is None or theirs is None else times_as_fast(ours, theirs)
 
     def slope(self, path: str, dtype: str, direction: str, window: int) -> float | None:
         """Of log time against log length over `LENGTHS`, by least squares; None unless all were measured."""
@@ -132,8 +133,8 @@ class Measured:
 
     def task(self, name: str) -> float | None:
         """Seconds of the softmax model over those of the linear one."""
-        took = {row["model"]: row["median"] for row in self.record["model"] if row["task"] == name}
-        return took["softmax"] / took["linear"] if len(took) == 2 else None
+        took = {row["model"]: row for row in self.record["model"] if row["task"] == name}
+        return times_as_fast(took["linear"], took["softmax"]) if len(took) == 2 else None
 
 
 def _speed_table(found: Measured) -> Iterable[str]:

@@ -279,7 +279,9 @@ class FeatureMap(nn.Module):
         The numbers themselves are compared: a write through `.data` leaves no other trace.
         """
         owned = [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in owned)):
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in owned)
+        # Elsewhere than on the CPU a comparison waits for the device, and nothing is made of what is kept.
+        if differentiable or torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in owned):
             return self._make(dtype)
         known, key = _KNOWN.setdefault(self, {}), (dtype, torch.is_inference_mode_enabled())
         last = known.get(key)

@@ -12,15 +12,19 @@ from torch import Tensor
 
 @functools.cache
 def _memcmp() -> Any:
-    function = ctypes.CDLL(None).memcmp
+    """The C library's comparison of memory, None where it is not found by this way."""
+    try:
+        function = ctypes.CDLL(None).memcmp
+    except (AttributeError, OSError, TypeError):
+        return None
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
     return function
 
 
 def same_numbers(before: Tensor, now: Tensor) -> bool:
-    """Whether two tensors are alike bit for bit: shape, dtype, device, numbers. On the CPU at the speed of memory."""
+    """Whether two tensors are alike: shape, dtype, device, numbers; on the CPU bit for bit, at memory's speed."""
     if before.shape != now.shape or before.dtype != now.dtype or before.device != now.device:
         return False
-    if now.device.type == "cpu" and before.is_contiguous() and now.is_contiguous():
-        return _memcmp()(before.data_ptr(), now.data_ptr(), now.nbytes) == 0
+    if now.device.type == "cpu" and before.is_contiguous() and now.is_contiguous() and (compare := _memcmp()):
+        return compare(before.data_ptr(), now.data_ptr(), now.nbytes) == 0
     return torch.equal(before, now)

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ..cost import times_as_fast
+
 #: One colour a method, chosen to stay apart for colour-blind readers (Okabe and Ito).
 COLORS = ("#000000", "#999999", "#d55e00", "#cc79a7", "#0072b2", "#56b4e9", "#009e73", "#e69f00")
 
@@ -149,12 +151,12 @@ def speed_up_against_length(record: Mapping[str, Any], path: Path) -> Path:
     """
     figure, panels = _panels(record)
     for axes, (dtype, direction), curves in panels:
-        softmax = {row["length"]: row["median"] for row in curves.get(("sdpa", 0), [])}
+        softmax = {row["length"]: row for row in curves.get(("sdpa", 0), [])}
         for color, ((name, window), rows) in zip(COLORS, curves.items(), strict=False):
             kept = [row for row in rows if name != "sdpa" and row["length"] in softmax]
             if not kept:
                 continue
-            gains = [softmax[row["length"]] / row["median"] for row in kept]
+            gains = [times_as_fast(row, softmax[row["length"]]) for row in kept]
             axes.plot([row["length"] for row in kept], gains, marker="o", color=color, label=_label(name, window))
             same = {"dtype": dtype, "direction": direction, "path": name, "shape": kept[0]["shape"]}
             for crossing in record.get("crossover", []):

@@ -76,7 +76,9 @@ template <bool BF> struct Rows {
   const float* some(float* to, const void* x, const int64_t* stride, const void* recent, int from, int lowest, int n, int np, int width,
                     int padded) const {
     const long first = b * stride[0] + g * stride[1], step = stride[2];
-    if (BF == bool(c.bf16) && step == padded && width == padded && n == np && from >= std::max(0, lowest) && from + n <= length)
+    // Whole vectors of units: nothing may read behind the last row.
+    const bool plain = BF == bool(c.bf16) && step == width && width % (16 * EACH) == 0;
+    if (plain && n == np && from >= std::max(0, lowest) && from + n <= length)
       return (const float*)((const char*)x + (first + from * step) * (BF ? 2 : 4));
     float* row = to;
     for (int i = 0, at = from; i < np; i++, at++, row += padded / EACH) {
