@@ -1,6 +1,7 @@
 """The feature map as a module: what it owns, its precision, its scale; and the methods without Gaussian features."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import PARITY, relative_error
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from darkformer import ConfigError, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.config import METHODS
@@ -384,3 +386,45 @@ def test_kept_parameters_do_not_depend_on_where_they_were_made() -> None:
     x.requires_grad_()
     attention(x, x[:, :2], x[:, :2], made).sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_kept_parameters_follow_the_map_itself() -> None:
+    """Another configuration, another tensor with the same numbers, a subclass without memory of its own."""
+    made = make(method="performer").requires_grad_(False)
+    first = made.parameters_for(torch.float32)
+    made.config = replace(made.config, window=9)
+    assert made.parameters_for(torch.float32).config.window == 9
+    old = made.projection
+    assert old is not None and first.projection is old
+    made.projection = old.clone()
+    old.mul_(0)
+    now = made.parameters_for(torch.float32)
+    assert now.projection is made.projection
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        made.projection = mode.from_tensor(made.projection)
+        fake = [made.parameters_for(torch.float32) for _ in range(2)]
+    assert fake[0] is not fake[1]
+
+
+def test_parameters_taken_without_a_gradient_keep_no_graph() -> None:
+    made = make(method="dark", center=True)
+    with torch.no_grad():
+        p = made.parameters_for(torch.float32)
+    assert made.query_center is not None
+
+    def double() -> Tensor:
+        assert p.query_center is not None
+        return 2 * p.query_center
+
+    assert p.recall("x", double) is not p.recall("x", double)
+    with torch.no_grad():
+        assert p.recall("x", double) is p.recall("x", double)
+        assert not p.recall("x", double).requires_grad
+
+
+def test_no_tokens_leave_a_state_of_ones_own() -> None:
+    made = make(method="dark")
+    x = torch.randn(1, 6, 0, 8)
+    _, state = attention(x, x[:, :2], x[:, :2], made, return_state=True)
+    state.feature_values[0, 0, 0, 0] = 1
+    assert state.feature_values.sum() == 1

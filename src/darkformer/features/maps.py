@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import ConfigError, DarkConfig
 from .draws import draw_projection
 from .proposals import log_weight
-from .same import same_numbers
+from .same import PLAIN, same_numbers
 from .transforms import symmetric_power
 
 
@@ -48,6 +48,8 @@ class FeatureParameters(NamedTuple):
         found = self.recalled
         if found is None or found.get("parameters") is not self:  # differentiable, or a changed copy
             return make()
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in self):
+            return make()  # taken without a gradient, used with one
         if key not in found:
             with _full_precision(self.projection):
                 found[key] = make()
@@ -160,6 +162,8 @@ class _Known(NamedTuple):
     """The numbers of a feature map as they were, and the parameters made of them."""
 
     numbers: list[Tensor]
+    tensors: list[int]  # their identities: what was made may hold them
+    made_for: tuple[DarkConfig, int]
     parameters: FeatureParameters
 
 
@@ -281,15 +285,18 @@ class FeatureMap(nn.Module):
         owned = [x for x in (*self._parameters.values(), *self._buffers.values()) if x is not None]
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in owned)
         # Elsewhere than on the CPU a comparison waits for the device, and nothing is made of what is kept.
-        if differentiable or torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in owned):
+        comparable = all(type(x) in PLAIN and x.device.type == "cpu" for x in owned)
+        if differentiable or torch.compiler.is_compiling() or not comparable:
             return self._make(dtype)
         known, key = _KNOWN.setdefault(self, {}), (dtype, torch.is_inference_mode_enabled())
-        last = known.get(key)
-        if last is None or not all(map(same_numbers, last.numbers, owned)):
+        last, made_for = known.get(key), (self.config, self.layer)
+        same = last is not None and last.made_for == made_for and list(map(id, owned)) == last.tensors
+        if last is None or not same or not all(map(same_numbers, last.numbers, owned)):
             made: dict[Any, Any] = {}
             with _full_precision(self.projection), torch.no_grad():
                 made["parameters"] = self._make(dtype)._replace(recalled=made)
-            last = known[key] = _Known([x.detach().clone() for x in owned], made["parameters"])
+            numbers = [x.detach().clone() for x in owned]
+            last = known[key] = _Known(numbers, list(map(id, owned)), made_for, made["parameters"])
         return last.parameters
 
     def _make(self, dtype: torch.dtype) -> FeatureParameters:

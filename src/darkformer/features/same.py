@@ -7,7 +7,10 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+#: Subclasses (distributed, fake) may have no memory of their own.
+PLAIN = (Tensor, nn.Parameter)
 
 
 @functools.cache
@@ -25,6 +28,7 @@ def same_numbers(before: Tensor, now: Tensor) -> bool:
     """Whether two tensors are alike: shape, dtype, device, numbers; on the CPU bit for bit, at memory's speed."""
     if before.shape != now.shape or before.dtype != now.dtype or before.device != now.device:
         return False
-    if now.device.type == "cpu" and before.is_contiguous() and now.is_contiguous() and (compare := _memcmp()):
+    plain = type(before) in PLAIN and type(now) in PLAIN and now.device.type == "cpu"
+    if plain and before.is_contiguous() and now.is_contiguous() and (compare := _memcmp()):
         return compare(before.data_ptr(), now.data_ptr(), now.nbytes) == 0
     return torch.equal(before, now)

@@ -144,7 +144,7 @@ def _pose(
         pads = ~mask.gather(1, order)[:, None, :, None]
         query, key, value = (reorder(x, *orders).masked_fill(pads, 0) for x in (query, key, value))
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    state = AttentionState.empty(feature_map.config, key, value, batch=batch, compute=compute)
+    state = AttentionState.expanded(feature_map.config, key, value, batch=batch, compute=compute)
     if initial_state is not None:
         state = check_state(initial_state, state, feature_map.config)
     problem = Problem(
@@ -167,7 +167,8 @@ def _pose(
 def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
     chosen = _choose(backend, problem)
     if problem.query.numel() == 0:
-        return problem.query.new_zeros(*problem.query.shape[:-1], problem.value.shape[-1]), problem.state
+        nothing = problem.query.new_zeros(*problem.query.shape[:-1], problem.value.shape[-1])
+        return nothing, problem.state.select(torch.arange(len(problem.query), device=problem.query.device))
     given = {"query": problem.query, "key": problem.key, "value": problem.value}
     if not chosen.watchful:
         check_finite(**given)

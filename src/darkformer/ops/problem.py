@@ -43,10 +43,15 @@ class AttentionState:
     def empty(
         cls, config: DarkConfig, key: Tensor, value: Tensor, *, batch: int, compute: torch.dtype
     ) -> AttentionState:
-        """The state before the first token; `key` (B, G, L, d) and `value` give sizes, dtype and device.
+        """The state before the first token; `key` (B, G, L, d) and `value` give sizes, dtype and device."""
+        state = cls.expanded(config, key, value, batch=batch, compute=compute)
+        return state.select(torch.arange(batch, device=key.device))
 
-        Its sums are single numbers, expanded: a short call must not fill and read memory for them.
-        """
+    @classmethod
+    def expanded(
+        cls, config: DarkConfig, key: Tensor, value: Tensor, *, batch: int, compute: torch.dtype
+    ) -> AttentionState:
+        """`empty` to read only: its sums are single numbers, so that a short call need not fill memory for them."""
         groups, m = key.shape[1], config.feature_count
         window, sinks = (0, 0) if config.method == "exact" else (config.window, config.sinks)
         d, d_v, device = key.shape[-1], value.shape[-1], key.device

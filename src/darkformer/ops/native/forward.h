@@ -185,8 +185,9 @@ template <bool BF> struct Forward : Walker<BF> {
   // Scales the columns first … last and masks the tile's others; returns the maximum.
   float band_logits(float* x, int tile, const Span& a, int first, int last) const {
     const int lo = from(a, tile), end = to(a, tile);
-    if (first > lo) std::fill(x + lo, x + std::min(first, end), LOG_ZERO);
-    if (last + 1 < end) std::fill(x + std::max(lo, last + 1), x + end, LOG_ZERO);
+    // A tile may have no columns at all: its band can end before the first key that is not a sink.
+    for (int j = lo; j < std::min(first, end); j++) x[j] = LOG_ZERO;
+    for (int j = std::max(lo, last + 1); j < end; j++) x[j] = LOG_ZERO;
     vf high = all(LOG_ZERO);
     for (int j = lo; j < end; j += VL) {
       const vf l = load(x + j) * all((float)c.scaling);

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...features.maps import FeatureParameters
-from ...features.same import same_numbers
+from ...features.same import PLAIN, same_numbers
 
 #: Tokens from which on a QR factorisation a kv head (0.1 ms at d = 64) costs less than the half product it saves.
 MANY = 4096
@@ -65,6 +65,8 @@ def folds(p: FeatureParameters, head_dim: int, tokens: int) -> bool:
         return False
     if p.log_weight is not None and p.recalled is None:  # a product, made anew in each call
         return tokens >= SOME and _orthogonal(omega, head_dim)
+    if type(omega) not in PLAIN:
+        return False
     before, answer = _LOOKED_AT.get(omega, (omega.new_empty(0), False))
     if not same_numbers(before, omega):
         answer = _orthogonal(omega, head_dim)

@@ -1,4 +1,4 @@
-"""The library registered with torch: `darkformer::attention`, with autograd, for eager code and `torch.compile`."""
+"""The library as an operator, `darkformer::attention`, for traced and watched code; eager code takes a shorter way."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ class _Eager(torch.autograd.Function):
 def attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`attention_op` where code is traced, tensors are of a subclass or a mode watches operators; else its parts."""
     plain = all(type(x) is Tensor for x in arguments[:3])
-    if not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not plain or traced or is_in_torch_dispatch_mode():
         return attention_op(*arguments)
     if torch.is_grad_enabled():
         return _Eager.apply(*arguments)
