@@ -34,12 +34,12 @@ struct Call {
   const float *foldq, *foldk;                // (G, 3, d): see `Map`, or null
   void *out;                                 // (B, G, R, L, dv)
   float *lse;                                // (B, G, R, L)
-  float *values_out, *total_out, *scale_out; // the first two null where nobody wants them; so are, in a backward call, their gradients
+  float *values_out, *total_out, *scale_out; // the first two null where nobody wants them
   const void *grad_out;
-  const float *grad_values, *grad_total;
+  const float *grad_values, *grad_total;     // null where nobody looked at the sums
   void *dq, *dk, *dvalue;
-  // The maps' and folds' gradients: all null where nobody wants them.
-  float *dwq, *doffq, *dwk, *doffk, *dvalues, *dtotal;
+  float *dwq, *doffq, *dwk, *doffk;          // null, like those of the folds, where nobody wants them
+  float *dvalues, *dtotal;                   // null before the first token
   void *d_recent_k, *d_recent_v, *d_sink_k, *d_sink_v;
   float *dfoldq, *dfoldk;
 };
@@ -191,14 +191,19 @@ static inline void store_row(void* to, long at, const float* from, int n, bool b
   }
 }
 
-// Sets `bad` where one of n numbers, a multiple of a vector's, is not finite: 0·x is 0 for those that are.
+// Says that something is not finite, to callers that want to know.
+static inline void tell(const Call& c) {
+  if (c.bad) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
+}
+
+// Tells where one of n numbers, a multiple of a vector's, is not finite: 0·x is 0 for those that are.
 static inline void watch(const Call& c, const float* x, size_t n) {
   vf sum[4] = {all(0), all(0), all(0), all(0)};  // independent of each other: they need not wait
   size_t i = 0;
   for (; i + 4 * VL <= n; i += 4 * VL)
     for (int j = 0; j < 4; j++) sum[j] = fma(load(x + i + j * VL), all(0), sum[j]);
   for (; i < n; i += VL) sum[0] = fma(load(x + i), all(0), sum[0]);
-  if (hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) != 0 && c.bad) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
+  if (hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) != 0) tell(c);
 }
 
 // The same for n units of bfloat16 numbers.
@@ -211,7 +216,7 @@ static inline void watch_packed(const Call& c, const float* x, size_t n) {
     found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(x + i), infinite), infinite);
   if (i < n)  // rows of 16 numbers are half a vector
     found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_maskz_loadu_epi32((1u << (n - i)) - 1, x + i), infinite), infinite);
-  if (found && c.bad) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
+  if (found) tell(c);
 #endif
 }
 
@@ -229,12 +234,14 @@ template <bool BF> struct Map {
   const float* off;           // (mr)
   const float *inverse = nullptr, *shift = nullptr, *linear = nullptr;  // (dp), null if not folded
   int own;                    // rows that are multiplied: mp if folded, else mr
-  const float *row[2], *col[2];  // left (mr × dp) and right (dp × mr) operand, in units
-  const float* back[2];          // right operand (own × dp) of the product that ends in gradients of x
+  // In units, the second of each null with float32: left (mr × dp) and right (dp × mr) operand, right operand (own × dp) of the
+  // product that ends in gradients of x.
+  const float *row[2] = {}, *col[2] = {}, *back[2] = {};
   int dp, mp, mr;
   bool sloped = false;        // whether `linear` is anything but 0
   Band rows, columns, input;  // what N leaves to do where it is upper triangular: with P and N as rows, columns, factor
-  Map(const Call& c, const Dims& s, const float* w, const float* offset, const float* fold, int g, bool by_row, bool by_column, bool gradients = false)
+  Map(const Call& c, const Dims& s, const float* w, const float* offset, const float* fold, int g, bool by_row, bool by_column,
+      bool gradients = false)
       : own(fold ? s.mp : s.mr), dp(s.dp), mp(s.mp), mr(s.mr) {
     float* a = scratch().take((size_t)mr * dp);
     float* o = scratch().take(mr);
@@ -275,15 +282,13 @@ template <bool BF> struct Map {
   // dX (np×dp) += D · [P; N], D (np×own) the gradient of what the map gives, packed as left factor. With bfloat16 D is rounded, as
   // softmax attention's own gradient of its logits is, and the map is not.
   void backwards(Lhs d, int np, float* dX) const {
-    if (BF) gemm_both(np, dp, own, d, d.p, back[0], back[1], dp, dX, dp, true, input);
-    else gemm<BF>(np, dp, own, d, back[0], dp, dX, dp, true, input);
+    gemm<BF>(np, dp, own, d, back[0], dp, dX, dp, true, input, {d.p, back[1]});
   }
   static float* scratch_if(bool wanted, size_t n) { return wanted ? scratch().take(n) : nullptr; }
 
   // F (np×mr), token-major: P·x and, for gradients, y = N·x - off; half[t] = ½‖y‖² - linearᵀx.
   template <bool GRADIENTS> void tokens(Lhs x, int np, float* F, float* half) const {
-    if (BF) gemm_both(np, own, dp, x, x.p, col[0], col[1], mr, F, mr, false, columns);
-    else gemm<BF>(np, own, dp, x, col[0], mr, F, mr, false, columns);
+    gemm<BF>(np, own, dp, x, col[0], mr, F, mr, false, columns, {x.p, col[1]});
     const float *scales = inverse, *shifts = scales ? shift : off + mp, *slopes = sloped ? linear : nullptr;
     const int rest = mr - mp, width = scales ? dp : rest, from = scales ? 0 : mp, next = mr, to = mp;
     alignas(64) float sums[VL * VL];
@@ -305,8 +310,7 @@ template <bool BF> struct Map {
   }
   // The same feature-major: F (mr×np), half (np). `given` holds the same numbers as x, token-major.
   template <bool GRADIENTS> void features(Rhs x, Lhs given, int np, float* F, float* half) const {
-    if (BF) gemm_both(own, np, dp, {row[0], dp / 2, 1}, row[1], x.p, x.p, x.ld, F, np, false, rows);
-    else gemm<BF>(own, np, dp, {row[0], dp, 1}, x.p, x.ld, F, np, false, rows);
+    gemm<BF>(own, np, dp, left<BF>(row[0], dp), x.p, x.ld, F, np, false, rows, {row[1], x.p});
     constexpr int MOST = CHUNK / VL;
     const int n = np / VL, width = linear ? dp : mr - mp;
     const float *f = linear ? F : F + (size_t)mp * np, *scales = inverse, *shifts = linear ? shift : off + mp;

@@ -10,7 +10,8 @@ template <bool BF> struct Forward : Walker<BF> {
   float *top, *parts;  // of each row: the largest log-weight, and vectors whose sum is the normaliser
   Rhs sink_keys, sink_values;
 
-  Forward(const Call& call, int b, int g) : Base(call, b, g), qmap(Base::both(c) ? this->kmap : Map<BF>(c, s, c.wq, c.offq, c.foldq, g, false, true)) {
+  Forward(const Call& call, int b, int g)
+      : Base(call, b, g), qmap(Base::both(c) ? this->kmap : Map<BF>(c, s, c.wq, c.offq, c.foldq, g, false, true)) {
     auto take = [](size_t n) { return scratch().take(n); };
     Q = take(CHUNK * s.dp), F = take(CHUNK * s.mr), FA = take(CHUNK * s.mp);
     half_q = take(CHUNK), SC = take(CHUNK * CHUNK), SCA = take(CHUNK * CHUNK), O = take(CHUNK * s.dvp);
@@ -236,7 +237,7 @@ template <bool BF> struct Forward : Walker<BF> {
       }
       store_row(c.out, (first + t) * width, o, width, bf16);
     }
-    if (hsum(zero) != 0 && c.bad) __atomic_store_n(c.bad, 1, __ATOMIC_RELAXED);
+    if (hsum(zero) != 0) tell(c);
     return true;
   }
 };

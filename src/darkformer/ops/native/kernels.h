@@ -30,7 +30,8 @@ struct Band {
 };
 
 static inline bool whole(const Band& b) {
-  return b.out_lo == -FAR_AWAY && b.k_lo == -FAR_AWAY && b.out_hi == FAR_AWAY && b.k_hi == FAR_AWAY && b.k_after == FAR_AWAY && b.k_before == FAR_AWAY;
+  return b.out_lo == -FAR_AWAY && b.k_lo == -FAR_AWAY && b.out_hi == FAR_AWAY && b.k_hi == FAR_AWAY && b.k_after == FAR_AWAY &&
+         b.k_before == FAR_AWAY;
 }
 
 // A left operand: element (i, k) at p[i·rs + k·cs], one of the strides being 1.
@@ -39,38 +40,48 @@ struct Lhs {
   long rs, cs;
 };
 
+// A second pair of factors whose product is added, if there is one. They lie as the first pair does.
+struct More {
+  const float *a = nullptr, *b = nullptr;
+  bool any() const { return a && b; }
+};
+
+// C (MR × NW vectors) = A · B, or +=, over the units k0 … k1-1.
 template <bool BF, int NW>
-static inline __attribute__((always_inline)) void tile(const Lhs a, const float* b, long ldb, int k0, int k1, float* c,
-                                                       long ldc, bool accumulate) {
+static inline __attribute__((always_inline)) void tile(Lhs a, const float* b, long ldb, More more, int k0, int k1, float* c, long ldc,
+                                                       bool accumulate) {
   vf s[MR][NW];
   for (int i = 0; i < MR; i++)
     for (int v = 0; v < NW; v++) s[i][v] = accumulate ? load(c + i * ldc + v * VL) : all(0);
-  if (a.cs == 1) {
-    const float *p = a.p, *p3 = a.p + 3 * a.rs, *p6 = a.p + 6 * a.rs;
-    const long rs = a.rs;
+  for (;; a.p = more.a, b = more.b, more = {}) {
+    if (a.cs == 1) {
+      const float *p = a.p, *p3 = a.p + 3 * a.rs, *p6 = a.p + 6 * a.rs;
+      const long rs = a.rs;
 #pragma GCC unroll 2
-    for (int k = k0; k < k1; k++) {
-      vf w[NW];
-      for (int v = 0; v < NW; v++) w[v] = load(b + k * ldb + v * VL);
+      for (int k = k0; k < k1; k++) {
+        vf w[NW];
+        for (int v = 0; v < NW; v++) w[v] = load(b + k * ldb + v * VL);
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; i++) {
-        const float* row = i < 3 ? p : i < 6 ? p3 : p6;
-        vf x = all(row[(i % 3) * rs + k]);
-        for (int v = 0; v < NW; v++) s[i][v] = mac<BF>(x, w[v], s[i][v]);
+        for (int i = 0; i < MR; i++) {
+          const float* row = i < 3 ? p : i < 6 ? p3 : p6;
+          vf x = all(row[(i % 3) * rs + k]);
+          for (int v = 0; v < NW; v++) s[i][v] = mac<BF>(x, w[v], s[i][v]);
+        }
+      }
+    } else {
+      const float* p = a.p + k0 * a.cs;
+#pragma GCC unroll 2
+      for (int k = k0; k < k1; k++, p += a.cs) {
+        vf w[NW];
+        for (int v = 0; v < NW; v++) w[v] = load(b + k * ldb + v * VL);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+          vf x = all(p[i]);
+          for (int v = 0; v < NW; v++) s[i][v] = mac<BF>(x, w[v], s[i][v]);
+        }
       }
     }
-  } else {
-    const float* p = a.p + k0 * a.cs;
-#pragma GCC unroll 2
-    for (int k = k0; k < k1; k++, p += a.cs) {
-      vf w[NW];
-      for (int v = 0; v < NW; v++) w[v] = load(b + k * ldb + v * VL);
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; i++) {
-        vf x = all(p[i]);
-        for (int v = 0; v < NW; v++) s[i][v] = mac<BF>(x, w[v], s[i][v]);
-      }
-    }
+    if (!BF || !more.any()) break;
   }
   for (int i = 0; i < MR; i++)
     for (int v = 0; v < NW; v++) store(c + i * ldc + v * VL, s[i][v]);
@@ -80,13 +91,13 @@ static inline __attribute__((always_inline)) void tile(const Lhs a, const float*
 static inline int columns_of_tile(int left) { return left >= NV && left != 4 ? NV : left < 2 ? left : 2; }
 
 static void gemm_tiles(int M, int N, int K, Lhs a, const float* b, long ldb, float* c, long ldc, bool accumulate, Band band,
-                       const float* more_a = nullptr, const float* more_b = nullptr);
+                       More more);
 
-// C (M×N) = A (M×K) · B (K×N), or += . M and N are multiples of 16, K counts elements; B has units in its rows.
+// C (M×N) = A (M×K) · B (K×N), or +=. M and N are multiples of 16, K counts elements; B has units in its rows.
 template <bool BF>
 static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c, long ldc, bool accumulate,
-                 Band band = {}) {
-  if (BF && HAS_AMX) return gemm_tiles(M, N, K, a, b, ldb, c, ldc, accumulate, band);
+                 Band band = {}, More more = {}) {
+  if (BF && HAS_AMX) return gemm_tiles(M, N, K, a, b, ldb, c, ldc, accumulate, band, more);
   for (int n = 0, width; n < N; n += width * VL) {
     width = columns_of_tile((N - n) / VL);
     for (int i = 0; i < M; i += MR) {
@@ -98,22 +109,16 @@ static void gemm(int M, int N, int K, Lhs a, const float* b, long ldb, float* c,
       const int first = (unsigned)down(i + band.out_lo - n) / VL;
       int last = up(i + MR + band.out_hi - n) / VL - 1;
       if (last >= width) last = width - 1;
-      Lhs rows{a.p + i * a.rs, a.rs, a.cs};
-      const float* right = b + n + first * VL;
-      float* out = c + i * ldc + n + first * VL;
-      if (last - first == NV - 1) tile<BF, NV>(rows, right, ldb, k0, k1, out, ldc, accumulate);
-      else if (last - first == 1) tile<BF, 2>(rows, right, ldb, k0, k1, out, ldc, accumulate);
-      else if (last == first) tile<BF, 1>(rows, right, ldb, k0, k1, out, ldc, accumulate);
+      const int column = n + first * VL;
+      const Lhs rows{a.p + i * a.rs, a.rs, a.cs};
+      const float* right = b + column;
+      const More second = more.any() ? More{more.a + i * a.rs, more.b + column} : More{};
+      float* out = c + i * ldc + column;
+      if (last - first == NV - 1) tile<BF, NV>(rows, right, ldb, second, k0, k1, out, ldc, accumulate);
+      else if (last - first == 1) tile<BF, 2>(rows, right, ldb, second, k0, k1, out, ldc, accumulate);
+      else if (last == first) tile<BF, 1>(rows, right, ldb, second, k0, k1, out, ldc, accumulate);
     }
   }
-}
-
-// C = A · B + A' · B' of bfloat16, or +=, where A' and B' lie as A and B do: the two parts of a map.
-static void gemm_both(int M, int N, int K, Lhs a, const float* more_a, const float* b, const float* more_b, long ldb, float* c,
-                      long ldc, bool accumulate, Band band) {
-  if (HAS_AMX) return gemm_tiles(M, N, K, a, b, ldb, c, ldc, accumulate, band, more_a, more_b);
-  gemm<true>(M, N, K, a, b, ldb, c, ldc, accumulate, band);
-  gemm<true>(M, N, K, {more_a, a.rs, a.cs}, more_b, ldb, c, ldc, true, band);
 }
 
 // b (cols×rows) = transpose of a (rows×cols); both sizes multiples of 16.

@@ -14,7 +14,8 @@ template <bool BF> struct KeyPass {
 
   KeyPass(Shared& sh, int b, int g, int slot)
       : sh(sh), c(sh.c), s(sh.s), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s),
-        qmap(c, s, c.wq, c.offq, c.foldq, g, true, false, Walker<BF>::both(c)), kmap(Walker<BF>::both(c) ? qmap : Map<BF>(c, s, c.wk, c.offk, c.foldk, g, true, false, true)), dw(sh.of(slot, g)) {}
+        qmap(c, s, c.wq, c.offq, c.foldq, g, true, false, Walker<BF>::both(c)),
+        kmap(Walker<BF>::both(c) ? qmap : Map<BF>(c, s, c.wk, c.offk, c.foldk, g, true, false, true)), dw(sh.of(slot, g)) {}
 
   void to_unit(const float* scale) {
     for (int i = 0; i < s.m; i++) {
@@ -30,8 +31,8 @@ template <bool BF> struct KeyPass {
   struct Queries {
     float *e, *rows, *turned, *along;
     Queries(const Dims& s, int np)
-        : e(BF ? nullptr : P::take(s.mp * np)), rows(BF ? P::take(s.mp * np / 2) : nullptr), turned(BF ? P::take(up16(s.mp / 2) * np) : nullptr),
-          along(P::take(s.mp)) {}
+        : e(BF ? nullptr : P::take(s.mp * np)), rows(BF ? P::take(s.mp * np / 2) : nullptr),
+          turned(BF ? P::take(up16(s.mp / 2) * np) : nullptr), along(P::take(s.mp)) {}
     Lhs left(int np) const { return BF ? Lhs{rows, np / 2, 1} : Lhs{e, np, 1}; }
   };
   // The transpose of mp×np features, packed as right factor, as left factor.
@@ -48,7 +49,8 @@ template <bool BF> struct KeyPass {
     const float *Q = rows.queries(P::take(np * s.dp), r, t0, n, np), *lse = c.lse + rows.head(r) + t0;
     qmap.template features<false>(P::turned(Q, np, s.dp), left<BF>(Q, s.dp), np, F, half);
     for (int t = 0; t < np; t++) half[t] += t < n ? lse[t] : -LOG_ZERO;
-    const bool fits = np == CHUNK ? exponentials<CHUNK / VL>(np, F, half, scale, delta, to) : exponentials<0>(np, F, half, scale, delta, to);
+    const bool fits = np == CHUNK ? exponentials<CHUNK / VL>(np, F, half, scale, delta, to)
+                                  : exponentials<0>(np, F, half, scale, delta, to);
     scratch().release(mark);
     return n == 1 || fits;
   }
@@ -169,7 +171,8 @@ template <bool BF> struct KeyPass {
 
   bool far_part(const Span& a, const float* before, const float* K, const float* V, float* dX, float* dV) {
     const int np = a.np;
-    float *F = P::take(s.mr * np), *FP = P::take(up16(s.mp / 2) * np), *scale = P::take(s.mp), *later = P::take(s.mp), *dL = P::take(s.mp * np);
+    float *F = P::take(s.mr * np), *FP = P::take(up16(s.mp / 2) * np), *dL = P::take(s.mp * np);
+    float *scale = P::take(s.mp), *later = P::take(s.mp);
     memcpy(scale, before, s.mp * sizeof(float));
     keys(a, K, F, FP, scale);
     struct Head { Queries q; float *lse, *delta; const float* DO; };

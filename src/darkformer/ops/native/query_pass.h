@@ -13,7 +13,8 @@ template <bool BF> struct QueryPass : Walker<BF> {
   Rhs sink_kt{}, sink_vt{}, sink_k{};
 
   QueryPass(Shared& sh, int b, int g, int slot, float* sinks)
-      : Base(sh.c, b, g, true), sh(sh), qmap(Base::both(c) ? this->kmap : Map<BF>(c, s, c.wq, c.offq, c.foldq, g, false, true, true)), dw(sh.of(slot, g)) {
+      : Base(sh.c, b, g, true), sh(sh),
+        qmap(Base::both(c) ? this->kmap : Map<BF>(c, s, c.wq, c.offq, c.foldq, g, false, true, true)), dw(sh.of(slot, g)) {
     SK = P::take(s.sp * s.dp), SV = P::take(s.sp * s.dvp), shift = P::take(s.mp);
     dSK = sinks, dSV = sinks + (size_t)s.sp * s.dp;
     if (!s.S) return;

@@ -18,7 +18,9 @@ struct Shared {  // between the passes of one call
   float* scale(long pair, int t0) { return scales.data() + (pair * chunks + t0 / CHUNK) * s.mp; }
   Weights& of(int slot, int g) {
     Weights& w = weights[slot][g];
-    if (w.offq.empty()) w.q.resize((size_t)s.dp * s.mr), w.k.resize((size_t)s.mr * s.dp), w.offq.resize(s.mr), w.offk.resize(s.mr), w.linq.resize(s.dp), w.link.resize(s.dp);
+    if (!w.offq.empty()) return w;
+    w.q.resize((size_t)s.dp * s.mr), w.k.resize((size_t)s.mr * s.dp);
+    w.offq.resize(s.mr), w.offk.resize(s.mr), w.linq.resize(s.dp), w.link.resize(s.dp);
     return w;
   }
 };

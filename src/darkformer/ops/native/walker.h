@@ -130,11 +130,13 @@ template <bool BF> struct Walker {
   // The paper's form has one map for both sides: it is made once.
   static bool both(const Call& c) { return c.wq == c.wk && c.offq == c.offk && c.foldq == c.foldk; }
   Walker(const Call& c, int b, int g, bool gradients = false)
-      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s), kmap(c, s, c.wk, c.offk, c.foldk, g, true, both(c), gradients && both(c)) {
+      : c(c), s(c), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s),
+        kmap(c, s, c.wk, c.offk, c.foldk, g, true, both(c), gradients && both(c)) {
     auto take = [](size_t n) { return scratch().take(n); };
     K = take(CHUNK * s.dp), V = take(CHUNK * s.dvp), KT = take((s.dp + 16) * CHUNK), VB = take(CHUNK * s.dvp);
     FK = take(s.mr * CHUNK), half = take(CHUNK), EK = take(s.mp * CHUNK), EKB = take(s.mp * CHUNK);
-    SB = take((size_t)s.mp * s.dvp), added = take(s.mp), saved = take((size_t)s.mp * s.dvp), saved_total = take(s.mp), saved_scale = take(s.mp);
+    SB = take((size_t)s.mp * s.dvp), added = take(s.mp);
+    saved = take((size_t)s.mp * s.dvp), saved_total = take(s.mp), saved_scale = take(s.mp);
     moved.reserve(s.mp);
   }
 
