@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from darkformer import plots
+from darkformer import DarkConfig, attention, feature_map, plots
 from darkformer.cli import app
 from darkformer.cli_bench import print_bench
 from darkformer.config import RunFolderError
@@ -311,3 +311,22 @@ def test_scratch_memory_is_seen() -> None:
     if found is None:
         pytest.skip("the system does not tell")
     assert 24 << 20 < found < 48 << 20  # two tensors of 32 MiB at once, one of them known
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="the compiled backend is not available")
+def test_memory_kept_between_calls_is_seen_in_every_call() -> None:
+    made = feature_map(DarkConfig.paper(128), num_heads=2, num_kv_heads=2, head_dim=64)
+    inputs = [torch.randn(1, 2, 4096, 64, requires_grad=True) for _ in range(3)]
+    cotangent = torch.ones(1, 2, 4096, 64)
+
+    def call() -> None:
+        attention(*inputs, made, backend="native").backward(cotangent)
+
+    found = []
+    for _ in range(4):
+        for x in inputs:
+            x.grad = None
+        found.append(bench_machine.peak_scratch(call, known=4 * cotangent.nbytes))
+    if found[0] is None:
+        pytest.skip("the system does not tell")
+    assert max(found[1:]) > 5e6, found  # the features alone are more

@@ -194,7 +194,8 @@ def test_buffers_without_pads_are_those_of_the_general_way(method: str, window: 
     made, inputs = make_map(case), make_inputs(case)
     _, state = attention(*(x[:, :, :3] for x in inputs), made, return_state=True)
     for before in (None, state):
-        problem, _ = door._pose(*(x[:, :, 3:] for x in inputs), made, None, None, True, before, True, None)
+        options = door._Options(made, None, True, before, True, None, "auto")
+        problem, _ = door._pose(*(x[:, :, 3:] for x in inputs), None, options)
         fast, general = next_buffers(problem), next_buffers(problem._replace(padded=True))
         assert fast.keys() == general.keys()
         assert all(torch.equal(fast[name], general[name]) for name in fast)

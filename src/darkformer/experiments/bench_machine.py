@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..ops import native
 from ..ops.chunk_features import Scratch
 
 #: Sizes of the products whose speed is the peak: what attention multiplies, and a large square.
@@ -72,6 +73,7 @@ def peak_scratch(call: Callable[[], Any], known: int) -> int | None:
     """
     try:
         Scratch.release()
+        native.release()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = _status("VmRSS")

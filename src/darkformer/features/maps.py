@@ -166,6 +166,11 @@ class _Known(NamedTuple):
     made_for: tuple[DarkConfig, int]
     parameters: FeatureParameters
 
+    def holds(self, owned: list[Tensor], made_for: tuple[DarkConfig, int]) -> bool:
+        """Whether they are the parameters of a map that owns these tensors."""
+        same = self.made_for == made_for and self.tensors == list(map(id, owned))
+        return same and all(map(same_numbers, self.numbers, owned))
+
 
 #: Per feature map, by dtype and by whether inference mode, whose tensors no backward pass may keep, was on. Not an
 #: attribute: copies and saved files of a map would hold it.
@@ -290,8 +295,7 @@ class FeatureMap(nn.Module):
             return self._make(dtype)
         known, key = _KNOWN.setdefault(self, {}), (dtype, torch.is_inference_mode_enabled())
         last, made_for = known.get(key), (self.config, self.layer)
-        same = last is not None and last.made_for == made_for and list(map(id, owned)) == last.tensors
-        if last is None or not same or not all(map(same_numbers, last.numbers, owned)):
+        if last is None or not last.holds(owned, made_for):
             made: dict[Any, Any] = {}
             with _full_precision(self.projection), torch.no_grad():
                 made["parameters"] = self._make(dtype)._replace(recalled=made)

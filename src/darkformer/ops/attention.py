@@ -115,22 +115,26 @@ def check_finite(**tensors: Tensor) -> None:
         )
 
 
+class _Options(NamedTuple):
+    """Arguments of `attention` that are not one per token."""
+
+    feature_map: FeatureMap
+    scaling: float | None
+    is_causal: bool
+    initial_state: AttentionState | None
+    return_state: bool
+    softcap: float | None
+    backend: str
+
+
 def _pose(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    feature_map: FeatureMap,
-    scaling: float | None,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    initial_state: AttentionState | None,
-    wants_state: bool,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: _Options
 ) -> tuple[Problem, tuple[Tensor, Tensor] | None]:
     """The checked problem with real tokens first, and the order (B, L) that put them there with its inverse, if any."""
     batch, heads, length, head_dim = query.shape
+    feature_map, softcap = options.feature_map, options.softcap
     groups = feature_map.num_kv_heads
-    scaling = head_dim**-0.5 if scaling is None else float(scaling)
+    scaling = head_dim**-0.5 if options.scaling is None else float(options.scaling)
     if not (math.isfinite(scaling) and scaling > 0):  # queries and keys are both multiplied by its square root
         raise InputError(f"scaling={scaling}: must be a finite number above 0.")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
@@ -145,8 +149,8 @@ def _pose(
         query, key, value = (reorder(x, *orders).masked_fill(pads, 0) for x in (query, key, value))
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     state = AttentionState.expanded(feature_map.config, key, value, batch=batch, compute=compute)
-    if initial_state is not None:
-        state = check_state(initial_state, state, feature_map.config)
+    if options.initial_state is not None:
+        state = check_state(options.initial_state, state, feature_map.config)
     problem = Problem(
         query=query.unflatten(1, (groups, heads // groups)),
         key=key,
@@ -155,11 +159,11 @@ def _pose(
         scaling=scaling,
         parameters=feature_map.parameters_for(compute),
         state=state,
-        is_causal=is_causal,
+        is_causal=options.is_causal,
         padded=orders is not None,
         softcap=softcap,
-        fresh=initial_state is None,
-        wants_state=wants_state,
+        fresh=options.initial_state is None,
+        wants_state=options.return_state,
     )
     return problem, orders
 
@@ -183,20 +187,10 @@ def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    state: AttentionState | None,
-    wants_state: bool,
-    feature_map: FeatureMap,
-    scaling: float | None,
-    is_causal: bool,
-    softcap: float | None,
-    backend: str,
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: _Options
 ) -> tuple[Tensor, AttentionState]:
-    problem, orders = _pose(query, key, value, feature_map, scaling, key_mask, is_causal, state, wants_state, softcap)
-    output, after = _solve(problem, backend)
+    problem, orders = _pose(query, key, value, key_mask, options)
+    output, after = _solve(problem, options.backend)
     output = output.flatten(1, 2).to(query.dtype)
     return output if orders is None else reorder(output, *reversed(orders)), after
 
@@ -248,15 +242,12 @@ def attention(
     _check_shapes(query, key, value, feature_map, key_mask)
     if not is_causal and (initial_state is not None or return_state):
         raise InputError("a state exists for causal attention only: is_causal=False takes and returns none.")
-
-    def solve(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, AttentionState]:
-        return _attend(q, k, v, mask, initial_state, return_state, feature_map, scaling, is_causal, softcap, backend)
-
+    options = _Options(feature_map, scaling, is_causal, initial_state, return_state, softcap, backend)
     with torch.autocast(query.device.type, enabled=False):
         if documents is None:
-            output, after = solve(query, key, value, key_mask)
+            output, after = _attend(query, key, value, key_mask, options)
             return (output, after) if return_state else output
         check_documents(documents, query.shape[0], query.shape[2])
         if initial_state is not None or return_state:
             raise InputError("packed documents take and return no state: each would need one of its own.")
-        return apart(lambda *rows: solve(*rows)[0], query, key, value, key_mask, documents)
+        return apart(lambda q, k, v, mask: _attend(q, k, v, mask, options)[0], query, key, value, key_mask, documents)

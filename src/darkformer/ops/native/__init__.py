@@ -18,7 +18,7 @@ from .build import BuildError, build, cache_folder, check_compiler, compiler, in
 from .maps import sides
 from .step import Step
 
-__all__ = ["Step", "build", "native", "splits", "status", "stepper", "unavailable", "why_not"]
+__all__ = ["Step", "build", "native", "release", "splits", "status", "stepper", "unavailable", "why_not"]
 
 METHODS = ("dark", "performer", "lfk", "local")
 LIMITS = {"head dimension": 512, "number of features": 2048, "window": 8192}
@@ -28,17 +28,17 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
     """Attention in time linear in L, forward and backward; nothing but inputs, output and log-normaliser is kept.
 
     Returns:
-        output (B, G, R, L, d_v) in the inputs' dtype, zero at pads, and the state after the last token; the one before
-        the first where nobody wants it.
+        output (B, G, R, L, d_v) in the inputs' dtype, zero at pads, and the state after the last token, or the one that
+        came with the problem where nobody wants that.
     """
     from .op import attend
 
     state, config = problem.state, problem.config
     batch, groups, tokens, head_dim = problem.key.shape
     maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=batch * tokens)
-    sums = [state.feature_values, state.feature_sum, state.log_scale.detach()]
+    sums = (state.feature_values, state.feature_sum, state.log_scale.detach())
     if problem.fresh:
-        sums = [torch.empty(0) for _ in sums]
+        sums = (torch.empty(0),) * 3
     output, _, values, total, scale = attend(
         problem.query, problem.key, problem.value, *maps[:4], *sums,
         state.recent_key, state.recent_value, state.sink_key, state.sink_value,
@@ -121,6 +121,12 @@ def stepper(
         return None
     step = Step(state, feature_map, scaling=scaling, softcap=softcap)
     return step if step.finite and step.takes(query, key, scaling, softcap) else None
+
+
+def release() -> None:
+    """Gives the memory that threads keep between calls back to the system. Not while a call runs."""
+    if load.library.cache_info().currsize:
+        load.library().darkformer_release()
 
 
 def splits() -> int:

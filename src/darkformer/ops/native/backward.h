@@ -10,11 +10,22 @@
 #include "key_pass.h"
 #include "query_pass.h"
 
-// The sums of later queries for each task, at the unit of the chunk after its end.
+// The sums of queries after the last token, which are gradients of the sums of keys, at the unit of these.
+static void last_sums(const Call& c, const Dims& s, long pair, Sums now) {
+  now.clear(s);
+  for (int k = 0; k < s.m; k++) {
+    now.scale[k] = c.scale_out[pair * s.m + k];
+    if (!c.grad_values) continue;
+    load_row(now.values + (size_t)k * s.ldv, c.grad_values, (pair * s.m + k) * s.dv, s.dv, s.dvp, false);
+    now.total[k] = -c.grad_total[pair * s.m + k];
+  }
+}
+
+// The sums of later queries for each segment of the pairs that were cut, at the unit of the chunk after its end.
 template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, const std::vector<Task>& tasks) {
   const Call& c = sh.c;
   const Dims& s = sh.s;
-  std::vector<std::vector<float>> after(tasks.size(), std::vector<float>(Sums::size(s)));
+  std::vector<std::vector<float>> after(tasks.size());
   struct Unit { Task task; int of; std::vector<float> sums; };
   std::vector<Unit> units;
   for (size_t i = 0; i < tasks.size(); i++)
@@ -32,7 +43,8 @@ template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, 
     parallel(c.parallel, slots, [&](int slot) {
       for (size_t u = slot; u < units.size(); u += slots) {
         scratch().reset();
-        KeyPass<BF> w(sh, units[u].task.b, units[u].task.g, slot);
+        Kept<BF> nothing(s, 0);
+        KeyPass<BF> w(sh, nothing, units[u].task.b, units[u].task.g, slot);
         w.sums.clear(s);
         w.sums_of(units[u].task.begin, units[u].task.end);
         memcpy(units[u].sums.data(), w.sums.values, Sums::size(s) * sizeof(float));
@@ -48,6 +60,8 @@ template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, 
   };
   size_t u = units.size();
   for (size_t i = tasks.size(); i-- > 0;) {
+    if (tasks[i].segments == 1) continue;
+    after[i].resize(Sums::size(s));
     Sums now(after[i].data(), s);
     if (tasks[i].segment + 1 < tasks[i].segments) {
       const float* later = after[i + 1].data();
@@ -60,14 +74,7 @@ template <bool BF> static std::vector<std::vector<float>> scan_back(Shared& sh, 
       }
       continue;
     }
-    const long pair = (long)tasks[i].b * c.G + tasks[i].g;
-    now.clear(s);
-    for (int k = 0; k < s.m; k++) {
-      now.scale[k] = c.scale_out[pair * s.m + k];
-      if (!c.grad_values) continue;
-      load_row(now.values + (size_t)k * s.ldv, c.grad_values, (pair * s.m + k) * s.dv, s.dv, s.dvp, false);
-      now.total[k] = -c.grad_total[pair * s.m + k];
-    }
+    last_sums(c, s, tasks[i].pair(c), now);
   }
   return after;
 }
@@ -131,46 +138,76 @@ static void finish_rows(Shared& sh, const std::vector<Task>& tasks, size_t first
   for (int r = 0; r < s.R; r++) memset((char*)c.dq + (rows.head(r) + rows.length) * s.d * size, 0, pads * s.d * size);
 }
 
+template <bool BF> static void query_pass(Shared& sh, Kept<BF>& kept, const Task& t, int slot, float* sinks, const std::vector<float>& before) {
+  const Dims& s = sh.s;
+  QueryPass<BF> pass(sh, kept, t.b, t.g, slot, sinks);
+  if (before.empty()) pass.sums.read(sh.c, s, pass.rows.pair);
+  else memcpy(pass.sums.values, before.data(), Sums::size(s) * sizeof(float));
+  for (int at = t.begin; at < t.end; at += CHUNK) {
+    memcpy(sh.scale(pass.rows.pair, at), pass.sums.scale, s.mp * sizeof(float));
+    pass.run(at, std::min(CHUNK, t.end - at));
+  }
+}
+
+template <bool BF> static void key_pass(Shared& sh, Kept<BF>& kept, const Task& t, int slot, const std::vector<float>& after) {
+  const Call& c = sh.c;
+  const Dims& s = sh.s;
+  KeyPass<BF> pass(sh, kept, t.b, t.g, slot);
+  const long pair = pass.rows.pair;
+  if (after.empty()) last_sums(c, s, pair, pass.sums);
+  else memcpy(pass.sums.values, after.data(), Sums::size(s) * sizeof(float));
+  if (t.segment + 1 == t.segments)  // the last keys are in windows only
+    for (int at = t.end; at < t.end + s.W; at += CHUNK) pass.run(at, std::min(CHUNK, t.end + s.W - at), nullptr);
+  for (int at = t.begin + (t.end - t.begin - 1) / CHUNK * CHUNK; at >= t.begin && t.end > t.begin; at -= CHUNK)
+    pass.run(at, std::min(CHUNK, t.end - at), sh.scale(pair, at));
+  if (t.segment || !c.dvalues) return;
+  std::vector<float> start(s.mp, 0.0f);
+  std::copy(c.scale + pair * s.m, c.scale + (pair + 1) * s.m, start.begin());
+  pass.to_unit(start.data());
+  for (int k = 0; k < s.m; k++) {
+    store_row(c.dvalues, (pair * s.m + k) * s.dv, pass.sums.values + (size_t)k * s.ldv, s.dv, false);
+    c.dtotal[pair * s.m + k] = -pass.sums.total[k];
+  }
+}
+
+// Numbers that kept features and what grows with the length may take together, so that a call's memory is bounded: 9 MB.
+constexpr size_t ROOM = 9 << 18;
+
 template <bool BF> static void backward(const Call& c) {
   int slots;
   const size_t rows = c.B * c.G * c.L * (c.bf16 ? 2 : 4);
   huge_pages(c.dq, rows * c.R * c.d), huge_pages(c.dk, rows * c.d), huge_pages(c.dvalue, rows * c.dv);
   const auto tasks = plan(c, slots);
   Shared sh(c, tasks.size(), std::max<int>(slots, c.threads));
-  const Dims& s = sh.s;
   const auto before = scan<BF>(c, tasks);
+  const size_t growing = c.B * c.G * c.R * c.L + slots * sh.pair_size(), room = growing < ROOM ? (ROOM - growing) / slots : 0;
+  // Both passes of a whole pair follow each other; those of one that was cut wait for all of its segments.
+  std::vector<std::vector<float>> cut;
+  for (const Task& t : tasks)
+    if (t.segments > 1 && !t.segment) cut.emplace_back(sh.pair_size()), sh.place(t.pair(c), cut.back().data());
   parallel(c.parallel, slots, [&](int slot) {
     for (size_t i = slot; i < tasks.size(); i += slots) {
       const Task& t = tasks[i];
       scratch().reset();
-      QueryPass<BF> pass(sh, t.b, t.g, slot, sh.sinks[i].data());
-      if (before[i].empty()) pass.sums.read(c, s, pass.rows.pair);
-      else memcpy(pass.sums.values, before[i].data(), Sums::size(s) * sizeof(float));
-      for (int at = t.begin; at < t.end; at += CHUNK) {
-        memcpy(sh.scale(pass.rows.pair, at), pass.sums.scale, s.mp * sizeof(float));
-        pass.run(at, std::min(CHUNK, t.end - at));
+      const bool whole = t.segments == 1;
+      Kept<BF> kept(sh.s, whole ? t.end : 0, room);
+      if (whole) {
+        float* const memory = scratch().lasting(kept.size() + sh.pair_size());
+        kept.place(memory), sh.place(t.pair(c), memory + kept.size());
       }
+      query_pass(sh, kept, t, slot, sh.sinks[i].data(), before[i]);
+      if (!whole) continue;
+      scratch().reset();
+      key_pass(sh, kept, t, slot, {});
     }
   });
   const auto after = scan_back<BF>(sh, tasks);
   parallel(c.parallel, slots, [&](int slot) {
     for (size_t i = slot; i < tasks.size(); i += slots) {
-      const Task& t = tasks[i];
+      if (tasks[i].segments == 1) continue;
       scratch().reset();
-      KeyPass<BF> pass(sh, t.b, t.g, slot);
-      memcpy(pass.sums.values, after[i].data(), Sums::size(s) * sizeof(float));
-      if (t.segment + 1 == t.segments)  // the last keys are in windows only
-        for (int at = t.end; at < t.end + s.W; at += CHUNK) pass.run(at, std::min(CHUNK, t.end + s.W - at), nullptr);
-      for (int at = t.begin + (t.end - t.begin - 1) / CHUNK * CHUNK; at >= t.begin && t.end > t.begin; at -= CHUNK)
-        pass.run(at, std::min(CHUNK, t.end - at), sh.scale(pass.rows.pair, at));
-      if (t.segment || !c.dvalues) continue;
-      std::vector<float> start(s.mp, 0.0f);
-      std::copy(c.scale + pass.rows.pair * s.m, c.scale + (pass.rows.pair + 1) * s.m, start.begin());
-      pass.to_unit(start.data());
-      for (int k = 0; k < s.m; k++) {
-        store_row(c.dvalues, (pass.rows.pair * s.m + k) * s.dv, pass.sums.values + (size_t)k * s.ldv, s.dv, false);
-        c.dtotal[pass.rows.pair * s.m + k] = -pass.sums.total[k];
-      }
+      Kept<BF> nothing(sh.s, 0);
+      key_pass(sh, nothing, tasks[i], slot, after[i]);
     }
   });
   if (c.dwq) finish_weights(sh);

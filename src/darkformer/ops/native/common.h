@@ -1,17 +1,16 @@
-// What a call brings, the scratch memory, the plan of parallel work, and the log-features.
+// What a call brings, packed operands, the plan of parallel work, and the log-features.
 #pragma once
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <functional>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "amx.h"
 #include "kernels.h"
+#include "scratch.h"
 
 constexpr int CHUNK = 64;            // tokens whose features exist at once
 constexpr float LOG_ZERO = -1e30f;   // stands for log 0 in stabilisers
@@ -43,39 +42,6 @@ struct Call {
   void *d_recent_k, *d_recent_v, *d_sink_k, *d_sink_v;
   float *dfoldq, *dfoldk;
 };
-
-// Memory of one thread, kept between calls; its size does not depend on the length.
-class Scratch {
-  struct Block { char* p; size_t size; };
-  std::vector<Block> blocks;
-  size_t block = 0, used = 0;
- public:
-  ~Scratch() { for (auto& b : blocks) free(b.p); }
-  void reset() { block = used = 0; }
-  // What is taken after a mark is given back together.
-  std::pair<size_t, size_t> mark() const { return {block, used}; }
-  void release(std::pair<size_t, size_t> m) { block = m.first, used = m.second; }
-  float* take(size_t n) {
-    size_t bytes = (n * sizeof(float) + 127) / 64 * 64;
-    while (block < blocks.size() && used + bytes > blocks[block].size) block++, used = 0;
-    if (block == blocks.size()) {
-      size_t size = std::max<size_t>(bytes, 1 << 20);
-      blocks.push_back({(char*)aligned_alloc(64, size), size});
-      used = 0;
-    }
-    float* p = (float*)(blocks[block].p + used);
-    used += bytes;
-#ifdef POISON  // in tests: what is read before it is written spoils the result
-    memset((void*)p, 0xff, bytes);
-#endif
-    return p;
-  }
-};
-
-static inline Scratch& scratch() {
-  static thread_local Scratch s;
-  return s;
-}
 
 // Results of many megabytes are fresh memory, whose pages are made at the first touch: with pages of 2 MB that is a few
 // faults in place of thousands. A hint; where the system knows no such pages nothing changes.
@@ -337,6 +303,7 @@ template <bool BF> struct Map {
 // A (batch row, kv head) pair with the tokens [begin, end) of it that one task computes.
 struct Task {
   int b, g, begin, end, segment, segments;
+  long pair(const Call& c) const { return (long)b * c.G + g; }
 };
 
 // Whole pairs where they divide evenly among the threads; the rest is cut into segments.

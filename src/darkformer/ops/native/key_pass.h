@@ -5,6 +5,7 @@
 template <bool BF> struct KeyPass {
   using P = Pack<BF>;
   Shared& sh;
+  Kept<BF>& kept;
   const Call& c;
   const Dims& s;
   const Rows<BF> rows;
@@ -12,8 +13,8 @@ template <bool BF> struct KeyPass {
   Map<BF> qmap, kmap;
   Shared::Weights& dw;
 
-  KeyPass(Shared& sh, int b, int g, int slot)
-      : sh(sh), c(sh.c), s(sh.s), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s),
+  KeyPass(Shared& sh, Kept<BF>& kept, int b, int g, int slot)
+      : sh(sh), kept(kept), c(sh.c), s(sh.s), rows(c, s, b, g), sums(scratch().take(Sums::size(s)), s),
         qmap(c, s, c.wq, c.offq, c.foldq, g, true, false, Walker<BF>::both(c)),
         kmap(Walker<BF>::both(c) ? qmap : Map<BF>(c, s, c.wk, c.offk, c.foldk, g, true, false, true)), dw(sh.of(slot, g)) {}
 
@@ -26,15 +27,31 @@ template <bool BF> struct KeyPass {
       sums.total[i] *= factor, sums.scale[i] = scale[i];
     }
   }
-  // Features of queries, e^{ℓq + scale - lse} (mp×np), as the products want them: `e` with float32; with bfloat16 `rows` packed as left
-  // factor and `turned` as right factor. along: Σ_t e_ti δ_t (mp).
+  // Features of queries, e^{ℓq + scale - lse}, as left factor (mp×np) and, with their transpose as left factor, either (np×mp) as `Rows`
+  // has them or turned: (mp×np), with bfloat16 packed as right factor. along: Σ_t e_ti δ_t (mp).
   struct Queries {
-    float *e, *rows, *turned, *along;
-    Queries(const Dims& s, int np)
-        : e(BF ? nullptr : P::take(s.mp * np)), rows(BF ? P::take(s.mp * np / 2) : nullptr),
-          turned(BF ? P::take(up16(s.mp / 2) * np) : nullptr), along(P::take(s.mp)) {}
-    Lhs left(int np) const { return BF ? Lhs{rows, np / 2, 1} : Lhs{e, np, 1}; }
+    Lhs features;
+    const float *rows, *turned;
+    float* along;
   };
+  // Memory for those that are made here.
+  Queries empty(int np) const {
+    float *e = P::take(s.mp * np / (BF ? 2 : 1)), *turned = BF ? P::take(up16(s.mp / 2) * np) : e;
+    return {{e, BF ? np / 2 : np, 1}, nullptr, turned, P::take(s.mp)};
+  }
+  Queries found(const float* rows, int np, const float* delta) const {
+    float* along = P::take(s.mp);
+    for (int i = 0; i < s.mp; i += VL) {
+      vf sum = all(0);
+      for (int t = 0; t < np; t++) sum = fma(load_as<BF>(rows + (size_t)t * s.mp / (BF ? 2 : 1), i), all(delta[t]), sum);
+      store(along + i, sum);
+    }
+    return {P::rows_t(rows, s.mp, np), rows, nullptr, along};
+  }
+  Lhs transposed_left(const Queries& q, int np) const {
+    if (q.rows) return left<BF>(q.rows, s.mp);
+    return BF ? turned_left(q.turned, np) : Lhs{q.turned, 1, np};
+  }
   // The transpose of mp×np features, packed as right factor, as left factor.
   Lhs turned_left(const float* packed, int np) const {
     const int units = up16(s.mp / 2);
@@ -58,8 +75,8 @@ template <bool BF> struct KeyPass {
   bool exponentials(int np, const float* f, const float* half, const float* scale, const float* delta, const Queries& to) const {
     const int n = N ? N : np / VL, mp = s.mp;
     const float* const offsets = qmap.off;
-    float *e_to = to.e, *turned = to.turned, *const along = to.along;
-    uint16_t* packed = (uint16_t*)to.rows;
+    float *e_to = (float*)to.features.p, *turned = (float*)to.turned, *const along = to.along;
+    uint16_t* packed = (uint16_t*)e_to;
     vf high = all(LOG_ZERO), below[CHUNK / VL], weight[CHUNK / VL], e[2][CHUNK / VL];
     alignas(64) float part[VL * VL];
     for (int j = 0; j < n; j++) below[j] = load(half + j * VL), weight[j] = load(delta + j * VL);
@@ -82,7 +99,7 @@ template <bool BF> struct KeyPass {
     return hmax(high) <= UNDERFLOW_LOG;
   }
   void add_queries(const Queries& q, int np, Rhs grad) {
-    gemm<BF>(s.mp, s.dvp, np, q.left(np), grad.p, grad.ld, sums.values, s.ldv, true);
+    gemm<BF>(s.mp, s.dvp, np, q.features, grad.p, grad.ld, sums.values, s.ldv, true);
     for (int i = 0; i < s.mp; i += VL) store(sums.total + i, load(sums.total + i) + load(q.along + i));
   }
   // Only the sums, over the queries [begin, end), for the keys before `begin`.
@@ -92,7 +109,7 @@ template <bool BF> struct KeyPass {
     for (int t0 = last; t0 >= begin; t0 -= CHUNK) {
       const int n = std::min(CHUNK, end - t0), np = up16(n);
       const auto mark = scratch().mark();
-      const Queries q(s, np);
+      const Queries q = empty(np);
       float *to = P::take(np * s.dvp), *lse = P::take(np), *delta = P::take(np);
       to_unit(sh.scale(rows.pair, t0));
       for (int r = 0; r < s.R; r++) {
@@ -104,13 +121,19 @@ template <bool BF> struct KeyPass {
     }
   }
 
-  // Features of the far keys, F (mr×np): e^{ℓk - scale}, then y; `scale` is raised to their maximum. With bfloat16 they are packed as
-  // right factor (mp/2 × np units) too.
-  void keys(const Span& a, const float* K, float* F, float* packed, float* scale) {
-    float* half = P::take(a.np);
+  // Features of far keys: F (mr×np), e^{ℓk - scale}, then y; the former as right factor; scale (mp), their maximum so far.
+  struct Keys {
+    float* F;
+    Rhs right;
+    const float* scale;
+  };
+  Keys keys(const Span& a, const float* K, const float* before) {
+    float *F = P::take(s.mr * a.np), *packed = BF ? P::take(up16(s.mp / 2) * a.np) : F, *scale = P::take(s.mp), *half = P::take(a.np);
+    memcpy(scale, before, s.mp * sizeof(float));
     kmap.template features<true>(P::turned(K, a.np, s.dp), left<BF>(K, s.dp), a.np, F, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     a.np == CHUNK ? key_exponentials<CHUNK / VL>(a.np, F, half, packed, scale) : key_exponentials<0>(a.np, F, half, packed, scale);
+    return {F, {packed, a.np}, scale};
   }
   template <int N> void key_exponentials(int np, float* f, const float* half, float* packed, float* scale) const {
     const int n = N ? N : np / VL, mp = s.mp;
@@ -137,11 +160,8 @@ template <bool BF> struct KeyPass {
     scratch().release(mark);
     if (done) return;
     const int h = (n + 1) / 2;
-    float* middle = P::take(s.mp);
-    memcpy(middle, before, s.mp * sizeof(float));
     const Span a(s, t0, h, rows.count);
-    float *to = P::take(a.np * s.dp), *F = P::take(s.mr * a.np), *packed = P::take(up16(s.mp / 2) * a.np);
-    keys(a, rows.keys(to, a.start, a.lowest, a.n, a.np), F, packed, middle);
+    const float* middle = keys(a, rows.keys(P::take(a.np * s.dp), a.start, a.lowest, a.n, a.np), before).scale;
     run(t0 + h, n - h, middle);
     run(t0, h, before);
     scratch().release(mark);
@@ -171,34 +191,36 @@ template <bool BF> struct KeyPass {
 
   bool far_part(const Span& a, const float* before, const float* K, const float* V, float* dX, float* dV) {
     const int np = a.np;
-    float *F = P::take(s.mr * np), *FP = P::take(up16(s.mp / 2) * np), *dL = P::take(s.mp * np);
-    float *scale = P::take(s.mp), *later = P::take(s.mp);
-    memcpy(scale, before, s.mp * sizeof(float));
-    keys(a, K, F, FP, scale);
+    float *dL = P::take(s.mp * np), *later = P::take(s.mp);
+    const auto* mine = kept.of(a.t0, a.n);
+    if (mine && !mine->made) mine = nullptr;
+    const Keys keys = mine ? Keys{mine->keys, P::r(mine->keys, np, s.mp, np), mine->scale} : this->keys(a, K, before);
+    float* const F = keys.F;
     struct Head { Queries q; float *lse, *delta; const float* DO; };
     std::vector<Head> heads;
     for (int r = 0; r < s.R; r++) {
-      heads.push_back({{s, np}, P::take(np), P::take(np), nullptr});
+      heads.push_back({{}, P::take(np), P::take(np), nullptr});
       Head& h = heads.back();
       h.DO = cotangents(rows, sh, r, a.t0, a.n, np, P::take(np * s.dvp), h.lse, h.delta);
-      if (!queries(r, a.t0, a.n, np, scale, h.delta, h.q)) return false;
+      h.q = mine ? found(mine->queries + r * kept.head, np, h.delta) : empty(np);
+      if (!mine && !queries(r, a.t0, a.n, np, keys.scale, h.delta, h.q)) return false;
     }
-    to_unit(scale);
-    const Rhs vt = P::turned(V, np, s.dvp), fk = BF ? Rhs{FP, np} : Rhs{F, np}, u = P::r(sums.values, s.ldv, s.mp, s.dvp);
+    to_unit(keys.scale);
+    const Rhs vt = P::turned(V, np, s.dvp), u = P::r(sums.values, s.ldv, s.mp, s.dvp);
     gemm<BF>(s.mp, np, s.dvp, P::l(sums.values, s.ldv, s.mp, s.dvp), vt.p, vt.ld, dL, np, false);
     memcpy(later, sums.total, s.mp * sizeof(float));
-    gemm<BF>(np, s.dvp, s.mp, BF ? turned_left(FP, np) : Lhs{F, 1, np}, u.p, u.ld, dV, s.dvp, true);
+    gemm<BF>(np, s.dvp, s.mp, BF ? turned_left(keys.right.p, np) : Lhs{F, 1, np}, u.p, u.ld, dV, s.dvp, true);
     float *A = P::take(np * np), *B = P::take(np * np);
     for (const Head& h : heads) {
       const auto mark = scratch().mark();
       const Rhs grad = P::rows(h.DO, np, s.dvp);
-      gemm<BF>(np, np, s.mp, BF ? turned_left(h.q.turned, np) : Lhs{h.q.e, 1, np}, fk.p, fk.ld, A, np, false, {.out_hi = 0});
+      gemm<BF>(np, np, s.mp, transposed_left(h.q, np), keys.right.p, keys.right.ld, A, np, false, {.out_hi = 0});
       gemm<BF>(np, np, s.dvp, left<BF>(h.DO, s.dvp), vt.p, vt.ld, B, np, false, {.out_hi = 0});
       zero_above_diagonal(A, np, nullptr);
       zero_above_diagonal(B, np, h.delta);
       gemm<BF>(np, s.dvp, np, P::lt(A, np, np, np), grad.p, grad.ld, dV, s.dvp, true, {.k_lo = 0});
       const Rhs b = P::r(B, np, np, np);
-      gemm<BF>(s.mp, np, np, h.q.left(np), b.p, b.ld, dL, np, true, {.k_after = 0});
+      gemm<BF>(s.mp, np, np, h.q.features, b.p, b.ld, dL, np, true, {.k_after = 0});
       add_queries(h.q, np, grad);
       scratch().release(mark);
     }

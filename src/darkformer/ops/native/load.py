@@ -150,9 +150,16 @@ def forward(inputs: Inputs, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tenso
     return results
 
 
-_MAPS = ("dwq", "doffq", "dwk", "doffk", "dfoldq", "dfoldk")
-_RESULTS = ("dq", "dk", "dvalue", *_MAPS[:4], "dvalues", "dtotal")
-_BUFFERS = ("d_recent_k", "d_recent_v", "d_sink_k", "d_sink_v")
+#: The gradients, by the field of `Inputs` that they belong to, in its order.
+GRADIENTS = {
+    "query": "dq", "key": "dk", "value": "dvalue", "wq": "dwq", "offq": "doffq", "wk": "dwk", "offk": "doffk",
+    "values": "dvalues", "total": "dtotal", "recent_k": "d_recent_k", "recent_v": "d_recent_v",
+    "sink_k": "d_sink_k", "sink_v": "d_sink_v", "foldq": "dfoldq", "foldk": "dfoldk",
+}  # fmt: skip
+#: The maps among them.
+MAPS = ("wq", "offq", "wk", "offk", "foldq", "foldk")
+#: Of these the library writes what is not 0.
+_SPARSE = ("recent_k", "recent_v", "sink_k", "sink_v")
 
 
 def backward(
@@ -166,19 +173,17 @@ def backward(
     *,
     maps: bool = True,
 ) -> list[Tensor | None]:
-    """Gradients of all inputs but scale, lengths and count, in the order of `Inputs`.
+    """Gradients in the order of `GRADIENTS`.
 
     Args:
         maps: whether those of the maps and folds are wanted, a sixth of the time; else None stands for them.
     """
 
-    def like(x: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    def made(field: str) -> Tensor:
+        make = torch.zeros_like if field in _SPARSE else torch.empty_like
+        return make(getattr(inputs, field), memory_format=torch.contiguous_format)
 
-    results = {name: like(x) for name, x in zip(_RESULTS, inputs[:9], strict=True) if maps or name not in _MAPS}
-    results |= {name: like(x).zero_() for name, x in zip(_BUFFERS, inputs[10:14], strict=True)}
-    if maps:
-        results |= {"dfoldq": like(inputs.foldq), "dfoldk": like(inputs.foldk)}
+    results = {name: made(field) for field, name in GRADIENTS.items() if maps or field not in MAPS}
     given = {
         "lse": log_normaliser, "scale_out": scale_after,
         "grad_out": grad_output.to(inputs.query.dtype), "grad_values": grad_values, "grad_total": grad_total,
@@ -186,4 +191,4 @@ def backward(
     call, alive = _call(inputs, sizes, **results, **{name: x.contiguous() for name, x in given.items()})
     library().darkformer_backward(ctypes.byref(call))
     del alive
-    return [results.get(name) for name in (*_RESULTS, *_BUFFERS, *_MAPS[4:])]
+    return [results.get(name) for name in GRADIENTS.values()]

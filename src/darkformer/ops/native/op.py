@@ -19,10 +19,9 @@ _TENSORS = (
 )
 _SIZES = "int features, float scaling, bool keeps"
 COUNT, SIZES = len(Inputs._fields), len(Sizes._fields)
-#: The maps among them.
-MAPS = tuple(i for i, name in enumerate(Inputs._fields) if name.startswith(("w", "off", "fold")))
-#: Inputs that have a gradient, in order: all but the scale, the lengths and the count.
-DIFFERENTIABLE = tuple(i for i, name in enumerate(Inputs._fields) if name not in ("scale", "lengths", "counts"))
+#: Places of the maps among the inputs, and of all inputs that have a gradient, in the order of `load.backward`.
+MAPS = tuple(map(Inputs._fields.index, load.MAPS))
+DIFFERENTIABLE = tuple(map(Inputs._fields.index, load.GRADIENTS))
 
 
 @torch.library.custom_op(

@@ -7,16 +7,17 @@ template <bool BF> struct QueryPass : Walker<BF> {
   using Base::c, Base::s, Base::rows, Base::sums, Base::FK;
   using P = Pack<BF>;
   Shared& sh;
+  Kept<BF>& kept;
   Map<BF> qmap;
   Shared::Weights& dw;
-  float *SK, *SV, *dSK, *dSV, *shift;
+  float *SK, *SV, *dSK, *dSV, *shift, *own_keys;
   Rhs sink_kt{}, sink_vt{}, sink_k{};
 
-  QueryPass(Shared& sh, int b, int g, int slot, float* sinks)
-      : Base(sh.c, b, g, true), sh(sh),
+  QueryPass(Shared& sh, Kept<BF>& kept, int b, int g, int slot, float* sinks)
+      : Base(sh.c, b, g, true), sh(sh), kept(kept),
         qmap(Base::both(c) ? this->kmap : Map<BF>(c, s, c.wq, c.offq, c.foldq, g, false, true, true)), dw(sh.of(slot, g)) {
     SK = P::take(s.sp * s.dp), SV = P::take(s.sp * s.dvp), shift = P::take(s.mp);
-    dSK = sinks, dSV = sinks + (size_t)s.sp * s.dp;
+    dSK = sinks, dSV = sinks + (size_t)s.sp * s.dp, own_keys = FK;
     if (!s.S) return;
     rows.sinks(SK, SV);
     sink_kt = P::turned(SK, s.sp, s.dp), sink_vt = P::turned(SV, s.sp, s.dvp), sink_k = P::rows(SK, s.sp, s.dp);
@@ -38,15 +39,19 @@ template <bool BF> struct QueryPass : Walker<BF> {
     this->moved.clear();
     rows.ahead(t0 + CHUNK, true);
     const bool far = s.m && (a.has_far() || sums.stored(s));
+    typename Kept<BF>::Chunk* const mine = far ? kept.of(t0, n) : nullptr;
     const float* V = nullptr;
     Rhs vt{}, ek{}, state{}, near_kt{}, near_vt{}, near_k{};
     float *lse = P::take(np), *delta = P::take(np), *DO_ = P::take(np * s.dvp), *Q_ = P::take(np * s.dp), *dX = P::take(np * s.dp);
     float* F = P::take((size_t)s.R * np * s.mr);
     if (far) {
       V = rows.values(Base::V, a.start, a.lowest, a.n, np);
-      this->far_keys(a, rows.keys(Base::K, a.start, a.lowest, a.n, np));
+      FK = mine ? mine->keys : own_keys;
+      this->far_keys(a, rows.keys(Base::K, a.start, a.lowest, a.n, np), false, mine);
+      if (mine) memcpy(mine->scale, sums.scale, s.mp * sizeof(float));
       for (int i = 0; i < s.mp; i += VL) store(shift + i, load(sums.scale + i) - load(qmap.off + i));
-      for (int r = 0; r < s.R; r++) if (!features(a, r, Q_, F + (size_t)r * np * s.mr)) return false;
+      for (int r = 0; r < s.R; r++)
+        if (!features(a, r, Q_, F + (size_t)r * np * s.mr, mine ? mine->queries + r * kept.head : nullptr)) return false;
       vt = P::turned(V, np, s.dvp), ek = this->features_turned(np), state = P::rt(sums.values, s.ldv, s.mp, s.dvp);
     }
     if (a.near) {
@@ -85,7 +90,8 @@ template <bool BF> struct QueryPass : Walker<BF> {
           soft_row(SX + t * s.sp, SY + t * s.sp, 0, s.sp, 0, seen - 1, lse[t], delta[t], mass[t]);
         }
       }
-      for (int t = 0; t < n; t++) sh.delta[rows.head(r) + t0 + t] = delta[t] /= mass[t] > 0 ? mass[t] : 1;
+      float* const deltas = sh.delta(rows.pair, r) + t0;
+      for (int t = 0; t < n; t++) deltas[t] = delta[t] /= mass[t] > 0 ? mass[t] : 1;
       if (far) far_part(a, Fr, Q, delta, G, Z, dX);
       if (a.near) {
         const Band sum{.k_lo = lo + 1, .k_hi = lo + s.W};
@@ -107,6 +113,7 @@ template <bool BF> struct QueryPass : Walker<BF> {
       scratch().release(mark);
     }
     if (far && a.has_far()) this->absorb(a, P::rows(V, np, s.dvp));
+    if (mine) mine->made = true;
     return true;
   }
 
@@ -129,8 +136,8 @@ template <bool BF> struct QueryPass : Walker<BF> {
     for (int j = lo; j < end; j += VL) store(Y + j, load(X + j) * (load(Y + j) - all(delta)) * all((float)c.scaling));
   }
 
-  // F (np×mr): e^{ℓq + scale - lse} and y. False where that would overflow.
-  bool features(const Span& a, int r, float* to, float* F) {
+  // F (np×mr): e^{ℓq + scale - lse} and y; the former also to `keep`, if given. False where that would overflow.
+  bool features(const Span& a, int r, float* to, float* F, float* keep) {
     const auto mark = scratch().mark();
     float* half = P::take(a.np);
     const float* Q = rows.queries(to, r, a.t0, a.n, a.np);
@@ -138,14 +145,16 @@ template <bool BF> struct QueryPass : Walker<BF> {
     const int mp = s.mp, mr = s.mr;
     const float *const lse = c.lse + rows.head(r) + a.t0, *const add = shift;
     vf over = all(LOG_ZERO);
-    for (int t = 0; t < a.np; t++, F += mr) {
+    for (int t = 0; t < a.np; t++, F += mr, keep += keep ? mp / rows.EACH : 0) {
       const float below = half[t] + (t < a.n ? lse[t] : -LOG_ZERO);
       const vf less = level<BF>(all(below));
       vf high = all(LOG_ZERO);
       for (int i = 0; i < mp; i += VL) {
         const vf l = load(F + i) + load(add + i);
         high = vmax(high, l);
-        store(F + i, vexp_below<BF>(l, less));
+        const vf e = vexp_below<BF>(l, less);
+        store(F + i, e);
+        if (keep) BF ? to_bf16((uint16_t*)keep + i, e) : store(keep + i, e);
       }
       over = vmax(over, high - all(below));
     }

@@ -142,8 +142,11 @@ template <bool BF> struct Walker {
 
   // Features of the far keys of a span below the running maximum, which they raise: FK (mp×np). The sums follow it.
   // With bfloat16 they are packed as left factor (EK), and where `both` as right factor (EKB); FK stays log-features then.
-  void far_keys(const Span& a, const float* K, bool both = false) {
-    kmap.template features<false>(transposed<BF>(K, a.np, s.dp, KT), left<BF>(K, s.dp), a.np, FK, half);
+  // For gradients y stands behind them.
+  void far_keys(const Span& a, const float* K, bool both = false, bool gradients = false) {
+    const Rhs turned = transposed<BF>(K, a.np, s.dp, KT);
+    if (gradients) kmap.template features<true>(turned, left<BF>(K, s.dp), a.np, FK, half);
+    else kmap.template features<false>(turned, left<BF>(K, s.dp), a.np, FK, half);
     for (int j = 0; j < a.np; j++) if (j < a.far_from || j >= a.n) half[j] = MASKED;
     moved.clear();
     if (a.np == CHUNK) both ? exponentials<CHUNK / VL, true>(a.np) : exponentials<CHUNK / VL, false>(a.np);
