@@ -150,7 +150,7 @@ def test_commands_in_the_docs_parse() -> None:
 
 @pytest.mark.parametrize(
     ("name", "page"),
-    [("bench", "README.md"), ("bench-avx512", "docs/speed.md"), ("bench-avx2", "docs/speed.md")],
+    [("bench", "README.md"), ("bench-amx", "docs/speed.md"), ("bench-avx2", "docs/speed.md")],
 )
 def test_the_targets_in_the_docs_are_the_committed_records(name: str, page: str) -> None:
     record = json.loads((ROOT / "benchmarks" / "records" / f"{name}.json").read_text(encoding="utf-8"))

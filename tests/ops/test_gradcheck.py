@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from darkformer import FeatureMap, attention
-from darkformer.ops import chunk_passes, chunked
+from darkformer.ops import chunk_forward, chunked
 
 from .cases import Case, make_inputs, make_map, make_mask, make_state
 
@@ -80,19 +80,19 @@ def test_exact() -> None:
 def spy_on_log_domain(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows recomputed by each call of the log-domain path."""
     rows: list[int] = []
-    original = chunk_passes.log_domain_chunks
+    original = chunk_forward.log_domain_chunks
 
     def spy(bad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
         rows.append(int(bad.sum()))
         return original(bad, *arguments)
 
-    monkeypatch.setattr(chunk_passes, "log_domain_chunks", spy)
+    monkeypatch.setattr(chunk_forward, "log_domain_chunks", spy)
     return rows
 
 
 @pytest.mark.parametrize("case", [CONFIGS[0], CONFIGS[1], CONFIGS[2], CONFIGS[3]], ids=str)
 def test_log_domain_by_threshold(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunk_passes.UNDERFLOW, torch.float64, float("inf"))
+    monkeypatch.setitem(chunk_forward.UNDERFLOW, torch.float64, float("inf"))
     rows = spy_on_log_domain(monkeypatch)
     assert Door(make_map(case), case, "chunked").is_right()
     assert rows and all(rows)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from darkformer import attention
-from darkformer.ops import chunk_passes, chunked
+from darkformer.ops import chunk_forward, chunked
 
 from .cases import Case, make_inputs, make_map
 
@@ -51,8 +51,36 @@ SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "features": 4, "dim": 4, "value_
 def test_chunked_is_linear(window: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "SUPER", 128)
     # Both lengths sum up most super-chunks twice, as every length beyond STARTS super-chunks does.
-    monkeypatch.setattr(chunk_passes, "STARTS", 2)
+    monkeypatch.setattr(chunk_forward, "STARTS", 2)
     assert growth(Case(window=window, sinks=2, mode=mode, **SMALL), "chunked") < 2.02
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest float32 tensor that an operator produces, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            for x in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(x, Tensor) and x.dtype == torch.float32:
+                    self.elements = max(self.elements, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("window", [0, 16, 70])
+def test_bfloat16_makes_no_float32_copy_of_the_sequence(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "SUPER", 256)
+    case = Case(length=8192, window=window, sinks=2, **SMALL | {"dim": 16, "value_dim": 16})
+    inputs = [x.requires_grad_() for x in make_inputs(case, dtype=torch.bfloat16)]
+    with Largest() as largest:
+        output = attention(*inputs, make_map(case, torch.float32), backend="chunked")
+        output.backward(torch.ones_like(output))
+    assert {x.grad.dtype for x in inputs if x.grad is not None} == {torch.bfloat16}
+    assert largest.elements < inputs[1].numel(), "a whole key or query in float32"
 
 
 def test_the_reference_is_quadratic() -> None:

@@ -13,7 +13,7 @@ import torch
 from tolerances import PARITY, relative_error
 
 from darkformer.config import METHODS
-from darkformer.ops import chunk_passes, chunked
+from darkformer.ops import chunk_backward, chunk_forward, chunked
 from darkformer.ops.super_chunks import SuperChunks
 
 from .cases import (
@@ -219,11 +219,11 @@ SUPER_CASES = [
 @pytest.mark.parametrize("case", SUPER_CASES, ids=str)
 def test_sums_that_were_not_kept_are_made_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "SUPER", 64)
-    monkeypatch.setattr(chunk_passes, "STARTS", 2)
+    monkeypatch.setattr(chunk_forward, "STARTS", 2)
     made: list[int] = []
-    sums = chunk_passes.Backward._sums_before
+    sums = chunk_backward.Backward._sums_before
     monkeypatch.setattr(
-        chunk_passes.Backward, "_sums_before", lambda self, group: made.append(len(group)) or sums(self, group)
+        chunk_backward.Backward, "_sums_before", lambda self, group: made.append(len(group)) or sums(self, group)
     )
     found = solve(case, "chunked")
     assert max(made) >= 2 and len(made) <= 2 * (2 if case.mode == "bidirectional" else 1)

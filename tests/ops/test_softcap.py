@@ -7,7 +7,7 @@ import torch
 from tolerances import PARITY, relative_error
 
 from darkformer import ConfigError, InputError, attention
-from darkformer.ops import chunk_passes
+from darkformer.ops import chunk_forward
 
 from .cases import ODD_SIZES, Case, Way, by_way, expected, make_inputs, make_map, needs_native, solve
 from .test_gradcheck import spy_on_log_domain
@@ -42,7 +42,7 @@ def test_every_backend_that_caps(case: Case, way: Way) -> None:
 
 def test_in_the_log_domain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The safe path of chunks that underflow has the same exact part."""
-    monkeypatch.setitem(chunk_passes.UNDERFLOW, torch.float64, float("inf"))
+    monkeypatch.setitem(chunk_forward.UNDERFLOW, torch.float64, float("inf"))
     rows = spy_on_log_domain(monkeypatch)
     for case in CASES[:5]:
         assert not Way("chunked").wrong(case)

@@ -54,14 +54,14 @@ def test_large_logits(std: int, window: int, sinks: int, backend: str, monkeypat
 
 def test_without_the_log_domain_these_rows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the path is needed, not only taken."""
-    from darkformer.ops import chunk_passes
+    from darkformer.ops import chunk_forward
 
     config = DarkConfig(num_features=64, window=0, sinks=0)
     made = feature_map(config, num_heads=1, num_kv_heads=1, head_dim=DIM)
     inputs = [16 * torch.randn(1, 1, LENGTH, DIM) for _ in range(2)] + [torch.randn(1, 1, LENGTH, DIM)]
     want = attention(*(x.double() for x in inputs), made, backend="reference")
     assert relative_error(attention(*inputs, made, backend="chunked"), want) <= float32_error(256)
-    monkeypatch.setitem(chunk_passes.UNDERFLOW, torch.float32, 0.0)
+    monkeypatch.setitem(chunk_forward.UNDERFLOW, torch.float32, 0.0)
     assert relative_error(attention(*inputs, made, backend="chunked"), want) > 0.1
 
 

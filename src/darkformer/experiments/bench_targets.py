@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -169,10 +170,11 @@ def _lines(found: Measured) -> Iterable[Line]:
             ratio = found.ratio(path, length, "float32", direction, against=peer)
             yield _at_least(f"`{path}` against {peer}, {direction} at {length // 1024}k", ratio, times, "×")
     for path, most in SCRATCH:
-        rows = [found.rows(path, WIDE, 0, "float32", way).get(LENGTHS[-1]) for way in ("forward", "forward+backward")]
+        ways = itertools.product((0, 64), ("float32", "bfloat16"), ("forward", "forward+backward"))
+        rows = [found.rows(path, WIDE, *way).get(LENGTHS[-1]) for way in ways]
         known = [row["peak_scratch_bytes"] / 1e6 for row in rows if row and row["peak_scratch_bytes"] is not None]
         worst = max(known, default=None)
-        yield _at_most(f"scratch memory at 64k, `{path}`, forward and backward", worst, most, " MB", 0)
+        yield _at_most(f"scratch memory at 64k, `{path}`, at worst (both windows and dtypes)", worst, most, " MB", 0)
     for aim in AIMS:
         grown = found.slope(aim.path, aim.dtype, aim.direction, 0)
         yield _at_most(f"slope of time 4k–64k, `{aim.path}` {aim.direction}, {aim.dtype}", grown, SLOPE, "", 2)

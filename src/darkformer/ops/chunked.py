@@ -1,10 +1,10 @@
 """Linear-time attention in plain torch, on any device.
 
-A causal pass walks over super-chunks in reused memory (`chunk_passes`): the near keys exactly (window band, sinks), the
-far keys through their features, quadratic inside a chunk and through the running state before it. Far keys are the
-keys `window` positions back, so "far" is ordinary causal linear attention. A bidirectional call is two such passes,
-the second one backwards, merged by their log-normalisers.
-Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabiliser described in `chunk_passes`.
+A causal pass walks over super-chunks in reused memory (`chunk_forward`, `chunk_backward`): the near keys exactly
+(window band, sinks), the far keys through their features, quadratic inside a chunk and through the running state before
+it. Far keys are the keys `window` positions back, so "far" is ordinary causal linear attention. A bidirectional call is
+two such passes, the second one backwards, merged by their log-normalisers.
+Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabiliser described in `chunk_forward`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .chunk_backward import Backward
 from .chunk_features import LOG2E, Form, forms
-from .chunk_passes import Backward, Forward, Kept, Sums
+from .chunk_forward import Forward, Kept, Sums
 from .problem import LOG_ZERO, AttentionState, Problem, next_buffers
 from .super_chunks import Frame, Tensors
 
@@ -42,28 +43,28 @@ def span_length(chunk: int, heads: int) -> int:
 
 
 class _Chunked(torch.autograd.Function):
-    """One direction. Saves inputs, output, log-normaliser and sums before some super-chunks; recomputes the rest."""
+    """One direction. Saves inputs, log-normaliser and sums before some super-chunks; recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, frame: Frame, keep: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
         tensors, query, key = _unpack(given)
         run = Forward(tensors, frame, query, key)
-        kept, sums = run.run(keep)
+        output, kept, sums = run.run(keep)
         scale = torch.where(sums.scale == run.start_scale, frame.scale.flatten(0, 1), sums.scale / LOG2E)
         scale = scale.masked_fill(sums.scale < LOG_ZERO / 2, LOG_ZERO).view_as(frame.scale)
         ctx.set_materialize_grads(False)
         if keep:
-            ctx.save_for_backward(*given, kept.output, kept.log_normaliser)
+            ctx.save_for_backward(*given, kept.log_normaliser)
             ctx.frame, ctx.starts, ctx.stride, ctx.underflowed = frame, kept.starts, kept.stride, kept.underflowed
         ctx.mark_non_differentiable(scale)
         shape = tensors.values.shape
-        return kept.output, kept.log_normaliser, sums.values.view(shape), sums.total.view(shape[:-1]), scale
+        return output, kept.log_normaliser, sums.values.view(shape), sums.total.view(shape[:-1]), scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *changes: Tensor | None) -> tuple[Any, ...]:
         change, log_change, values, total, _ = changes
-        *given, output, log_normaliser = ctx.saved_tensors
+        *given, log_normaliser = ctx.saved_tensors
         tensors, query, key = _unpack(given)
         run = Backward(tensors, ctx.frame, query, key)
         needed = dict(
@@ -75,7 +76,7 @@ class _Chunked(torch.autograd.Function):
         )
         for side, prefix in ((run.query_side, "q "), (run.key_side, "k ")):
             side.needs = {name: needed[prefix + name] for name in Form._fields}
-        kept = Kept(output, log_normaliser, ctx.starts, ctx.stride, ctx.underflowed)
+        kept = Kept(log_normaliser, ctx.starts, ctx.stride, ctx.underflowed)
         found = run.run(kept, change, log_change, [values, total])
         return None, None, *found, *run.query_side.form_gradients(), *run.key_side.form_gradients()
 
@@ -90,8 +91,6 @@ def _apply(tensors: Tensors, frame: Frame) -> tuple[Tensor, Tensor, Sums]:
     query, key = forms(frame.parameters)
     given = (*tensors, *query, *key)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    if keep:  # the gradient of the weights is a difference from the output: bfloat16's rounding would show in it
-        frame = frame._replace(output=frame.compute)
     output, log_normaliser, *sums = _Chunked.apply(frame, keep, *given)
     return output, log_normaliser / LOG2E, Sums(*sums)
 
@@ -187,8 +186,8 @@ def chunked(problem: Problem) -> tuple[Tensor, AttentionState]:
     """Attention in time and memory linear in L, forward and backward.
 
     Returns:
-        output (B, G, R, L, d_v), in the compute dtype, or in the query's where nothing needs a gradient, zero at pads,
-        and the state after the last token.
+        output (B, G, R, L, d_v) in the query's dtype (bidirectional: in the compute dtype), zero at pads, and the state
+        after the last token.
     """
     tensors, frame = _forward_pass(problem)
     output, log_normaliser, after = _apply(tensors, frame)

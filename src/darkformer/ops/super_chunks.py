@@ -98,14 +98,34 @@ def rows(before: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
     return torch.cat([before[:, :, start:stop], x[:, :, : max(stop - prefix, 0)]], dim=2)
 
 
-def add_rows(before: Tensor, x: Tensor, start: int, gradient: Tensor) -> None:
-    """Adds `gradient` (B, G, T, d) to rows start… of [before | x]."""
-    first = min(max(before.shape[2] - start, 0), gradient.shape[2])
-    if first:
-        before[:, :, start : start + first] += gradient[:, :, :first]
-    if first < gradient.shape[2]:
-        at = start + first - before.shape[2]
-        x[:, :, at : at + gradient.shape[2] - first] += gradient[:, :, first:]
+class RowGradients:
+    """The gradient of [before | x] along dimension 2, met super-chunk by super-chunk from the last one to the first.
+
+    A super-chunk gives to the rows start … start + prefix + tokens of [before | x], so all but the first `prefix` of
+    them are finished after it. Only these few are kept in the compute dtype: in another one x would need a copy of its
+    whole length.
+    """
+
+    def __init__(self, before: Tensor, x: Tensor, span: int, compute: torch.dtype) -> None:
+        self.prefix, self.dtype = before.shape[2], before.dtype
+        self.of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.rows = x.new_zeros(*x.shape[:2], self.prefix + min(span, x.shape[2]), x.shape[3], dtype=compute)
+
+    def add(self, gradient: Tensor) -> None:
+        """Adds `gradient` (B, G, T, d) to the rows from the super-chunk's start on."""
+        self.rows[:, :, : gradient.shape[2]] += gradient
+
+    def finish(self, start: int, tokens: int, next_tokens: int) -> None:
+        """Stores the finished rows of a super-chunk of `tokens`; the one before it has `next_tokens`, 0 if none."""
+        self.of_x[:, :, start : start + tokens] = self.rows[:, :, self.prefix : self.prefix + tokens]
+        if next_tokens:
+            unfinished = self.rows[:, :, : self.prefix].clone()
+            self.rows.zero_()
+            self.rows[:, :, next_tokens : next_tokens + self.prefix] = unfinished
+
+    @property
+    def of_before(self) -> Tensor:
+        return self.rows[:, :, : self.prefix].to(self.dtype)
 
 
 class SuperChunks:

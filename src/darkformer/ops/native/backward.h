@@ -138,7 +138,8 @@ static void finish_rows(Shared& sh, const std::vector<Task>& tasks, size_t first
   for (int r = 0; r < s.R; r++) memset((char*)c.dq + (rows.head(r) + rows.length) * s.d * size, 0, pads * s.d * size);
 }
 
-template <bool BF> static void query_pass(Shared& sh, Kept<BF>& kept, const Task& t, int slot, float* sinks, const std::vector<float>& before) {
+template <bool BF>
+static void query_pass(Shared& sh, Kept<BF>& kept, const Task& t, int slot, float* sinks, const std::vector<float>& before) {
   const Dims& s = sh.s;
   QueryPass<BF> pass(sh, kept, t.b, t.g, slot, sinks);
   if (before.empty()) pass.sums.read(sh.c, s, pass.rows.pair);

@@ -36,8 +36,8 @@ template <bool BF> struct Kept {
   };
   const Dims& s;
   const int length;   // of the pair, in tokens; 0 keeps nothing
-  const size_t head;  // numbers of one head's queries, and of a chunk
-  const size_t each;
+  const size_t head;  // numbers of one head's queries
+  const size_t each;  // of a chunk
   const int count;    // chunks
   std::vector<Chunk> chunks;
   // most: numbers that there is room for.
