@@ -200,7 +200,10 @@ class Backward(SuperChunks):
         return FarWeights(query, eq, inside, gap, past)
 
     def _far(self, far: FarWeights, change: Tensor, shift: Tensor, log_normaliser: Tensor, dq: Tensor) -> None:
-        """Adds the far part's gradients; `later` and `later_total` move to before this super-chunk."""
+        """Adds the far part's gradients; `later` and `later_total` move to before this super-chunk.
+
+        Gradients take the memory of what is not looked at any more.
+        """
         chunks, C, m = self.pairs * self.count, self.chunk, self.m
         query, eq, inside, gap, past = far
         start = self.sums
@@ -212,11 +215,11 @@ class Backward(SuperChunks):
             slow = log_domain_gradients(terms, log_normaliser[at], change[at], shift[at])
         later, later_total = self._sum_later(eq, change, shift, at, slow)
 
-        dv = torch.bmm(inside.mT, change, out=self.buffer("dv", chunks, C, self.value_dim))
+        dv = torch.bmm(inside.mT, change, out=self.buffer("past", chunks, C, self.value_dim))
         dv.baddbmm_(self.ek, later)
         gap.sub_(shift).view(chunks, self.heads, C, C).tril_()
         dlq = past.baddbmm_(gap, self.ek).addcmul_(shift, self.past_total, value=-1).mul_(eq)
-        dlk = torch.bmm(gap.mT, eq, out=self.buffer("dlk", chunks, C, m))
+        dlk = torch.bmm(gap.mT, eq, out=self.buffer("own", chunks, C, m))
         dlk.baddbmm_(v, later.mT).sub_(later_total[:, None]).mul_(self.ek)
         if at is not None and slow is not None:
             for fast, addition in ((dlq, slow.query), (dlk, slow.key), (dv, slow.value)):
@@ -226,7 +229,7 @@ class Backward(SuperChunks):
     def _put_far(self, dlq: Tensor, dlk: Tensor, dv: Tensor, dq: Tensor, mapped: Tensor) -> None:
         split = (self.batch, self.groups)
         self.query_side.backward(dlq.view(self.pairs, -1, self.m), self.q, mapped, dq)
-        dk = self.buffer("dk", *self.k.shape).zero_()
+        dk = self.buffer("inside", *self.k.shape).zero_()
         self.key_side.backward(dlk.view(self.pairs, -1, self.m), self.k, self.key_features.mapped, dk)
         dk = dk.mul_(self.root).unflatten(0, split)[:, :, : self.real]
         self.dk.add(dk)

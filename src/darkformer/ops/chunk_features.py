@@ -182,7 +182,7 @@ class Side:
         if self.fused is not None:
             y = self.mapped(x, self.role)
         total = change.sum(-1, keepdim=True)
-        dy = torch.bmm(change, self.omega, out=self.scratch("dy", *y.shape)).addcmul_(total, y, value=-1)
+        dy = torch.bmm(change, self.omega, out=self.scratch("square", *y.shape)).addcmul_(total, y, value=-1)
         if self.needs["omega"]:
             self._accumulate("omega", torch.bmm(change.mT, y, out=self.scratch("domega", *self.omega.shape)))
         if self.map is None:
