@@ -13,19 +13,38 @@ from darkformer.ops import chunk_forward, chunked
 from .cases import Case, make_inputs, make_map
 
 
-class Count(TorchDispatchMode):
-    """Elements of everything that operators produce, views aside."""
+class Watch(TorchDispatchMode):
+    """Meets every tensor that operators produce, views aside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
 
+    def meet(self, x: Tensor) -> None:
+        raise NotImplementedError
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
-            outputs = result if isinstance(result, tuple | list) else (result,)
-            self.elements += sum(x.numel() for x in outputs if isinstance(x, Tensor))
+            for x in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(x, Tensor):
+                    self.meet(x)
         return result
+
+
+class Count(Watch):
+    """Elements of everything that operators produce, views aside."""
+
+    def meet(self, x: Tensor) -> None:
+        self.elements += x.numel()
+
+
+class Largest(Watch):
+    """Elements of the largest float32 tensor that an operator produces, views aside."""
+
+    def meet(self, x: Tensor) -> None:
+        if x.dtype == torch.float32:
+            self.elements = max(self.elements, x.numel())
 
 
 def elements(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> int:
@@ -53,22 +72,6 @@ def test_chunked_is_linear(window: int, mode: str, monkeypatch: pytest.MonkeyPat
     # Both lengths sum up most super-chunks twice, as every length beyond STARTS super-chunks does.
     monkeypatch.setattr(chunk_forward, "STARTS", 2)
     assert growth(Case(window=window, sinks=2, mode=mode, **SMALL), "chunked") < 2.02
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest float32 tensor that an operator produces, views aside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            for x in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(x, Tensor) and x.dtype == torch.float32:
-                    self.elements = max(self.elements, x.numel())
-        return result
 
 
 @pytest.mark.parametrize("window", [0, 16, 70])

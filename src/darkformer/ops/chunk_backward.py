@@ -29,6 +29,7 @@ class FarWeights(NamedTuple):
     inside: Tensor  # (P·N, R·C, C) weights of the chunk's own keys
     gap: Tensor  # dO·v of these keys, above the diagonal too
     past: Tensor  # (P·N, R·C, m) dO times the sums before the chunk
+    at: Tensor | None  # the chunks that took the log domain, whose weights here are 0
 
 
 class ExactWeights(NamedTuple):
@@ -197,7 +198,7 @@ class Backward(SuperChunks):
         past = torch.bmm(change, self.past_values.mT, out=self.buffer("dlq", chunks, width, m))
         for weight, of in ((inside, gap), (eq, past)):
             shift.add_(torch.mul(weight, of, out=self.buffer("own", *weight.shape)).sum(-1, keepdim=True))
-        return FarWeights(query, eq, inside, gap, past)
+        return FarWeights(query, eq, inside, gap, past, at)
 
     def _far(self, far: FarWeights, change: Tensor, shift: Tensor, log_normaliser: Tensor, dq: Tensor) -> None:
         """Adds the far part's gradients; `later` and `later_total` move to before this super-chunk.
@@ -205,9 +206,8 @@ class Backward(SuperChunks):
         Gradients take the memory of what is not looked at any more.
         """
         chunks, C, m = self.pairs * self.count, self.chunk, self.m
-        query, eq, inside, gap, past = far
+        query, eq, inside, gap, past, at = far
         start = self.sums
-        at, _ = self.kept.underflowed.get(self.index, (None, None))
         v = self.v.view(chunks, C, -1)
         slow = None
         if at is not None:

@@ -142,8 +142,7 @@ template <bool BF>
 static void query_pass(Shared& sh, Kept<BF>& kept, const Task& t, int slot, float* sinks, const std::vector<float>& before) {
   const Dims& s = sh.s;
   QueryPass<BF> pass(sh, kept, t.b, t.g, slot, sinks);
-  if (before.empty()) pass.sums.read(sh.c, s, pass.rows.pair);
-  else memcpy(pass.sums.values, before.data(), Sums::size(s) * sizeof(float));
+  pass.sums.begin(sh.c, s, pass.rows.pair, before);
   for (int at = t.begin; at < t.end; at += CHUNK) {
     memcpy(sh.scale(pass.rows.pair, at), pass.sums.scale, s.mp * sizeof(float));
     pass.run(at, std::min(CHUNK, t.end - at));

@@ -274,7 +274,7 @@ template <bool BF> static std::vector<std::vector<float>> scan(const Call& c, co
     if (tasks[i].segments == 1 || !s.m) continue;
     before[i].resize(Sums::size(s));
     Sums now(before[i].data(), s);
-    if (tasks[i].segment == 0) now.read(c, s, (long)tasks[i].b * c.G + tasks[i].g);
+    if (tasks[i].segment == 0) now.read(c, s, tasks[i].pair(c));
     else {
       memcpy(before[i].data(), before[i - 1].data(), Sums::size(s) * sizeof(float));
       for (; u < units.size() && units[u].of == (int)i - 1; u++) now.add(Sums(units[u].sums.data(), s), s);
@@ -293,9 +293,8 @@ template <bool BF> static void forward(const Call& c) {
       const Task& t = tasks[i];
       scratch().reset();
       Forward<BF> f(c, t.b, t.g);
-      const long pair = (long)t.b * c.G + t.g;
-      if (before[i].empty()) f.sums.read(c, f.s, pair);
-      else memcpy(f.sums.values, before[i].data(), Sums::size(f.s) * sizeof(float));
+      const long pair = t.pair(c);
+      f.sums.begin(c, f.s, pair, before[i]);
       for (int at = t.begin; at < t.end; at += CHUNK) f.run(at, std::min(CHUNK, t.end - at));
       if (t.segment + 1 < t.segments) continue;
       f.sums.write(c, f.s, pair);
