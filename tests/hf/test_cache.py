@@ -105,7 +105,7 @@ class TestCrop:
         monkeypatch.setattr(cache_module, "CROP", 5)
         model, ids, mask = linear("llama"), tokens(2, LENGTH), left_mask([0, 5], LENGTH)
         cache = _recording(model, ids, mask, [16])
-        assert [layer.history.length for layer in cache.layers] == [5, 5, 5]
+        assert [layer.streams[0].history.length for layer in cache.layers] == [5, 5, 5]
         cache.crop(-5)
         assert relative_error(_feed(model, ids, mask, 11, LENGTH, cache), logits(model, ids, mask)[:, 11:]) <= STREAM
 
@@ -113,7 +113,7 @@ class TestCrop:
         monkeypatch.setattr(cache_module, "CROP", 4)
         model, ids, mask = linear("llama"), tokens(1, LENGTH), left_mask([0], LENGTH)
         cache = _recording(model, ids, mask, list(range(1, 21)))
-        assert all(4 <= layer.history.length < 8 for layer in cache.layers)
+        assert all(4 <= layer.streams[0].history.length < 8 for layer in cache.layers)
         cache.crop(-4)
         assert relative_error(_feed(model, ids, mask, 16, LENGTH, cache), logits(model, ids)[:, 16:]) <= STREAM
 

@@ -274,6 +274,10 @@ class FeatureMap(nn.Module):
             fn = lambda t: t.to(lowering(t[:0] if t.dim() else t).device)  # noqa: E731
         return super()._apply(fn, recurse)
 
+    def forward(self, run: Callable[..., Any], *tensors: Any) -> Any:
+        """`run(self, *tensors)`, so that whatever loads or gathers weights around a module's forward pass has them."""
+        return run(self, *tensors)
+
     def extra_repr(self) -> str:
         c = self.config
         return (

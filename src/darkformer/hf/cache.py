@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from ..config import ConversionError
 from ..ops.attention import attention
 from ..ops.native import stepper
 from ..ops.native.step import Step
 from ..ops.problem import AttentionState
+from .calls import AttentionCall
+from .fingerprint import digest
 
 #: Tokens that can be taken back at least, while a cache records (fewer if it has recorded fewer).
 CROP = 256
@@ -68,40 +76,29 @@ class History:
 
 def _versions(feature_map: nn.Module) -> tuple[int, ...]:
     """Counts of in-place changes: calibration, training and redraws raise one of them."""
-    if feature_map._modules:  # wrapped, as by peft's `modules_to_save`
-        tensors = [*feature_map.parameters(), *feature_map.buffers()]
-    else:  # the same from its own tables: walking through modules at each token took longer than the token's attention
-        tables = (feature_map._parameters, feature_map._buffers)
-        tensors = [x for table in tables for x in table.values() if x is not None]
+    tables = (feature_map._parameters, feature_map._buffers)
+    tensors = [x for table in tables for x in table.values() if x is not None]
     return tuple(0 if x.is_inference() else x._version for x in tensors)
 
 
-class DarkCacheLayer(CacheLayerMixin):
-    """Holds an `AttentionState` where other layers hold all keys and values.
+class Stream:
+    """What one attention of a module keeps of the tokens it has read: a state, or a `Step` that changes it in place.
 
-    `update` hands the new keys and values through; the attention function calls `extend` with them. While single tokens
-    come, a `Step` holds the state and changes it in place; `state` is then a copy.
+    While single tokens come, a `Step` holds the state; `state` is then a copy.
     """
 
-    is_sliding = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, records: bool = False) -> None:
         self._state: AttentionState | None = None
         self._step: Step | None = None
-        self.seen = 0  # tokens, padding included: what transformers counts positions by
-        self.history: History | None = None
-        self.owner: Any = None  # weak reference to the attention module; a copy of the cache keeps it
-        self.versions: tuple[int, ...] = ()
-        self.awaited = False  # whether a converted module is about to hand over keys and values
+        self.history = History(None) if records else None
 
     @property
     def state(self) -> AttentionState | None:
         """After the last token; None before the first one."""
         return self._step.state() if self._step is not None else self._state
 
-    @state.setter
-    def state(self, state: AttentionState | None) -> None:
+    def hold(self, state: AttentionState | None) -> None:
+        """Goes on from `state`."""
         self._state, self._step = state, None
 
     @property
@@ -109,44 +106,21 @@ class DarkCacheLayer(CacheLayerMixin):
         """Whether any token is in."""
         return self._state is not None or self._step is not None
 
-    def bind(self, module: Any) -> DarkCacheLayer:
-        """Notes whose state this is.
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: the state itself, for a `Step` is memory of this process."""
+        return {"_state": self.state, "_step": None, "history": self.history}
 
-        Raises:
-            ConversionError: it was filled by another model, or the feature map has changed since.
-        """
-        versions = _versions(module.dark)
-        if self.filled:
-            if self.owner is None or self.owner() is not module:
-                raise ConversionError(
-                    f"layer {module.layer_idx} of past_key_values was filled by another converted model: its sums mean "
-                    "nothing under this one's features. Start with an empty cache."
-                )
-            if versions != self.versions:
-                raise ConversionError(
-                    f"layer {module.layer_idx} of past_key_values was filled before its feature map changed "
-                    "(calibrated, trained or redrawn): start with an empty cache."
-                )
-        self.owner, self.versions = weakref.ref(module), versions
-        return self
+    @property
+    def count(self) -> Tensor | None:
+        """(B,) real tokens read; None before the first one."""
+        return self._step.count if self._step is not None else None if self._state is None else self._state.count
 
-    def check_past(self, mask: Tensor, new: int) -> None:
-        """Compares a mask (B, K), booleans of which the last `new` are of tokens to come, with what was read.
-
-        Raises:
-            ConversionError: it hides tokens that are in the sums already, or shows some that are not.
-        """
-        count = self._step.count if self._step is not None else None if self._state is None else self._state.count
-        if count is None or mask.shape[1] != self.seen:  # a mask of the new tokens alone says nothing of others
-            return
-        said, read = mask[:, :-new].sum(1), count.to(mask.device)
-        if bool((said != read).any()):
-            row = int((said != read).nonzero()[0])
-            raise ConversionError(
-                f"attention_mask shows {int(said[row])} tokens of row {row} before this call, and past_key_values has "
-                f"read {int(read[row])}: what is in the sums cannot be hidden later. Pass the mask they were read "
-                "with, or start with an empty cache."
-            )
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state, without what is recorded for `crop`."""
+        if self._step is not None:
+            return self._step.nbytes
+        return 0 if self._state is None else self._state.nbytes
 
     def extend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any
@@ -172,8 +146,21 @@ class DarkCacheLayer(CacheLayerMixin):
             outputs.append(output)
             if self.history:
                 self._record(part[1].detach(), part[2].detach(), some, feature_map, options)
-            self.state = state.detach()
+            self.hold(state.detach())
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def absorb(self, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any) -> None:
+        """Reads keys and values (B, G, T, d) that came without queries, as if they had been the first T tokens.
+
+        The state keeps their graph: what made them can be trained, as the prefixes of prefix tuning are.
+        """
+        query = key.repeat_interleave(feature_map.num_heads // feature_map.num_kv_heads, dim=1)  # any will do
+        _, state = attention(
+            query, key, value.to(key.dtype), feature_map, key_mask=mask, return_state=True, backend="auto", **options
+        )
+        self.hold(state)
+        if self.history:
+            self.history.state = state.detach()
 
     def _one_token(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, *,
@@ -185,7 +172,7 @@ class DarkCacheLayer(CacheLayerMixin):
         if mask is not None and not bool(mask.all()):
             return None
         if self._step is None or not self._step.takes(query, key, scaling, softcap):
-            self.state = self.state  # out of the hands of a step for other shapes
+            self.hold(self.state)  # a step for other shapes gives its state back
             self._step = stepper(self._state, query, key, feature_map, scaling=scaling, softcap=softcap)
             if self._step is None:
                 return None
@@ -205,24 +192,154 @@ class DarkCacheLayer(CacheLayerMixin):
         if (length := history.length) >= 2 * CROP and len(history.pieces) > 1:
             history.drop(length - CROP, feature_map)
 
+    def record(self) -> None:
+        """From now on tokens can be taken back."""
+        if self.history is None:
+            self.history = History(self.state)
+
+    def take_back(self, tokens: int, feature_map: Any) -> None:
+        """The state before the last `tokens` recorded ones; the record starts anew there."""
+        assert self.history is not None
+        if tokens:
+            self.hold(self.history.after(self.history.length - tokens, feature_map))
+        self.history = History(self.state, self.history.options)
+
+    def select(self, rows: Tensor) -> None:
+        """Batch rows `rows` (int64), in that order."""
+        if (state := self.state) is not None:
+            self.hold(state.select(rows.to(state.count.device)))
+            if self.history is not None:
+                self.history.select(rows.to(state.count.device))
+
+
+class DarkCacheLayer(CacheLayerMixin):
+    """Holds sums of constant size where other layers hold all keys and values.
+
+    The attention function calls `extend` with new keys and values. One `Stream` for each attention in a forward pass
+    of the module: one, but for differential attention.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.streams = [Stream()]
+        self.seen = 0  # tokens, padding included: what transformers counts positions by
+        self.inherited: tuple[Tensor, Tensor] | None = None  # keys and values to read before the first token
+        self.owner: Any = None  # weak reference to the attention module that filled it
+        self.versions: tuple[int, ...] = ()
+        self.identity: tuple[str | None, str] | None = None  # of a copy or a file, where the owner may be another one
+
+    @property
+    def state(self) -> AttentionState | None:
+        """Of the first stream, after the last token; None before the first one."""
+        return self.streams[0].state
+
+    @state.setter
+    def state(self, state: AttentionState | None) -> None:
+        self.streams[0].hold(state)
+
+    @property
+    def filled(self) -> bool:
+        """Whether any token is in."""
+        return self.streams[0].filled
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: no reference to a module, but what its numbers were."""
+        module = self.owner() if self.owner is not None else None
+        identity = self.identity if module is None or not self.filled else identity_of(module, module.dark)
+        return {**self.__dict__, "owner": None, "identity": identity}
+
+    def bind(self, module: Any, feature_map: Any = None) -> DarkCacheLayer:
+        """Notes whose state this is.
+
+        Raises:
+            ConversionError: it was filled by another model, or the feature map has changed since.
+        """
+        feature_map = module.dark if feature_map is None else feature_map
+        versions = _versions(feature_map)
+        if self.filled:
+            name = f"layer {feature_map.layer} of past_key_values"
+            if self.owner is None and self.identity is not None:
+                same = self.identity == identity_of(module, feature_map)
+            else:
+                same = self.owner is not None and self.owner() is module
+                if same and versions != self.versions:
+                    raise ConversionError(
+                        f"{name} was filled before its feature map changed (calibrated, trained or redrawn): start "
+                        "with an empty cache."
+                    )
+            if not same:
+                raise ConversionError(
+                    f"{name} was filled by another converted model: its sums mean nothing under this one's features. "
+                    "Start with an empty cache."
+                )
+        self.owner, self.versions, self.identity = weakref.ref(module), versions, None
+        return self
+
+    def check_past(self, mask: Tensor, new: int) -> None:
+        """Compares a mask (B, K), booleans of which the last `new` are of tokens to come, with what was read.
+
+        Raises:
+            ConversionError: it hides tokens that are in the sums already, or shows some that are not.
+        """
+        count = self.streams[0].count
+        if count is None or mask.shape[1] != self.seen + new:  # a mask of the new tokens alone says nothing of others
+            return
+        said, read = mask[:, : mask.shape[1] - new].sum(1), count.to(mask.device)
+        if bool((said != read).any()):
+            row = int((said != read).nonzero()[0])
+            raise ConversionError(
+                f"attention_mask shows {int(said[row])} tokens of row {row} before this call, and past_key_values has "
+                f"read {int(read[row])}: what is in the sums cannot be hidden later. Pass the mask they were read "
+                "with, or start with an empty cache."
+            )
+
+    def extend(
+        self, turn: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """Attention of new tokens after all before them, (B, H, L, d_v).
+
+        Args:
+            turn: which attention of the module's forward pass this is, from 0.
+            query: (B, H, L, d). key, value: (B, G, L, d).
+            mask: (B, K) booleans, the new tokens last, or None.
+            options: scaling, softcap and is_causal of `attention`.
+
+        Raises:
+            ConversionError: see `check_past`.
+        """
+        new = key.shape[2]
+        if turn == len(self.streams):
+            self.streams.append(Stream(records=self.is_croppable))
+        stream = self.streams[turn]
+        if self.inherited is not None and not stream.filled:
+            before = self.inherited[0].shape[2]
+            read = None if mask is None or mask.shape[1] != before + new else mask[:, :before]
+            stream.absorb(*self.inherited, read, feature_map, **options)
+        if turn == 0:
+            if mask is not None:
+                self.check_past(mask, new)
+            self.is_initialized = True
+            self.seen += new
+        mask = None if mask is None else mask[:, -new:]
+        return stream.extend(query, key, value, mask, feature_map, **options)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hands new keys and values through and counts them.
+        """Only softmax attention comes here; a converted module's forward pass has a `CallCache`.
 
         Raises:
-            ConversionError: softmax attention asks, which would take the new keys for all there are.
+            ConversionError: always: it would take the new keys for all there are.
         """
-        if not self.awaited:
-            raise ConversionError(
-                f"past_key_values holds the state of a converted model ({self.seen} tokens), and softmax attention "
-                "needs their keys and values: start with an empty cache, or go on with the converted model."
-            )
-        self.awaited = False
-        self.is_initialized = True
-        self.seen += key_states.shape[-2]
-        return key_states, value_states
+        raise ConversionError(
+            f"past_key_values holds the state of a converted model ({self.seen} tokens), and softmax attention "
+            "needs their keys and values: start with an empty cache, or go on with the converted model."
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -234,9 +351,8 @@ class DarkCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_initialized = None, 0, False
-        if self.history is not None:
-            self.history = History(None)
+        self.streams = [Stream(records=self.is_croppable)]
+        self.seen, self.is_initialized, self.inherited = 0, False, None
 
     def offload(self) -> None:
         """A few kilobytes per head: not worth moving."""
@@ -248,30 +364,26 @@ class DarkCacheLayer(CacheLayerMixin):
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if (state := self.state) is not None:
-            rows = torch.arange(state.count.shape[0], device=state.count.device)
-            self._select(rows.repeat_interleave(repeats))
+        if (count := self.streams[0].count) is not None:
+            self._select(torch.arange(count.shape[0], device=count.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
 
     def _select(self, rows: Tensor) -> None:
-        if (state := self.state) is not None:
-            rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-            rows = rows.to(state.count.device)
-            self.state = state.select(rows)
-            if self.history is not None:
-                self.history.select(rows)
+        rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        for stream in self.streams:
+            stream.select(rows)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether tokens that come from now on can be taken back."""
-        return self.history is not None
+        return self.streams[0].history is not None
 
     def activate_past_recording(self) -> None:
         """From now on tokens can be taken back by `crop`: at least the last `CROP` of those that come."""
-        if self.history is None:
-            self.history = History(self.state)
+        for stream in self.streams:
+            stream.record()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last `-tokens_to_remove` tokens back (transformers counts them negative); padding counts too.
@@ -284,52 +396,117 @@ class DarkCacheLayer(CacheLayerMixin):
         remove = -tokens_to_remove
         if remove < 0:
             raise ConversionError(f"crop({tokens_to_remove}): give the number of tokens to take back, negative.")
-        recorded = 0 if self.history is None else self.history.length
+        history = self.streams[0].history
+        recorded = 0 if history is None else history.length
         if remove > recorded:
             raise ConversionError(
                 f"crop({tokens_to_remove}): a linear-attention state takes back what it has recorded, {recorded} "
                 f"tokens here ({CROP} or more are kept). Call past_key_values.activate_past_recording() before the "
                 "tokens come (generate does so for assisted decoding), or compute the shorter prompt again."
             )
-        if self.history is None:
+        if history is None:
             return
-        if remove:
-            owner: Any = self.owner() if self.owner else None
-            if owner is None:
-                raise ConversionError(f"crop({tokens_to_remove}): the model that filled this cache is gone.")
-            self.state = self.history.after(recorded - remove, owner.dark)
-        self.history = History(self.state, self.history.options)
+        owner: Any = self.owner() if self.owner else None
+        if remove and owner is None:
+            raise ConversionError(f"crop({tokens_to_remove}): the model that filled this cache is gone.")
+        for stream in self.streams:
+            stream.take_back(remove, owner.dark if remove else None)
         self.seen -= remove
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state, without what is recorded for `crop`; 0 before the first token."""
-        if self._step is not None:
-            return self._step.nbytes
-        return 0 if self._state is None else self._state.nbytes
+        return sum(stream.nbytes for stream in self.streams)
 
 
-def own_layer(cache: Cache, module: Any) -> DarkCacheLayer:
-    """The cache's layer of this attention module as a `DarkCacheLayer`, put in place of an empty standard one.
+class DarkHybridLayer(DarkCacheLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """A layer whose attention stands beside a recurrent mixer (Falcon-H1): our sums, and the mixer's own states."""
+
+    is_compileable = False
+
+    def __init__(self, mixer: LinearAttentionLayer) -> None:
+        DarkCacheLayer.__init__(self)
+        self.__dict__ |= {name: x for name, x in mixer.__dict__.items() if name in vars(LinearAttentionLayer())}
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs:  # the mixer's, by name
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+        else:
+            DarkCacheLayer.lazy_initialization(self, *args)
+
+    def reset(self) -> None:
+        DarkCacheLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def _select(self, rows: Tensor) -> None:
+        DarkCacheLayer._select(self, rows)
+        indices: Any = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        LinearAttentionLayer.reorder_cache(self, indices)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return DarkCacheLayer.is_croppable.fget(self) and LinearAttentionLayer.is_croppable.fget(self)  # type: ignore
+
+    def activate_past_recording(self) -> None:
+        DarkCacheLayer.activate_past_recording(self)
+        LinearAttentionLayer.activate_past_recording(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        DarkCacheLayer.crop(self, tokens_to_remove)
+
+
+def identity_of(module: Any, feature_map: Any) -> tuple[str | None, str]:
+    """What the sums of a converted module depend on, as far as it outlives the process: base weights and features."""
+    base = getattr(module.config, "darkformer_base", None) or {}
+    return base.get("fingerprint"), digest(feature_map.state_dict())
+
+
+def _keys_of(layer: Any, slot: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values (B, G, T, d) of a layer that softmax attention or a prefix of prefix tuning has filled.
 
     Raises:
-        ConversionError: that layer already holds keys of the softmax model, or the state of another model.
+        ConversionError: not all of them are there any more.
     """
-    while len(cache.layers) <= module.layer_idx:
+    length = layer.get_seq_length() if layer.is_initialized else 0
+    if not length:
+        return None
+    keys, values = layer.keys[:, :, :length], layer.values[:, :, :length]
+    if keys.shape[2] < length:
+        raise ConversionError(
+            f"layer {slot} of past_key_values has read {length} tokens and keeps the last {keys.shape[2]}: a converted "
+            "layer needs all of them. Start with an empty cache."
+        )
+    return keys, values
+
+
+def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLayer:
+    """The cache's layer of this call as a `DarkCacheLayer`, put in place of an ordinary one.
+
+    Raises:
+        ConversionError: the module did not update the cache, so its keys are another layer's.
+    """
+    if call.cache is None or call.slot is None:
+        raise ConversionError(
+            f"layer {feature_map.layer} takes keys and values that it did not put into the cache, another layer's: "
+            "converted layers keep sums, which nobody can read keys from."
+        )
+    cache, slot = call.cache, call.slot
+    while len(cache.layers) <= slot:
         cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
-    layer: Any = cache.layers[module.layer_idx]
+    layer: Any = cache.layers[slot]
     if not isinstance(layer, DarkCacheLayer):
-        if layer.get_seq_length() > 0:
-            raise ConversionError(
-                f"layer {module.layer_idx} of past_key_values holds {layer.get_seq_length()} tokens of softmax "
-                "attention: a converted model needs a cache of its own. Start with an empty cache."
-            )
-        layer = DarkCacheLayer()
+        mixer = isinstance(layer, LinearAttentionLayer)
+        own = DarkHybridLayer(layer) if mixer else DarkCacheLayer()
         if cache.__dict__.get("records_past"):
-            layer.activate_past_recording()
-        cache.layers[module.layer_idx] = layer
-    layer.bind(module).awaited = True
-    return layer
+            own.activate_past_recording()
+        if (keys := _keys_of(layer, slot)) is not None:
+            own.inherited, own.seen = keys, keys[0].shape[2]
+        cache.layers[slot] = layer = own
+    return layer.bind(module, feature_map)
 
 
 def _note_recording() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,18 +16,256 @@ from transformers import PreTrainedModel
 from ..config import ConversionError, DarkConfig
 from ..features.maps import FeatureMap
 from .fingerprint import describe_base
-from .interface import NAME, Observer, take_cache
+from .interface import NAME, Observation, Observer, enter, observed
+from .layers import Layer, converted_modules, dark_layers, inner_names, uses_interface
+from .trial import (
+    Arrival,
+    Run,
+    difference,
+    first_difference,
+    has_weights,
+    new_cache,
+    note_previous,
+    quiet,
+    read_model,
+    run_model,
+    run_original,
+    tolerance,
+    trial_runs,
+)
+
+__all__ = ["Plan", "convert", "converted_modules", "dark_layers", "observing", "plan_conversion", "revert"]
+
+_log = logging.getLogger("darkformer")
 
 
-def _attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if hasattr(module, "layer_idx") and type(module).__name__.endswith(("Attention", "SelfAttention")):
-            yield name, module
+@dataclass(frozen=True)
+class Plan:
+    """What `convert` would do to a model.
+
+    Attributes:
+        layers: (full name, module, what is known of it) of each attention module that becomes linear.
+        left: attention modules that keep what they have, by full name, and why.
+        body: the model, or its body without a head, as the trial called it.
+        runs: how the trial called it; empty where there was none.
+        note: why there was no trial, or None.
+    """
+
+    layers: list[tuple[str, Any, Layer]]
+    left: dict[str, str] = field(default_factory=dict)
+    body: Any = None
+    runs: list[Run] = field(default_factory=list)
+    note: str | None = None
+
+    def __str__(self) -> str:
+        """The summary that `convert` logs."""
+        lines = [f"{len(self.layers)} attention layers are converted: {_ranges([x.layer for *_, x in self.layers])}."]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            lines.append(f"{len(names)} stay as they are ({some}): {reason}")
+        return "\n".join(lines + ([self.note] if self.note else []))
 
 
-def _uses_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+def _ranges(numbers: list[int]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)
+
+
+def _refuse(name: str, module: Any, reason: str) -> ConversionError:
+    return ConversionError(f"{name} ({type(module).__name__}) {reason}")
+
+
+def _check_kind(model: PreTrainedModel) -> None:
+    """Refuses what no trial needs to show.
+
+    Raises:
+        ConversionError: an encoder-decoder, or heads that are split over processes.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ConversionError(
+            f"{type(model).__name__} is an encoder and a decoder with cross-attention, whose keys come from another "
+            "sequence than its queries: a state that runs along one sequence does not apply. Convert decoder-only "
+            "models and encoders."
+        )
+    refuse_tensor_parallel(model)
+
+
+def refuse_tensor_parallel(model: Any) -> None:
+    """Refuses a model whose attention heads are split over processes (`tp_plan`).
+
+    Raises:
+        ConversionError: it is.
+    """
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ConversionError(
+            f"{type(model).__name__} was loaded with tp_plan, which splits attention heads over {model._tp_size} "
+            "processes: feature maps are not split. Load it without tp_plan; FSDP, DDP, device_map and offloading work."
+        )
+
+
+def _attention_modules(model: nn.Module) -> dict[str, Any]:
+    """By full name: what goes through transformers' interface, or looks like attention of a numbered layer."""
+
+    def is_attention(module: Any) -> bool:
+        named = type(module).__name__.endswith(("Attention", "SelfAttention"))
+        return uses_interface(module) or (named and hasattr(module, "layer_idx"))
+
+    return {name: module for name, module in model.named_modules() if is_attention(module)}
+
+
+def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping[str, Any] | None = None) -> Plan:
+    """What `convert` would do, found out by a trial forward pass; the model stays as it is.
+
+    Args:
+        example: keyword arguments for the model's forward pass, where a few token ids (`input_ids`) do not do.
+
+    Raises:
+        ConversionError: nothing to convert, a layer in `keep_exact` that would not be converted anyway, or attention
+            that a converted layer would not follow exactly.
+    """
+    _check_kind(model)
+    modules = _attention_modules(model)
+    if not modules:
+        raise ConversionError(
+            f"{type(model).__name__} has no attention module with a layer index: "
+            "only transformers' decoders with attention layers can be converted."
+        )
+    if not any(map(uses_interface, modules.values())):
+        name, module = next(iter(modules.items()))
+        raise _refuse(
+            name, module,
+            "does not use transformers' attention interface, so its attention cannot be replaced. "
+            "Models built on that interface (Llama, Gemma, Qwen, …) can.",
+        )  # fmt: skip
+    looked = has_weights(model)
+    plan = _plan_by_trial(model, config, modules, example) if looked else _plan_by_structure(model, config)
+    present = sorted({layer.layer for *_, layer in plan.layers})
+    if unknown := sorted(set(config.keep_exact) - set(present)):
+        raise ConversionError(
+            f"keep_exact names layer {', '.join(map(str, unknown))}, which this configuration does not convert: "
+            f"choose from {', '.join(map(str, present))}."
+        )
+    return plan
+
+
+def _run_as_it_is(
+    model: PreTrainedModel, example: Mapping[str, Any] | None
+) -> tuple[Any, list[Run], list[torch.Tensor]]:
+    """The model, or its body where a head wants more than tokens, runs that it completes, and what they give.
+
+    Raises:
+        ConversionError: neither runs.
+    """
+    first: Exception | None = None
+    candidates: tuple[Any, ...] = (model, model.base_model)
+    for candidate in candidates:
+        for cached in (True, False):
+            try:
+                runs = trial_runs(candidate, example, cached=cached)
+                return candidate, runs, run_original(candidate, runs)
+            except Exception as error:
+                first = first or error
+    raise ConversionError(
+        f"{type(model).__name__} does not run on a few tokens ({type(first).__name__}: {first}), so what its attention "
+        "receives cannot be looked at. Pass darkformer.convert(model, config, example={…}) with arguments it runs on."
+    ) from first
+
+
+def _plan_by_trial(
+    model: PreTrainedModel, config: DarkConfig, modules: dict[str, Any], example: Mapping[str, Any] | None
+) -> Plan:
+    body, runs, wanted = _run_as_it_is(model, example)
+    try:
+        trial = read_model(body, runs)
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} cannot run through another attention function than its own "
+            f"({type(error).__name__}: {error}), so its attention cannot be replaced."
+        ) from error
+    layers, left = _choose(model, config, modules, trial.arrivals)
+    for run, found, want in zip(runs, trial.outputs, wanted, strict=True):
+        if (gap := difference(found, want, run.real)) > tolerance(model):
+            name = first_difference(body, runs, trial) or "a layer"
+            raise ConversionError(
+                f"{name} of {type(model).__name__} attends in a way that was not understood: on {run.name} exact "
+                f"attention in its place changes the output by {gap:.1e} (relative). The model is left as it was."
+            )
+    return Plan(layers, left, body, runs)
+
+
+def _choose(
+    model: PreTrainedModel, config: DarkConfig, modules: dict[str, Any], arrivals: list[Arrival]
+) -> tuple[list[tuple[str, Any, Layer]], dict[str, str]]:
+    """Layers to convert and those that stay, by what arrived from them."""
+    inner = {id(module): (name, short) for name, short, module in inner_names(model)}
+    left: dict[str, str] = {}
+    layers: list[tuple[str, Any, Layer]] = []
+    for arrival in arrivals:
+        module = arrival.module
+        name, short = inner[id(module)]
+        if arrival.local is not None and not config.convert_sliding:
+            left[name] = (
+                f"attends within a {'sliding window' if arrival.local == 'window' else 'chunk'}, linear already."
+            )
+            continue
+        if reason := _why_not(arrival):
+            raise _refuse(name, module, reason)
+        own = _number(module)
+        slots = tuple(arrival.slots) or (len(layers) if own is None else own,)
+        layer = Layer(
+            name=short,
+            layer=slots[0] if own is None else own,
+            slots=slots,
+            **arrival.heads._asdict(),
+            calls=arrival.calls,
+            causal_by_mask=module.config._attn_implementation == "eager",
+        )
+        layers.append((name, module, layer))
+    seen = {id(arrival.module) for arrival in arrivals}
+    for name, module in modules.items():
+        if id(module) not in seen:
+            left[name] = (
+                "not part of the language model's self-attention: a forward pass on text does not call it."
+                if uses_interface(module)
+                else "does not use transformers' attention interface."
+            )
+    if not layers:
+        if not arrivals:
+            raise ConversionError(f"{type(model).__name__} attends nowhere on text: there is nothing to convert.")
+        raise ConversionError(
+            f"all {len(arrivals)} attention layers of {type(model).__name__} are sliding-window layers, linear "
+            "already: set convert_sliding=True to convert them nevertheless."
+        )
+    return layers, left
+
+
+def _number(module: Any) -> int | None:
+    """The module's layer, None where it has none of its own: shared between layers, or not numbered."""
+    number = getattr(module, "layer_idx", None)
+    return number if isinstance(number, int) and number >= 0 else None
+
+
+def _why_not(arrival: Arrival) -> str | None:
+    """Why the attention that arrived from a module cannot be replaced, or None."""
+    if arrival.unread is not None:
+        return arrival.unread
+    if arrival.foreign_keys or getattr(arrival.module, "is_kv_shared_layer", False):
+        return "takes keys and values from another layer's cache, which converted layers do not keep."
+    heads = arrival.heads
+    if heads.num_heads % heads.num_kv_heads:
+        return f"attends with {heads}: query heads do not divide among the others."
+    return None
 
 
 def _is_sliding(module: Any) -> bool:
@@ -39,99 +278,73 @@ def _is_sliding(module: Any) -> bool:
     return getattr(module.config, "sliding_window", None) is not None
 
 
-def _why_not(model: Any, module: Any) -> str | None:
-    """Why the attention of this module cannot be replaced, or None."""
-    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    if encoder_decoder or getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
-        return (
-            "belongs to a model with cross-attention, whose keys come from another sequence than its queries: a state "
-            "that runs along one sequence does not apply. Convert decoder-only models and encoders."
-        )
-    if isinstance(getattr(module, "sinks", None), nn.Parameter):
-        return "adds a learned sink to its softmax (gpt-oss), which the features cannot follow."
-    if getattr(module, "kv_lora_rank", None) is not None:
-        return "is latent attention (DeepSeek), whose keys and values are made by decompression: not supported."
-    if getattr(module, "is_kv_shared_layer", False):
-        return "takes keys and values from another layer's cache, which converted layers do not keep."
-    return None
-
-
-def check_convertible(model: nn.Module, config: DarkConfig) -> list[tuple[str, Any]]:
-    """Attention modules this configuration converts, by name.
-
-    Raises:
-        ConversionError: nothing to convert, a module that does not go through transformers' attention interface, or
-            a layer in `keep_exact` that would not be converted anyway.
-    """
-    found = list(_attention_modules(model))
-    if not found:
-        raise ConversionError(
-            f"{type(model).__name__} has no attention module with a layer index: "
-            "only transformers' decoders with attention layers can be converted."
-        )
-    for name, module in found:
-        if reason := _why_not(model, module):
-            raise ConversionError(f"{name} ({type(module).__name__}) {reason}")
-        if not _uses_interface(module):
-            raise ConversionError(
-                f"{name} ({type(module).__name__}) does not use transformers' attention interface, "
-                "so its attention cannot be replaced. Models built on that interface (Llama, Gemma, Qwen, …) can."
+def _plan_by_structure(model: PreTrainedModel, config: DarkConfig) -> Plan:
+    """Without weights there is no trial: what the configuration and the modules' names say, for what is plain there."""
+    left: dict[str, str] = {}
+    layers: list[tuple[str, Any, Layer]] = []
+    for name, short, module in inner_names(model):
+        kind: Any = module
+        number = _number(module)
+        if not uses_interface(module) or number is None:
+            continue
+        if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
+            left[name] = "cross-attention."
+        elif _is_sliding(module) and not config.convert_sliding:
+            left[name] = "attends within a sliding window, linear already."
+        else:
+            heads = kind.config.num_attention_heads
+            layer = Layer(
+                name=short,
+                layer=number,
+                slots=(number,),
+                num_heads=heads,
+                num_kv_heads=getattr(kind.config, "num_key_value_heads", None) or heads,
+                head_dim=getattr(kind, "head_dim", None) or kind.config.hidden_size // heads,
             )
-    chosen = [(name, module) for name, module in found if config.convert_sliding or not _is_sliding(module)]
-    if not chosen:
+            layers.append((name, module, layer))
+    if not layers:
         raise ConversionError(
-            f"all {len(found)} attention layers of {type(model).__name__} are sliding-window layers, linear already: "
+            f"all attention layers of {type(model).__name__} are sliding-window layers, linear already: "
             "set convert_sliding=True to convert them nevertheless."
         )
-    present = sorted({module.layer_idx for _, module in chosen})
-    if unknown := sorted(set(config.keep_exact) - set(present)):
-        raise ConversionError(
-            f"keep_exact names layer {', '.join(map(str, unknown))}, which this configuration does not convert: "
-            f"choose from {', '.join(map(str, present))}."
-        )
-    return chosen
+    return Plan(layers, left, note="There was no trial forward pass: the weights are on the meta device.")
 
 
-def _attach_all(chosen: list[tuple[str, Any]], config: DarkConfig) -> None:
-    """Attaches feature maps; what `revert` goes back to is read first, because modules share a config."""
-    for _, module in chosen:
-        if (previous := module.config._attn_implementation) != NAME:
-            module.__dict__["dark_previous"] = previous
-    for _, module in chosen:
-        if getattr(module, "dark", None) is None:
-            _attach(module, config)
+def _attach(model: nn.Module, plan: Plan, config: DarkConfig) -> None:
+    """Gives the plan's modules their feature maps; what `revert` goes back to is noted first."""
+    note_previous(model)
+    for _, module, layer in plan.layers:
+        module.__dict__.setdefault("dark_previous", "sdpa")
+        _attach_one(module, layer, config)
+    for module in [module for _, module, _ in plan.layers]:
+        module.config._attn_implementation = NAME
+        module.config.darkformer = config.to_dict()
+        described = [
+            layer.to_dict() for _, other, layer in plan.layers if other.config is module.config
+        ]  # fmt: skip
+        module.config.darkformer_layers = described
 
 
-def _attach(module: Any, config: DarkConfig) -> None:
-    heads = module.config.num_attention_heads
-    head_dim = getattr(module, "head_dim", None) or module.config.hidden_size // heads
+def _attach_one(module: Any, layer: Layer, config: DarkConfig) -> None:
     feature_map = FeatureMap(
-        config.at_layer(module.layer_idx),
-        num_heads=heads,
-        num_kv_heads=getattr(module.config, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
-        layer=module.layer_idx,
+        config.at_layer(layer.layer),
+        num_heads=layer.num_heads,
+        num_kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_dim,
+        layer=layer.layer,
     )
     weight = next(module.parameters(), None)
-    module.dark = feature_map if weight is None else feature_map.to(weight.device)
-    module.__dict__["dark_hook"] = module.register_forward_pre_hook(take_cache, with_kwargs=True)
-    module.config._attn_implementation = NAME
-    module.config.darkformer = config.to_dict()
+    module.dark = feature_map if weight is None or weight.is_meta else feature_map.to(weight.device)
+    module.__dict__["dark_layer"] = layer
+    module.register_forward_pre_hook(enter, with_kwargs=True)
 
 
-def converted_modules(model: nn.Module) -> list[Any]:
-    """The attention modules that have a feature map, first layer first."""
-    return [module for _, module in _attention_modules(model) if isinstance(getattr(module, "dark", None), FeatureMap)]
-
-
-def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
-    """The feature maps of a converted model, first layer first.
-
-    Where an adapter of peft trains them (`modules_to_save=["dark"]`), the adapter's, not the frozen originals.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, FeatureMap) and "original_module" not in name.split("."):
-            yield module
+def _detach(module: Any) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is enter:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    del module.dark, module.__dict__["dark_layer"]
 
 
 def _warn_of_softcap(model: Any) -> None:
@@ -145,15 +358,22 @@ def _warn_of_softcap(model: Any) -> None:
         )
 
 
-def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
+def convert(model: PreTrainedModel, config: DarkConfig, *, example: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Replaces the model's softmax attention by `config`'s, in place, and returns the model.
 
-    Works on any decoder that calls transformers' attention interface. Layers that already attend through a sliding
-    window stay as they are unless `config.convert_sliding`. The weights are not touched; `calibrate` and `finetune`
-    come next.
+    Works on any decoder or encoder that calls transformers' attention interface. A trial forward pass on a dozen tokens
+    shows which modules attend, with how many heads, under which mask and into which layer of the cache; where exact
+    attention in their place would not give the original's output, nothing is changed. Layers that already attend
+    through a sliding window stay as they are unless `config.convert_sliding`; towers of other modalities and
+    cross-attention always do. What was converted and what was left, and why, goes to the log of `darkformer` (INFO).
+    The weights are not touched; `calibrate` and `finetune` come next.
+
+    Args:
+        example: keyword arguments for the model's forward pass, where a few token ids (`input_ids`) do not do.
 
     Raises:
-        ConversionError: not a transformers model, converted already, or nothing in it can be converted.
+        ConversionError: not a transformers model, converted already, nothing in it can be converted, or its attention
+            is not followed exactly.
     """
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(f"received {type(model).__name__}: convert takes a transformers PreTrainedModel.")
@@ -161,22 +381,59 @@ def convert(model: PreTrainedModel, config: DarkConfig) -> PreTrainedModel:
         raise ConversionError(
             f"{type(model).__name__} is converted already: call darkformer.revert(model) before converting it again."
         )
-    convert_from(model, config, describe_base(model))
+    plan = plan_conversion(model, config, example)
+    convert_by(model, plan, config, describe_base(model))
     return model
 
 
-def convert_from(model: PreTrainedModel, config: DarkConfig, base: dict[str, Any] | None) -> None:
-    """`convert` for a model whose base is known: `base` is what `describe_base` says of it."""
-    chosen = check_convertible(model, config)
-    _attach_all(chosen, config)
+def convert_by(model: PreTrainedModel, plan: Plan, config: DarkConfig, base: dict[str, Any] | None) -> None:
+    """`convert` by a plan, for a model whose base is known: `base` is what `describe_base` says of it.
+
+    Raises:
+        ConversionError: the converted model does not give in steps what it gives in one piece.
+    """
+    _attach(model, plan, config)
     _warn_of_softcap(model)
     model.config.darkformer_base = base
+    try:
+        _check_streaming(model, plan)
+    except BaseException:
+        revert(model)
+        raise
+    _log.info("%s: %s", type(model).__name__, plan)
+
+
+def _check_streaming(model: PreTrainedModel, plan: Plan) -> None:
+    """Compares a prompt and a step with the same tokens in one piece."""
+    for run in plan.runs:
+        if not run.cached:
+            continue
+        arguments = run.passes[-1]
+        ids = torch.cat([one["input_ids"] for one in run.passes], dim=1)
+        position = [one["position_ids"] for one in run.passes if "position_ids" in one]
+        whole = {**arguments, "input_ids": ids} | ({"position_ids": torch.cat(position, dim=1)} if position else {})
+        with quiet(model):
+            at_once = run_model(plan.body, Run("", [whole], None, cached=False))
+            in_steps = run_model(plan.body, run, new_cache(model))
+        if (gap := difference(in_steps, at_once, run.real)) > tolerance(model):
+            raise ConversionError(
+                f"{type(model).__name__} gives other numbers in steps than in one piece once it is converted (relative "
+                f"difference {gap:.1e}): its layers keep something of the past that converted layers do not follow."
+            )
 
 
 def attach_saved(model: PreTrainedModel) -> None:
     """Gives a model under construction the feature maps its config speaks of; their weights are loaded afterwards."""
     config = DarkConfig.from_dict(dict(model.config.darkformer))
-    _attach_all(check_convertible(model, config), config)
+    described = getattr(model.config, "darkformer_layers", None)
+    if described is None:  # saved by 0.1.0
+        plan = _plan_by_structure(model, config)
+    else:
+        by_name = {layer.name: layer for layer in map(Layer.from_dict, described)}
+        plan = Plan([(name, m, by_name[short]) for name, short, m in inner_names(model) if short in by_name])
+    waiting = [(name, module, layer) for name, module, layer in plan.layers if "dark" not in module._modules]
+    if waiting:
+        _attach(model, Plan(waiting), config)
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -189,11 +446,12 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not converted:
         raise ConversionError(f"{type(model).__name__} is not converted: there is nothing to revert.")
     for module in converted:
-        module.__dict__.pop("dark_hook").remove()
-        del module.dark
-        module.config._attn_implementation = module.__dict__.pop("dark_previous", "sdpa")
-        if hasattr(module.config, "darkformer"):
-            del module.config.darkformer
+        _detach(module)
+        module.config._attn_implementation = module.__dict__.get("dark_previous", "sdpa")
+        for name in ("darkformer", "darkformer_layers"):
+            module.config.__dict__.pop(name, None)
+    for module in model.modules():
+        module.__dict__.pop("dark_previous", None)
     if hasattr(model.config, "darkformer_base"):
         del model.config.darkformer_base
     return model
@@ -202,6 +460,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 @contextmanager
 def observing(model: nn.Module, observer: Observer, *, softmax: bool = True) -> Iterator[None]:
     """Within the block every converted layer's q, k, v and output are shown to `observer`, without gradients.
+
+    Only what the same thread runs is shown.
 
     Args:
         softmax: the model computes softmax attention meanwhile. False: what it is converted to.
@@ -215,12 +475,6 @@ def observing(model: nn.Module, observer: Observer, *, softmax: bool = True) -> 
             f"{type(model).__name__} has no converted attention layer to observe: convert it first, and calibrate it "
             "before an adapter of peft takes over its feature maps."
         )
-    name = "dark_observer" if softmax else "dark_watcher"
-    try:
-        for module in modules:
-            module.__dict__[name] = observer
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modules:
-            module.__dict__.pop(name, None)
+    layers = frozenset(id(module.dark) for module in modules)
+    with observed(Observation(observer, layers, softmax)), torch.no_grad():
+        yield

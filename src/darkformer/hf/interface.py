@@ -5,26 +5,162 @@ A custom attention without a mask function of exactly its name silently loses ca
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ..config import ConversionError, NonFiniteError
 from ..features.maps import FeatureMap
 from ..ops.attention import attention, check_finite
 from ..ops.exact import softmax_attention
-from .cache import DarkCacheLayer, own_layer
-from .masks import allowed_keys, check_stays, dark_mask, read_mask
+from .cache import own_layer
+from .calls import AttentionCall, with_call
+from .masks import AttentionMask, allowed_keys, check_stays, dark_mask, read_mask
 
 NAME = "darkformer"
 #: What a capture receives: the layer's feature map, q (B, H, L, d), k, v (B, G, L, d), the mask (B, L), s, the output.
 Observer = Callable[[FeatureMap, Tensor, Tensor, Tensor, Tensor | None, float, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """An observer of some layers, for what runs inside `observed` in the same thread.
+
+    Attributes:
+        layers: identities of their feature maps.
+        softmax: these layers compute softmax attention meanwhile. False: what they are converted to.
+    """
+
+    observer: Observer
+    layers: frozenset[int]
+    softmax: bool
+
+
+_OBSERVATION: ContextVar[Observation | None] = ContextVar("darkformer_observation", default=None)
+#: What computes the attention of modules without a feature map inside `attending`, in the same thread.
+_SUBSTITUTE: ContextVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = ContextVar(
+    "darkformer_substitute", default=None
+)
+
+
+@contextmanager
+def observed(observation: Observation) -> Iterator[None]:
+    """Within the block, and in this thread alone, the observation's layers show what they compute."""
+    token = _OBSERVATION.set(observation)
+    try:
+        yield
+    finally:
+        _OBSERVATION.reset(token)
+
+
+@contextmanager
+def attending(substitute: Callable[..., tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    """Within the block, and in this thread alone, `substitute` gets the calls of modules without a feature map."""
+    token = _SUBSTITUTE.set(substitute)
+    try:
+        yield
+    finally:
+        _SUBSTITUTE.reset(token)
+
+
+@dataclass(frozen=True)
+class Received:
+    """What reached the attention function in one call that a converted layer can follow."""
+
+    query: Tensor  # (B, H, L, d)
+    key: Tensor  # (B, G, K, d)
+    value: Tensor  # (B, G, K, d_v), in the query's dtype
+    mask: AttentionMask | Tensor | None
+    kwargs: dict[str, Any]
+    scaling: float
+    softcap: float | None
+    is_causal: bool
+
+
+def receive(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | Tensor | None,
+    scaling: float | None, kwargs: dict[str, Any], *, causal_by_mask: bool,
+) -> Received:  # fmt: skip
+    """One call, checked for what a converted layer cannot compute.
+
+    Raises:
+        ConversionError: terms added to the logits besides q·k, attention weights as an output.
+    """
+    name = f"layer {module.dark.layer}" if "dark" in module._modules else type(module).__name__
+    if extra := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise ConversionError(
+            f"{name} is given {' and '.join(extra)}: learned sinks and position biases change the softmax in a "
+            "way the features cannot follow, so this model cannot be converted."
+        )
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise ConversionError(
+            f"{name} is asked for output_attentions: linear attention forms no weight per pair of tokens. "
+            "`darkformer diagnose` shows how far each head is from softmax; for the weights themselves use the "
+            "softmax model: darkformer.revert(model), then model.set_attn_implementation('eager')."
+        )
+    return Received(
+        query=query,
+        key=key,
+        # Under autocast the rotary embedding leaves queries and keys in float32 beside half-precision values.
+        value=value.to(query.dtype),
+        mask=mask,
+        kwargs=kwargs,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        is_causal=_is_causal(module, causal_by_mask, mask, kwargs),
+    )
+
+
+def _is_causal(module: Any, by_mask: bool, mask: AttentionMask | Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a call is causal, as the softmax attention that it replaces decides it.
+
+    A mask that hides anything is a tensor there, and decides; without one torch's attention asks the module.
+    """
+    if isinstance(mask, AttentionMask) and (by_mask or mask.padding is not None or mask.documents is not None):
+        assert mask.is_causal is not None  # else it is refused
+        return mask.is_causal
+    flag = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if flag is None else flag)
+
+
+def softmax_of(received: Received) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention under a mask that a converted layer can read: output (B, H, L, d_v) and padding (B, K)."""
+    query, key = received.query, received.key
+    padding, documents = read_mask(received.mask, received.kwargs, query.shape[0], query.shape[2], cached=False)
+    allowed = allowed_keys(padding, documents, query.shape[2], key.shape[2], received.is_causal, query.device)
+    output = softmax_attention(
+        query, key, received.value, scaling=received.scaling, allowed=allowed, is_causal=received.is_causal,
+        softcap=received.softcap,
+    )  # fmt: skip
+    return output, padding
+
+
+def stays(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A module that is not converted, under a config that says darkformer: the attention it had before.
+
+    Where that is not known (another model's, which shares the config object), the eager one: it knows all that a family
+    adds to its softmax.
+
+    Raises:
+        ConversionError: documents by `cu_seq_lens_q` that it would mix.
+    """
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    previous = module.__dict__.get("dark_previous", "sdpa" if eager is None else "eager")
+    if isinstance(mask, AttentionMask):
+        mask = mask.dense(previous)
+    check_stays(mask, kwargs, query.shape[0], query.shape[2])
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(previous, eager)  # type: ignore[arg-type]
+    return function(module, query, key, value, mask, **kwargs)
 
 
 @contextmanager
@@ -36,151 +172,119 @@ def _naming(feature_map: FeatureMap) -> Iterator[None]:
         raise NonFiniteError(f"layer {feature_map.layer}: {error}") from error
 
 
-def _check_arguments(module: Any, kwargs: dict[str, Any]) -> None:
-    """Refuses what a converted layer cannot compute.
-
-    Raises:
-        ConversionError: terms added to the logits besides q·k, attention weights as an output.
-    """
-    layer = module.dark.layer
-    if extra := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
+def _show_softmax(observer: Observer, feature_map: FeatureMap, received: Received) -> Tensor:
+    """Softmax attention of one call, shown to an observer."""
+    output, padding = softmax_of(received)
+    if isinstance(received.mask, AttentionMask) and received.mask.documents is not None:
+        raise ConversionError("statistics are taken from rows of one document each: give no packed documents.")
+    if not received.is_causal:
         raise ConversionError(
-            f"layer {layer} is given {' and '.join(extra)}: learned sinks and position biases change the softmax in a "
-            "way the features cannot follow, so this model cannot be converted."
+            f"layer {feature_map.layer} is bidirectional, an encoder's: calibrate and diagnose measure what a "
+            "causal query sees, so their scales and biases would be wrong here. Finetune the encoder as "
+            "darkformer.convert leaves it; untrained, DarkConfig(method='local') is nearer to softmax."
         )
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-        raise ConversionError(
-            f"layer {layer} is asked for output_attentions: linear attention forms no weight per pair of tokens. "
-            "`darkformer diagnose` shows how far each head is from softmax; for the weights themselves use the "
-            "softmax model: darkformer.revert(model), then model.set_attn_implementation('eager')."
-        )
+    with _naming(feature_map):  # statistics of NaN would be refused later, without the layer's name
+        check_finite(query=received.query, key=received.key, value=received.value)
+    observer(feature_map, received.query, received.key, received.value, padding, received.scaling, output)
+    return output
 
 
-def _unconverted(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """Sliding-window layers that stay: torch's softmax attention, with the model's soft cap if it has one."""
-    if attention_mask is not None and attention_mask.dim() != 4:  # torch would broadcast it and lose causality
-        raise ConversionError(
-            f"{type(module).__name__} is not converted, but its config says so: another model that was converted "
-            "shares the config object. Build each model from a copy of its own (copy.deepcopy(config))."
-        )
-    check_stays(attention_mask, kwargs, query.shape[0], query.shape[2])
-    softcap = kwargs.pop("softcap", None)
-    if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    length, keys = query.shape[2], key.shape[2]
-    causal = bool(getattr(module, "is_causal", True))
-    allowed = None if attention_mask is None else attention_mask[:, 0]
-    if allowed is None:
-        allowed = allowed_keys(None, None, length, keys, causal, query.device)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = softmax_attention(
-        query, key, value, scaling=scaling, allowed=allowed, is_causal=causal, softcap=softcap
-    )  # fmt: skip
-    return output.transpose(1, 2).contiguous(), None
+def _observation(feature_map: FeatureMap) -> Observation | None:
+    observation = _OBSERVATION.get()
+    return observation if observation is not None and id(feature_map) in observation.layers else None
 
 
-def _exact(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, masks: tuple[Tensor | None, Tensor | None],
-    scaling: float, is_causal: bool, softcap: float | None,
+def _converted(
+    feature_map: FeatureMap, query: Tensor, key: Tensor, value: Tensor, received: Received, call: AttentionCall | None,
+    module: Any,
 ) -> Tensor:  # fmt: skip
-    """Softmax attention of a converted layer, shown to its observer if it has one."""
-    mask, documents = masks
-    feature_map, observer = module.dark, module.__dict__.get("dark_observer")
-    allowed = allowed_keys(mask, documents, query.shape[2], key.shape[2], is_causal, query.device)
-    output = softmax_attention(
-        query, key, value, scaling=scaling, allowed=allowed, is_causal=is_causal, softcap=softcap
+    """What a converted layer computes, within the forward pass of its feature map: output (B, H, L, d_v)."""
+    received = replace(received, query=query, key=key, value=value)
+    observation = _observation(feature_map)
+    if observation is not None and observation.softmax:
+        return _show_softmax(observation.observer, feature_map, received)
+    if feature_map.config.method == "exact":
+        return softmax_of(received)[0]
+    length = query.shape[2]
+    mask, documents = read_mask(received.mask, received.kwargs, query.shape[0], length, call is not None)
+    options: dict[str, Any] = dict(
+        scaling=received.scaling, is_causal=received.is_causal, softcap=received.softcap
     )  # fmt: skip
-    if observer is not None:
-        if documents is not None:
-            raise ConversionError("statistics are taken from rows of one document each: give no packed documents.")
-        if not is_causal:
-            raise ConversionError(
-                f"layer {feature_map.layer} is bidirectional, an encoder's: calibrate and diagnose measure what a "
-                "causal query sees, so their scales and biases would be wrong here. Finetune the encoder as "
-                "darkformer.convert leaves it; untrained, DarkConfig(method='local') is nearer to softmax."
+    with _naming(feature_map):
+        if call is not None:
+            output = own_layer(call, module, feature_map).extend(
+                call.turn(), query, key, value, mask, feature_map, **options
             )
-        with _naming(feature_map):  # statistics of NaN would be refused later, without the layer's name
-            check_finite(query=query, key=key, value=value)
-        observer(feature_map, query, key, value, mask, scaling, output)
+        else:
+            if key.shape[2] != length:
+                raise ConversionError(
+                    f"layer {feature_map.layer} is given {key.shape[2]} keys for {length} queries, and no cache: keys "
+                    "of another layer or another sequence cannot be followed."
+                )
+            alone = attention(
+                query, key, value, feature_map, key_mask=mask, documents=documents, **options
+            )  # fmt: skip
+            assert isinstance(alone, Tensor)
+            output = alone
+    if observation is not None:
+        mask = None if mask is None else mask[:, -length:]
+        observation.observer(feature_map, query, key, value, mask, received.scaling, output)
     return output
 
 
 @torch.compiler.disable
 def dark_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: AttentionMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    dark_call: AttentionCall | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query (B, H, L, d) after rotary embedding → (B, L, H, d_v).
 
-    Modules without a feature map (sliding-window layers that stay) go to torch's softmax attention. Attention dropout
-    is not applied at converted layers: there is no probability per key to drop. `torch.compile` leaves it as it is.
+    Modules without a feature map (sliding-window layers that stay, cross-attention) keep the attention they had.
+    Attention dropout is not applied at converted layers: there is no probability per key to drop. `torch.compile`
+    leaves it as it is.
+
+    Args:
+        dark_call: this forward pass of a converted module, if it has a cache; `enter` passes it.
 
     Raises:
         ConversionError: a mask, argument or cache that a converted layer cannot follow.
         NonFiniteError: NaN or infinity, with the layer's number.
     """
-    feature_map = getattr(module, "dark", None)
-    if feature_map is None:
-        return _unconverted(module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    cache: DarkCacheLayer | None = module.__dict__.pop("dark_cache", None)
-    _check_arguments(module, kwargs)
-    mask, documents = read_mask(attention_mask, kwargs, query.shape[0], query.shape[2], cache is not None)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Under autocast the rotary embedding leaves queries and keys in float32 beside half-precision values.
-    dtype, value = value.dtype, value.to(query.dtype)
-    is_causal = kwargs.get("is_causal")
-    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    softcap: float | None = kwargs.get("softcap")
-    if feature_map.config.method == "exact" or "dark_observer" in module.__dict__:
-        output = _exact(module, query, key, value, (mask, documents), scaling, is_causal, softcap)
-        return output.transpose(1, 2).to(dtype).contiguous(), None
-    if cache is not None and mask is not None:
-        cache.check_past(mask, query.shape[2])
-    mask = None if mask is None else mask[:, -query.shape[2] :]
-    options: dict[str, Any] = dict(scaling=scaling, is_causal=is_causal, softcap=softcap)
-    with _naming(feature_map):
-        if cache is not None:
-            output = cache.extend(query, key, value, mask, feature_map, **options)
-        else:
-            alone = attention(query, key, value, feature_map, key_mask=mask, documents=documents, **options)
-            assert isinstance(alone, Tensor)
-            output = alone
-    if (watcher := module.__dict__.get("dark_watcher")) is not None:
-        watcher(feature_map, query, key, value, mask, scaling, output)
-    return output.transpose(1, 2).to(dtype).contiguous(), None
+    if "dark" not in module._modules:
+        attend = _SUBSTITUTE.get() or stays
+        return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    layer = module.__dict__["dark_layer"]
+    received = receive(
+        module, query, key, value, attention_mask, scaling, kwargs, causal_by_mask=layer.causal_by_mask
+    )  # fmt: skip
+    # Through the map's own forward pass: what loads or gathers its weights does so around that.
+    output = module.dark(_converted, query, key, received.value, received, dark_call, module)
+    return output.transpose(1, 2).to(value.dtype).contiguous(), None
 
 
-@torch.compiler.disable
-def take_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a converted attention: puts our layer in the cache and hands it to `dark_attention`.
+def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a converted attention: passes its call along with the cache, see `with_call`.
 
     Raises:
         ConversionError: `set_attn_implementation` has turned softmax on under a converted model.
     """
-    module.__dict__.pop("dark_cache", None)
     if (chosen := module.config._attn_implementation) != NAME:
         raise ConversionError(
             f"layer {module.dark.layer} is converted, but its attn_implementation was set to {chosen!r}: softmax would "
             f"be computed silently. Call darkformer.revert(model) first, or model.set_attn_implementation({NAME!r})."
         )
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # the latter: GPT-NeoX
-    if cache is not None and module.dark.config.method != "exact" and "dark_observer" not in module.__dict__:
-        module.__dict__["dark_cache"] = own_layer(cache, module)
+    if module.dark.config.method == "exact":
+        return None
+    # Nothing is observed while code is compiled, and the compiler does not follow context variables.
+    observation = None if torch.compiler.is_compiling() else _observation(module.dark)
+    return None if observation is not None and observation.softmax else with_call(module, args, kwargs)
 
 
 AttentionInterface.register(NAME, dark_attention)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..config import ConfigError, ConversionError, DarkConfig, InputError
-from .convert import check_convertible, convert_from, dark_layers, revert
+from .convert import convert_by, dark_layers, plan_conversion, revert
 from .fingerprint import describe_base, split_tensors
 from .sealed import checksum, read_sealed, write_sealed
 
@@ -139,9 +139,9 @@ def load_light(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     config = DarkConfig.from_dict(header["config"])
     if next(dark_layers(model), None) is not None:
         raise ConversionError("the model is converted already: load_light takes the softmax model (darkformer.revert).")
-    check_convertible(model, config)
+    plan = plan_conversion(model, config)
     _check_base(model, header["base"])
-    convert_from(model, config, header["base"])
+    convert_by(model, plan, config, header["base"])
     try:
         _fill(model, tensors, file)
     except InputError:

@@ -1,6 +1,6 @@
 """What transformers says about who sees whom, read into what the operator takes: padding, or packed documents.
 
-Everything else is refused: a pattern that was not understood must not be computed as another one.
+A converted layer refuses everything else: a pattern that was not understood must not be computed as another one.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
 
 from ..config import ConversionError
 
 MaskFunction = Callable[..., Any]
-#: Overlays that transformers puts on a plain mask in sliding-window layers.
-SLIDING = ("sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay")
+#: Overlays that transformers puts on a plain mask in layers whose queries see near keys only.
+LOCAL = {
+    "sliding_window_overlay": "window",
+    "sliding_window_bidirectional_overlay": "window",
+    "chunked_overlay": "chunk",
+}
 #: What transformers makes of position_ids that restart (`packed_sequence_compatibility_function`).
 PACKED = ("packed_sequence_mask_function", "remap_positions_for_packed_sequence")
 UNKNOWN = (
@@ -42,17 +50,29 @@ def _parts(function: MaskFunction) -> tuple[MaskFunction, ...]:
     return tuple(_cell(function, "mask_functions") or ()) if _maker(function) == "and_masks" else ()
 
 
-def _is_plain(function: MaskFunction, sliding: bool) -> bool:
-    plain = (causal_mask_function, bidirectional_mask_function)
-    if function in plain:
-        return True
+def _innermost(function: MaskFunction) -> MaskFunction:
+    """The mask function below the overlays of packed documents, windows and chunks."""
     parts = _parts(function)
-    return sliding and len(parts) == 2 and _maker(parts[0]) in SLIDING and parts[1] in plain
+    if tuple(map(_maker, parts)) == PACKED:
+        return _innermost(_cell(parts[1], "mask_function"))
+    return parts[1] if len(parts) == 2 and _maker(parts[0]) in LOCAL else function
 
 
-def _is_packed(function: MaskFunction, sliding: bool) -> bool:
+def _is_causal(function: MaskFunction) -> bool | None:
+    """Whether a mask function is causal (True) or bidirectional (False), under known overlays; None if neither."""
+    return {causal_mask_function: True, bidirectional_mask_function: False}.get(_innermost(function))
+
+
+def _is_packed(function: MaskFunction) -> bool:
+    return tuple(map(_maker, _parts(function))) == PACKED
+
+
+def _local(function: MaskFunction) -> str | None:
+    """How a mask function limits the distance that a query sees."""
     parts = _parts(function)
-    return tuple(map(_maker, parts)) == PACKED and _is_plain(_cell(parts[1], "mask_function"), sliding)
+    if _is_packed(function):
+        return _local(_cell(parts[1], "mask_function"))
+    return LOCAL.get(_maker(parts[0])) if parts else None
 
 
 def _packed_documents(function: MaskFunction) -> Tensor | None:
@@ -75,6 +95,50 @@ def _packed_documents(function: MaskFunction) -> Tensor | None:
     return numbers + 1 if bool(borders.any()) else None
 
 
+class AttentionMask:
+    """Who sees whom in one forward pass, as `create_causal_mask` and its kin are asked for it.
+
+    It takes the place of the tensor that transformers hands from the mask function to the attention function, so a
+    converted layer reads causality, padding and documents instead of guessing them from numbers, and a layer that
+    stays builds the tensor it had before. transformers may pass it back in as `attention_mask`.
+
+    Attributes:
+        is_causal: whether a query sees no later key; None for a pattern that was not understood.
+        padding: (B, K) booleans, True for real tokens; None if all are.
+        documents: (B, L) numbers from 1 of packed documents; None without.
+        local: "window" or "chunk" where transformers limits how far a query sees, else None.
+        unread: why a converted layer cannot follow the pattern, None if it can.
+    """
+
+    ndim = 0  # transformers asks: not a tensor of two dimensions
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = arguments
+        self._dense: dict[str, Tensor | None] = {}
+        function, padding = arguments["mask_function"], arguments["attention_mask"]
+        self.shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        self.padding: Tensor | None = None
+        self.documents: Tensor | None = None
+        self.local = _local(function)
+        self.is_causal = _is_causal(function)
+        self.unread = UNKNOWN if self.is_causal is None else None
+        if self.unread is not None:
+            return
+        if _is_packed(function):
+            self.documents = _packed_documents(function)
+        if padding is not None:
+            padding = padding[:, -self.shape[3] :].bool()
+            everything = padding.shape[1] == self.shape[3] and bool(padding.all())
+            self.padding = None if everything else padding
+
+    def dense(self, implementation: str) -> Tensor | None:
+        """The mask that transformers makes for layers with this attention implementation; made once."""
+        if implementation not in self._dense:
+            make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+            self._dense[implementation] = make(**self._arguments)
+        return self._dense[implementation]
+
+
 @torch.compiler.disable
 def dark_mask(
     batch_size: int,
@@ -83,37 +147,22 @@ def dark_mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: MaskFunction = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    config: Any = None,
+    attention_mask: Tensor | AttentionMask | None = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """The mask of one forward pass for layers with full attention.
-
-    Sliding-window layers that stay as they are get the mask that torch's attention needs.
-
-    Returns:
-        None; or padding (B, kv_length), booleans; or packed documents (B, L), integers from 1.
+) -> AttentionMask:
+    """transformers' mask function of converted models: the pattern it was asked for, whatever that is.
 
     Raises:
-        ConversionError: any other pattern, or packed documents whose borders are ambiguous.
+        ConversionError: packed documents whose borders are ambiguous.
     """
-    converted = getattr(config, "darkformer", None) or {}
-    sliding = local_size is not None
-    if sliding and not converted.get("convert_sliding", False):
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
-            local_size=local_size, **kwargs,
-        )  # fmt: skip
-    if _is_packed(mask_function, sliding):
-        return _packed_documents(mask_function)
-    if not _is_plain(mask_function, sliding):
-        raise ConversionError(UNKNOWN)
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, -kv_length:].bool()
-        if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
-            return None
-    return attention_mask
+    if isinstance(attention_mask, AttentionMask):  # made before the forward pass, as for static caches
+        return attention_mask
+    return AttentionMask(
+        dict(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, **kwargs,
+        )
+    )  # fmt: skip
 
 
 def _steps(position_ids: Tensor | None, length: int) -> Tensor | None:
@@ -166,9 +215,9 @@ def _check_borders(numbered: Tensor, documents: Tensor | None, position_ids: Ten
 
 
 def read_mask(
-    attention_mask: Tensor | None, kwargs: dict[str, Any], batch: int, length: int, cached: bool
+    attention_mask: AttentionMask | Tensor | None, kwargs: dict[str, Any], batch: int, length: int, cached: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(padding (B, K) booleans or None, documents (B, L) or None) of one attention call.
+    """(padding (B, K) booleans or None, documents (B, L) or None) of one call of a converted layer.
 
     Args:
         attention_mask: what `dark_mask` made, or a 4-D mask that transformers passed through.
@@ -176,16 +225,17 @@ def read_mask(
         cached: whether the call has a cache, which documents cannot have.
 
     Raises:
-        ConversionError: a 4-D mask, documents beside padding or a cache, or borders that contradict each other.
+        ConversionError: another pattern, documents beside padding or a cache, or borders that contradict each other.
     """
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if isinstance(attention_mask, Tensor):
         raise ConversionError(
             f"an attention mask of shape {tuple(attention_mask.shape)} is not read: a converted layer takes padding "
             "masks (batch, tokens), and packed documents by position_ids that restart or cu_seq_lens_q. "
             "For any other pattern use softmax attention: darkformer.revert(model)."
         )
-    packed = attention_mask is not None and attention_mask.dtype != torch.bool
-    mask, documents = (None, attention_mask) if packed else (attention_mask, None)
+    if attention_mask is not None and attention_mask.unread is not None:
+        raise ConversionError(attention_mask.unread)
+    mask, documents = (None, None) if attention_mask is None else (attention_mask.padding, attention_mask.documents)
     numbered = _from_lengths(kwargs, batch, length)
     if numbered is not None:
         _check_borders(numbered, documents, kwargs.get("position_ids"))

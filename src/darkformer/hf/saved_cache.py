@@ -10,14 +10,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 from .._version import __version__
 from ..config import ConversionError, DarkConfig, InputError
 from ..ops.problem import AttentionState
-from .cache import DarkCacheLayer
-from .convert import converted_modules
+from .cache import DarkCacheLayer, Stream
 from .fingerprint import digest, split_tensors
+from .layers import converted_modules
 from .sealed import checksum, read_sealed, write_sealed
 
 #: Version of the file's layout. A reader refuses higher ones.
@@ -35,16 +35,36 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
     return {"configuration": config, "features": digest(added), "weights": digest(own)}
 
 
+def _slots(model: PreTrainedModel) -> dict[int, Any]:
+    """Converted modules by the layers of the cache that they fill."""
+    return {slot: module for module in converted_modules(model) for slot in module.__dict__["dark_layer"].slots}
+
+
 def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a layer is, and its tensors by name."""
+    """What a layer is, and its tensors by name.
+
+    Raises:
+        ConversionError: it holds the states of a recurrent mixer.
+    """
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        raise ConversionError("the cache holds states of a recurrent mixer (Mamba and its kin), which are not saved.")
     if isinstance(layer, DarkCacheLayer):
-        state = layer.state
-        tensors = {} if state is None else {name: getattr(state, name) for name in FIELDS}
-        return {"kind": "state", "seen": layer.seen}, tensors
+        tensors = {
+            f"{prefix}{name}": getattr(stream.state, name)
+            for prefix, stream in zip(_prefixes(len(layer.streams)), layer.streams, strict=True)
+            if stream.filled
+            for name in FIELDS
+        }
+        return {"kind": "state", "seen": layer.seen, "streams": len(layer.streams)}, tensors
     tensors = {} if layer.get_seq_length() == 0 else {"keys": layer.keys, "values": layer.values}
     if getattr(layer, "cumulative_length", None) is not None:
         return {"kind": "sliding", "seen": layer.get_seq_length()}, tensors
     return {"kind": "softmax", "seen": layer.get_seq_length()}, tensors
+
+
+def _prefixes(streams: int) -> list[str]:
+    """What stands before the names of each stream's tensors; nothing for the first, as in files of one stream."""
+    return ["", *(f"stream{i}." for i in range(1, streams))]
 
 
 def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
@@ -60,10 +80,10 @@ def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
     Raises:
         ConversionError: the model is not converted, or another one filled the cache.
     """
-    for module in converted_modules(model):
-        layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
+    for slot, module in _slots(model).items():
+        layer = cache.layers[slot] if slot < len(cache.layers) else None
         if not isinstance(layer, DarkCacheLayer):
-            raise ConversionError(f"layer {module.layer_idx} of the cache holds no state: run the model with it first.")
+            raise ConversionError(f"layer {slot} of the cache holds no state: run the model with it first.")
         layer.bind(module)
     described = [_tensors_of(layer) for layer in cache.layers]
     tensors = {f"layers.{i}.{name}": x for i, (_, given) in enumerate(described) for name, x in given.items()}
@@ -113,13 +133,16 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
         raise InputError(f"{file}: belongs to another model ({'; '.join(reasons)}): compute the prompt again.")
     device = model.device
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    modules = {module.layer_idx: module for module in converted_modules(model)}
+    modules = _slots(model)
     for i, described in enumerate(header["layers"]):
         given = {name: tensors[f"layers.{i}.{name}"].to(device) for name in _names(tensors, i)}
         if described["kind"] == "state":
             own = DarkCacheLayer().bind(modules[i])
-            own.state, own.seen = AttentionState(**given) if given else None, described["seen"]
-            own.is_initialized = own.state is not None
+            own.streams = [Stream() for _ in range(described.get("streams", 1))]
+            for prefix, stream in zip(_prefixes(len(own.streams)), own.streams, strict=True):
+                if f"{prefix}count" in given:
+                    stream.hold(AttentionState(**{name: given[f"{prefix}{name}"] for name in FIELDS}))
+            own.seen, own.is_initialized = described["seen"], own.filled
             cache.layers[i] = own
         elif given:
             layer: Any = cache.layers[i]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import DarkConfig, RunFolderError, TrainConfig
-from ..hf.convert import check_convertible, convert
+from ..hf.convert import convert, plan_conversion
 from ..hf.load import load_model, load_tokenizer, save_model
 from .calibrate import calibrate
 from .card import model_card
@@ -107,7 +107,7 @@ def linearize(
     blocks, validation = load_text(data, held_out, tokenizer, budget.seq_len)
     validation = validation[: max(1, EVALUATION_TOKENS // budget.seq_len)]
     model = load_model(model_name)
-    check_convertible(model, config)  # before the folder is claimed
+    plan_conversion(model, config)  # before the folder is claimed
     if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
         reporter.say(f"{out} is finished: nothing left to do.")
         return read_json(out / "record.json")

@@ -1,0 +1,77 @@
+"""The converted layers of a model: what is known of each from `convert` on, and how to walk over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..features.maps import FeatureMap
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One attention module of a converted model: what its calls look like, which does not change from call to call.
+
+    Attributes:
+        name: of the module inside its innermost `PreTrainedModel`, so that it is the same with and without a head.
+        layer: its number, for messages and for the seed of its draws.
+        slots: layers of the cache that it fills; several where several layers of a model share one attention module.
+        num_heads, num_kv_heads, head_dim: of the queries and keys that reach the attention function.
+        calls: how often one forward pass of the module attends (twice in differential attention).
+        causal_by_mask: causality follows the mask function even without padding, as in eager attention; False: then
+            the module's flag decides, as in torch's and flash attention.
+    """
+
+    name: str
+    layer: int
+    slots: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    calls: int = 1
+    causal_by_mask: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**dataclasses.asdict(self), "slots": list(self.slots)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Layer:
+        """Inverse of `to_dict`."""
+        return cls(**{**values, "slots": tuple(values["slots"])})
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether the module's forward pass calls transformers' attention interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def inner_names(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(full name, name inside the innermost `PreTrainedModel`, module) of every module, in the order of the model."""
+    owners = {""} | {name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    for name, module in model.named_modules():
+        parent = name
+        while parent not in owners:
+            parent = parent.rpartition(".")[0]
+        yield name, name[len(parent) :].removeprefix(".") if parent != name else "", module
+
+
+def converted_modules(model: nn.Module) -> list[Any]:
+    """The attention modules that have a feature map, first layer first."""
+    return [m for m in model.modules() if isinstance(getattr(m, "dark", None), FeatureMap)]
+
+
+def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
+    """The feature maps of a converted model, first layer first.
+
+    Where an adapter of peft trains them (`modules_to_save=["dark"]`), the adapter's, not the frozen originals.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FeatureMap) and "original_module" not in name.split("."):
+            yield module
