@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hang import HANG_SECONDS
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -51,7 +52,9 @@ class Clone:
         self.log.write_text("")
         environment = {**os.environ, "LOG": str(self.log), "CUT": cut, "MAKEFLAGS": ""}
         command = ["make", target, f"PYTHON={self.python}"]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
+        )
         assert (done.returncode != 0) == bool(cut), done.stdout + done.stderr
         return self.log.read_text().splitlines()
 

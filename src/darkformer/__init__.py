@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .config import (
+    BrokenPackageError,
     ConfigError,
     ConversionError,
     DarkConfig,
@@ -19,6 +20,7 @@ from .config import (
     NonFiniteError,
     RunFolderError,
     TrainConfig,
+    import_problem,
 )
 from .features.maps import FeatureMap, feature_map
 from .hf.autoload import install as _install_autoload
@@ -51,6 +53,7 @@ _LAZY = {
 
 __all__ = [
     "AttentionState",
+    "BrokenPackageError",
     "ConfigError",
     "ConversionError",
     "DarkConfig",
@@ -87,13 +90,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'darkformer' has no attribute {name!r}")
     try:
         module = importlib.import_module(f".{_LAZY[name]}", __name__)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "darkformer":
-            raise
-        raise MissingExtraError(
-            f"darkformer.{name} needs the package {error.name!r}, which is not installed: "
-            "pip install 'darkformer[all]' (or the extra hf or train)."
-        ) from error
+    except Exception as error:  # a broken package raises whatever it likes
+        install = "pip install 'darkformer[all]' (or the extra hf or train)"
+        if problem := import_problem(error, f"darkformer.{name} needs the package", install):
+            raise problem from error
+        raise
     return getattr(module, name)
 
 

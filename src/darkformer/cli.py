@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from .config import DarkConfig, DarkformerError, DemoConfig, MissingExtraError, TrainConfig, field_help
+from .config import DarkConfig, DarkformerError, DemoConfig, TrainConfig, field_help, import_problem
 
 try:
     import typer
@@ -15,10 +15,10 @@ try:
     from typer.core import TyperGroup
 
     from .cli_native import app as native_app
-except ModuleNotFoundError as error:  # pragma: no cover - exercised in a bare environment
-    raise MissingExtraError(
-        f"the command line needs {error.name!r}, which is not installed: pip install 'darkformer[all]'."
-    ) from error
+except Exception as error:  # pragma: no cover - exercised in a bare environment
+    if problem := import_problem(error, "the command line needs", "pip install 'darkformer[all]'"):
+        raise problem from error
+    raise
 
 from .cli_bench import register as register_bench
 from .cli_diagnose import register as register_diagnose
@@ -159,7 +159,7 @@ def linearize(
     )  # fmt: skip
     record = run(
         model, out, data=data, held_out=held_out, config=config, budget=budget, resume=resume, overwrite=overwrite,
-        reporter=RichReporter(console),
+        reporter=RichReporter(),
     )  # fmt: skip
     _print_scores(record["scores"])
     console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'", markup=False)
@@ -207,7 +207,7 @@ def evaluate(
     from .experiments.console import RichReporter
     from .experiments.recall import DISTANCES, RecallTask
 
-    reporter, names = RichReporter(console), [_model_folder(name) for name in (model, against) if name]
+    reporter, names = RichReporter(), [_model_folder(name) for name in (model, against) if name]
     if not tasks and not passkey:
         budget = TrainConfig(seq_len=seq_len, dtype=dtype)
         _print_scores(evaluation.text_scores(names, data, budget, reporter, max_tokens=max_tokens, whole=whole))
@@ -294,7 +294,7 @@ def demo(
     )  # fmt: skip
     default = DarkConfig(num_features=features, window=window, sinks=sinks, seed=seed)
     settings = DemoConfig(model, tuple(data), eval_tokens, prompt, new_tokens)
-    record = Demo(settings, default, budget, out, RichReporter(console)).run(overwrite=overwrite)
+    record = Demo(settings, default, budget, out, RichReporter()).run(overwrite=overwrite)
     print_demo(record, console)
     console.print(
         f"Report: {out / 'report.html'}   record: {out / 'record.json'}   model: {out / 'model'}", markup=False
@@ -313,8 +313,11 @@ def main() -> None:
     except DarkformerError as error:
         errors.print(f"error: {error}")
         sys.exit(1)
-    except ModuleNotFoundError as error:
-        errors.print(f"error: the package {error.name!r} is not installed: pip install 'darkformer[all]'.")
+    except ImportError as error:
+        problem = import_problem(error, "this command needs the package", "pip install 'darkformer[all]'")
+        if problem is None:
+            raise
+        errors.print(f"error: {problem}")
         sys.exit(1)
 
 

@@ -35,7 +35,7 @@ def register(app: typer.Typer, console: Console) -> None:
 
         if threads:
             torch.set_num_threads(threads)
-        record = Bench(quick_plan() if quick else full_plan(), out, RichReporter(console), overwrite=overwrite).run()
+        record = Bench(quick_plan() if quick else full_plan(), out, RichReporter(), overwrite=overwrite).run()
         print_bench(record, console)
         time_against_length(record, out / "time.png")
         speed_up_against_length(record, out / "speedup.png")

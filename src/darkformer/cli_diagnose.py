@@ -50,7 +50,7 @@ def register(app: typer.Typer, console: Console) -> None:
         effort = Effort(counts=tuple(sorted({*COUNTS, features})), tokens=tokens)
         record = run_diagnosis(
             model, out, data=data, config=config, effort=effort, layers=layer, exact_share=exact_share,
-            overwrite=overwrite, reporter=RichReporter(console),
+            overwrite=overwrite, reporter=RichReporter(),
         )  # fmt: skip
         print_diagnosis(record, console)
         console.print(f"Report: {out / 'report.html'}   record: {out / 'record.json'}", markup=False)

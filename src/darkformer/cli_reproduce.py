@@ -69,7 +69,7 @@ def register(app: typer.Typer, console: Console) -> None:
             chosen = replace(chosen, data=tuple(data))
         if dtype:
             chosen = replace(chosen, dtype=TrainConfig(dtype=dtype).dtype)  # checked, and `auto` settled for good
-        work = Reproduction(chosen, figures, out, RichReporter(console))
+        work = Reproduction(chosen, figures, out, RichReporter())
         if dry_run:
             print_rows(work.plan(), f"plan, scale {scale}", console)
             return

@@ -10,6 +10,7 @@ from threading import Thread
 
 import pytest
 import torch
+from hang import HANG_SECONDS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -255,7 +256,7 @@ class TestAround:
         wanted = tokenizer.decode(greedy[0, 12:])
         model.generate(ids, streamer=TextStreamer(tokenizer, skip_prompt=True), **GREEDY)
         assert capsys.readouterr().out.strip() == wanted
-        pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=HANG_SECONDS)
         thread = Thread(target=model.generate, args=(ids,), kwargs=dict(streamer=pieces, **GREEDY))
         thread.start()
         found = list(pieces)

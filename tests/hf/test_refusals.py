@@ -280,9 +280,11 @@ def test_a_shared_config_is_not_taken_for_a_conversion() -> None:
     torch.testing.assert_close(logits(other, ids, mask)[real], logits(own, ids, mask)[real])
 
 
-def test_missing_gguf_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nothing\.gguf: no such GGUF file"):
-        load.load_model(str(tmp_path / "nothing.gguf"))
+@pytest.mark.parametrize("function", [load.load_model, load.load_tokenizer])
+@pytest.mark.parametrize("name", ["nothing.gguf", "NOTHING.GGUF", "Nothing.Gguf"])
+def test_missing_gguf_file(function: object, name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"{name}: no such GGUF file"):
+        function(str(tmp_path / name))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("function", [load.load_model, load.load_tokenizer])

@@ -6,6 +6,7 @@ Loading takes seconds and half a gigabyte, so one worker should have all of this
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ def text(path: str) -> tuple[Tensor, Tensor]:
 def expected(softmax: PreTrainedModel, text: tuple[Tensor, Tensor]) -> Tensor:
     """Softmax logits before anything was converted."""
     return logits(softmax, *text)
+
+
+def test_a_suffix_in_capitals(path: str, softmax: PreTrainedModel, tmp_path: Path) -> None:
+    capitals = tmp_path / "MODEL.GGUF"
+    capitals.symlink_to(path)
+    model = load_model(str(capitals))
+    assert load_tokenizer(str(capitals))("a b").input_ids == load_tokenizer(path)("a b").input_ids
+    assert model.config.name_or_path == "MODEL.GGUF"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), softmax.parameters(), strict=True))
 
 
 @contextmanager

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import select
 import signal
 import subprocess
 import sys
 import sysconfig
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hang import HANG_SECONDS
 from torch import Tensor
 
 from darkformer.ops.native import load, selftest
@@ -161,55 +163,79 @@ def test_a_stale_library_is_refused(source: str, says: str, tmp_path: Path) -> N
     assert says in run.stdout and run.stderr.count("not available") == 1
 
 
+class SlowCompiler:
+    """A compiler that says when it is called and waits until it may go on; it copies the library that exists.
+
+    Both pipes have a name, so the build need not hand them down, and both ends are open here: nobody waits for the
+    other to open one, and what is written stays.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        for name in ("called", "may_go_on"):
+            os.mkfifo(folder / name)
+        self.called, self.may_go_on = (os.open(folder / name, os.O_RDWR) for name in ("called", "may_go_on"))
+        self.path = folder / "c++"
+        self.path.write_text(
+            '#!/bin/sh\nwhile [ "$1" != -o ]; do [ $# -gt 0 ] || exit 0; shift; done\n'  # asked about itself
+            f'echo >> {folder}/called\nread line < {folder}/may_go_on\ncp {library_path()} "$2"\n'
+        )
+        self.path.chmod(0o755)
+
+    def builds(self, cache: Path, number: int) -> list[subprocess.Popen[str]]:
+        """Processes that are all in the middle of a build, each in a process group of its own."""
+        environment = {**os.environ, "DARKFORMER_NATIVE_CACHE": str(cache), "CXX": str(self.path)}
+        processes, alive = [], []
+        for _ in range(number):
+            ended, held = os.pipe()  # the process holds this end as long as it lives
+            processes.append(subprocess.Popen(
+                [sys.executable, "-c", FALLBACK], env=environment, start_new_session=True, text=True, pass_fds=(held,),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+            ))  # fmt: skip
+            os.close(held)
+            alive.append(ended)
+        for _ in processes:
+            ready, _, _ = select.select([self.called, *alive], [], [], HANG_SECONDS)
+            if self.called not in ready:
+                for process in processes:
+                    os.killpg(process.pid, signal.SIGKILL)
+                pytest.fail(f"no build began: {[process.communicate() for process in processes]}")
+            os.read(self.called, 1)
+        for ended in alive:
+            os.close(ended)
+        return processes
+
+    def go_on(self, calls: int) -> None:
+        """As many calls go on, those to come included."""
+        os.write(self.may_go_on, b"\n" * calls)
+
+
 @pytest.fixture
-def slow_compiler(tmp_path: Path) -> str:
-    """Waits while the file `wait` is there, then `compiles` by copying the library that exists."""
-    script = tmp_path / "c++"
-    (tmp_path / "wait").touch()
-    script.write_text(
-        "#!/bin/sh\n"
-        f"touch {tmp_path}/started\n"
-        f"while [ -e {tmp_path}/wait ]; do sleep 0.05; done\n"
-        f'while [ "$1" != -o ]; do shift; done\ncp {library_path()} "$2"\n'
-    )
-    script.chmod(0o755)
-    return str(script)
-
-
-def started(cache: Path, marker: Path, compiler: str) -> subprocess.Popen[str]:
-    """A process in the middle of a build, in a process group of its own."""
-    environment = {**os.environ, "DARKFORMER_NATIVE_CACHE": str(cache), "CXX": compiler}
-    marker.unlink(missing_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", FALLBACK], env=environment, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
-    )  # fmt: skip
-    until = time.monotonic() + 60
-    while not marker.exists():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    return process
+def slow_compiler(tmp_path: Path) -> Iterator[SlowCompiler]:
+    compiler = SlowCompiler(tmp_path)
+    yield compiler
+    os.close(compiler.called)
+    os.close(compiler.may_go_on)
 
 
 @needs_native
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_an_interrupted_build_leaves_nothing_half(number: int, tmp_path: Path, slow_compiler: str) -> None:
-    process = started(tmp_path / "cache", tmp_path / "started", slow_compiler)
+def test_an_interrupted_build_leaves_nothing_half(number: int, tmp_path: Path, slow_compiler: SlowCompiler) -> None:
+    (process,) = slow_compiler.builds(tmp_path / "cache", 1)
     os.killpg(process.pid, number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode != 0 and not list(tmp_path.glob("cache/*.so"))
-    (tmp_path / "wait").unlink()
-    run = run_in(tmp_path / "cache", CXX=slow_compiler)
+    slow_compiler.go_on(1)
+    run = run_in(tmp_path / "cache", CXX=str(slow_compiler.path))
     assert run.returncode == 0 and run.stdout.strip() == "None", run.stdout + run.stderr  # nothing against it
 
 
 @needs_native
-def test_two_processes_may_build_at_once(tmp_path: Path, slow_compiler: str) -> None:
-    processes = [started(tmp_path / "cache", tmp_path / "started", slow_compiler) for _ in range(2)]
-    (tmp_path / "wait").unlink()
+def test_two_processes_may_build_at_once(tmp_path: Path, slow_compiler: SlowCompiler) -> None:
+    processes = slow_compiler.builds(tmp_path / "cache", 2)
+    slow_compiler.go_on(2)
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0 and out.strip() == "None", out + err
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
 

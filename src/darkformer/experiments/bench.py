@@ -252,7 +252,8 @@ class Bench:
         """The finished record."""
         record, plan = self.record, self.plan
         if record["limits"] is None:
-            record["limits"] = limits(min(plan.seconds, 0.3))
+            with self.reporter.stage("limits of this machine", 1):
+                record["limits"] = limits(min(plan.seconds, 0.3))
             self._save()
         dtypes = self._dtypes()
         if "bfloat16" not in dtypes and any("bfloat16" in sweep.dtypes for sweep in plan.sweeps):
@@ -268,10 +269,9 @@ class Bench:
                 self._measure(group)
                 done += len(group)
                 advance(done, total)
-        for length in plan.decode:
-            if length not in {row["length"] for row in record["decode"]}:
-                record["decode"] += decode_points(length, plan.seconds)
-                self._save()
+        lengths = [n for n in plan.decode if n not in {row["length"] for row in record["decode"]}]
+        if lengths:
+            self._decode(lengths)
         if plan.model and not record["model"]:
             record["model"] = model_points(self.reporter, dtypes[-1])
         record["crossover"] = [
@@ -283,6 +283,13 @@ class Bench:
         record["finished"] = True
         self._save()
         return record
+
+    def _decode(self, lengths: Sequence[int]) -> None:
+        with self.reporter.stage("decode", len(lengths)) as advance:
+            for done, length in enumerate(lengths, 1):
+                self.record["decode"] += decode_points(length, self.plan.seconds)
+                self._save()
+                advance(done, len(lengths))
 
     def _dtypes(self) -> list[str]:
         """What this machine multiplies, the fastest last."""

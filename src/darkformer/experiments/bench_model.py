@@ -22,15 +22,17 @@ PREFILL, TRAINING, PROMPTS, NEW_TOKENS = 8192, 4096, {"softmax": 512, "linear": 
 def model_points(reporter: Reporter, dtype: str) -> list[dict[str, Any]]:
     """Rows of (task, model, dtype, tokens, median, iqr, runs); empty, with a line said, where no model is installed."""
     try:
-        models: dict[str, Any] = {name: load_model(str(demo_model_path())) for name in PROMPTS}
+        path = str(demo_model_path())
     except MissingExtraError as error:
         reporter.say(f"end to end left out: {error}")
         return []
-    for model in models.values():
-        model.to(DTYPES[dtype])
-    convert(models["linear"], DarkConfig(num_features=128, window=64, sinks=4))
-    tasks(models, 64, 64, dict.fromkeys(PROMPTS, 64))  # warms up
-    return [row | {"dtype": dtype} for row in tasks(models, PREFILL, TRAINING, PROMPTS)]
+    with reporter.stage("end to end", 1):
+        models: dict[str, Any] = {name: load_model(path) for name in PROMPTS}
+        for model in models.values():
+            model.to(DTYPES[dtype])
+        convert(models["linear"], DarkConfig(num_features=128, window=64, sinks=4))
+        tasks(models, 64, 64, dict.fromkeys(PROMPTS, 64))  # warms up
+        return [row | {"dtype": dtype} for row in tasks(models, PREFILL, TRAINING, PROMPTS)]
 
 
 def tasks(models: Mapping[str, Any], prefill: int, training: int, prompts: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -101,11 +101,11 @@ class Demo:
                 self.reporter.say(f"{self.out} holds this run, finished: here is its record. --overwrite runs again.")
                 return read_json(self.out / "record.json")
             self.reporter.say(f"continuing the run in {self.out}")
-        tokenizer = load_tokenizer(self.model_name)
-        blocks, validation = load_text(self.demo.data, (), tokenizer, self.budget.seq_len)
-        validation = validation[: max(1, self.demo.eval_tokens // self.budget.seq_len)]
-        self.reporter.say(f"loading {self.settings['model']} …")
-        base = load_model(self.model_name)
+        with self.reporter.stage(f"load text and {self.settings['model']}", 1):
+            tokenizer = load_tokenizer(self.model_name)
+            blocks, validation = load_text(self.demo.data, (), tokenizer, self.budget.seq_len)
+            validation = validation[: max(1, self.demo.eval_tokens // self.budget.seq_len)]
+            base = load_model(self.model_name)
         rows = {}
         with self.reporter.whole("everything", *self._work()):
             for variant in self.variants:

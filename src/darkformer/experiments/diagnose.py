@@ -211,17 +211,18 @@ def run_diagnosis(
     """
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise RunFolderError(f"{out} is not empty: --overwrite replaces what a diagnosis wrote, --out avoids it.")
-    started = time.perf_counter()
-    blocks = token_blocks(load_tokenizer(model_name), load_documents(data), effort.tokens)
-    blocks = blocks[: MOMENT_TOKENS // effort.tokens + 1]
-    result = diagnose(
-        load_model(model_name), blocks, config, effort, layers=layers, exact_share=exact_share, reporter=reporter
-    )
+    started, reporter = time.perf_counter(), reporter or Silent()
+    with reporter.stage("load text and model", 1):
+        blocks = token_blocks(load_tokenizer(model_name), load_documents(data), effort.tokens)
+        blocks = blocks[: MOMENT_TOKENS // effort.tokens + 1]
+        model = load_model(model_name)
+    result = diagnose(model, blocks, config, effort, layers=layers, exact_share=exact_share, reporter=reporter)
     record = {
         "command": "diagnose", "model": Path(model_name).name, "data": list(data), "config": config.to_dict(),
         "effort": asdict(effort), "tokens": int(blocks.numel()), "environment": environment(),
         "seconds": round(time.perf_counter() - started, 1), **rounded(result),
     }  # fmt: skip
     write_json(out / "record.json", record)
-    write_diagnosis(record, out)
+    with reporter.stage("draw the report", 1):
+        write_diagnosis(record, out)
     return record

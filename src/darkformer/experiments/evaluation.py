@@ -29,13 +29,15 @@ def text_scores(
     """Loss, perplexity and accuracy of each model on the held-out part of `data`, or on all of it (`whole`)."""
     scores = {}
     for name in names:
-        tokenizer = load_tokenizer(name)
-        if whole:
-            blocks = token_blocks(tokenizer, load_documents(data), budget.seq_len)
-        else:
-            _, blocks = load_text(data, (), tokenizer, budget.seq_len)
+        title = Path(name).name
+        with reporter.stage(f"{title}: load text and model", 1):
+            tokenizer, model = load_tokenizer(name), load_model(name)
+            if whole:
+                blocks = token_blocks(tokenizer, load_documents(data), budget.seq_len)
+            else:
+                _, blocks = load_text(data, (), tokenizer, budget.seq_len)
         blocks = blocks[: max(1, max_tokens // budget.seq_len)] if max_tokens else blocks
-        scores[name] = scored(load_model(name), blocks, budget, reporter, Path(name).name)
+        scores[name] = scored(model, blocks, budget, reporter, title)
     return scores
 
 
@@ -57,10 +59,13 @@ def benchmark(
         from .harness import run_tasks
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
-        model, tokenizer, title = load_model(name), load_tokenizer(name), Path(name).name
+        title = Path(name).name
+        with reporter.stage(f"{title}: load", 1):
+            model, tokenizer = load_model(name), load_tokenizer(name)
         first = next(dark_layers(model), None)
         row: dict[str, Any] = {"window": None if first is None else first.config.window}
         if tasks:
+            reporter.say(f"{title}: lm-eval tasks")  # it draws bars of its own
             row["tasks"] = run_tasks(model, tokenizer, **tasks)
         if asked:
             with reporter.stage(f"{title}: recall", len(asked.distances)) as advance:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError, MissingExtraError
+from ..config import InputError, import_problem
 
 try:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-except ModuleNotFoundError as error:
-    raise MissingExtraError(
-        f"--tasks needs {error.name!r}, which is not installed: pip install 'darkformer[eval]' (lm-eval)."
-    ) from error
+except Exception as error:  # a broken package raises whatever it likes
+    if problem := import_problem(error, "--tasks needs", "pip install 'darkformer[eval]' (lm-eval)"):
+        raise problem from error
+    raise
 
 
 def _matches(manager: TaskManager, task: str) -> list[str]:

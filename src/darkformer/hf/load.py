@@ -42,7 +42,7 @@ def demo_model_path() -> Path:
 
 def _source(model: str) -> tuple[str, dict[str, Any]]:
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"{model}: no such GGUF file.")
         return str(path.parent), {"gguf_file": path.name}

@@ -26,7 +26,7 @@ def _shown(source: str) -> str:
 
 def _base(record: Mapping[str, Any]) -> str | None:
     name = record["model"]
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() and not name.endswith(".gguf") else None
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() and not name.lower().endswith(".gguf") else None
 
 
 def _data(record: Mapping[str, Any], title: str, text: str) -> ModelCardData:

@@ -40,7 +40,7 @@ def calibrated(model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporte
 
 
 def scored(model: nn.Module, blocks: Tensor, budget: TrainConfig, reporter: Reporter, title: str) -> dict[str, Any]:
-    """`evaluate` with a progress bar; plain values."""
+    """`evaluate` as a stage; plain values."""
     batch = max(1, 2048 // blocks.shape[1])
     with reporter.stage(f"{title}: evaluate", -(-len(blocks) // batch)) as advance:
         return evaluate(model, blocks, batch_size=batch, dtype=budget.dtype, progress=advance).to_dict()
@@ -49,11 +49,13 @@ def scored(model: nn.Module, blocks: Tensor, budget: TrainConfig, reporter: Repo
 def trained(
     model: nn.Module, blocks: Tensor, budget: TrainConfig, folder: Path, reporter: Reporter, title: str, **options: Any
 ) -> list[float]:
-    """`finetune` with a progress bar; resumes at the last checkpoint in `folder`."""
-    with reporter.stage(f"{title}: finetune", max(budget.steps, 1)) as advance:
+    """`finetune` as a stage, if there is anything to do; resumes at the last checkpoint in `folder`."""
+    if budget.train == "none" or budget.steps == 0:
+        return []
+    with reporter.stage(f"{title}: finetune", budget.steps) as advance:
         return finetune(
             model, blocks, budget, folder, resume=True,
-            on_step=lambda step, loss: advance(step, budget.steps), **options,
+            on_step=lambda step, loss: advance(step, budget.steps, loss), **options,
         )  # fmt: skip
 
 
@@ -103,11 +105,12 @@ def linearize(
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
         "config": config.to_dict(), "budget": asdict(budget),
     }  # fmt: skip
-    tokenizer = load_tokenizer(model_name)
-    blocks, validation = load_text(data, held_out, tokenizer, budget.seq_len)
-    validation = validation[: max(1, EVALUATION_TOKENS // budget.seq_len)]
-    model = load_model(model_name)
-    plan_conversion(model, config)  # before the folder is claimed
+    with reporter.stage("load text and model", 1):
+        tokenizer = load_tokenizer(model_name)
+        blocks, validation = load_text(data, held_out, tokenizer, budget.seq_len)
+        validation = validation[: max(1, EVALUATION_TOKENS // budget.seq_len)]
+        model = load_model(model_name)
+    reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
         reporter.say(f"{out} is finished: nothing left to do.")
         return read_json(out / "record.json")
@@ -117,7 +120,8 @@ def linearize(
     losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
     if budget.steps and budget.train != "none":
         scores["finetuned"] = scored(model, validation, budget, reporter, "finetuned")
-    save_model(model, tokenizer, out / "model")
+    with reporter.stage("save the model", 1):
+        save_model(model, tokenizer, out / "model")
     record = {
         **settings, "environment": environment(), "scores": scores, "losses": losses, "calibration": choices,
         "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-#: Called with (done, total); total stays the same within a stage.
-Advance = Callable[[int, int], None]
+
+class Advance(Protocol):
+    """Called with (done, total) and, where something is trained, its loss; total stays the same within a stage."""
+
+    def __call__(self, done: int, total: int, loss: float | None = None) -> None: ...
 
 
 class Reporter(Protocol):
     """What a front end offers to long work."""
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Advance]:
-        """A progress bar of `total` units for the time of the block."""
+        """Shows the progress of `total` units for the time of the block."""
+        ...
+
+    def weigh(self, work: float) -> None:
+        """The next stage is worth `work` of everything, where the front end shows that as well."""
         ...
 
     def say(self, text: str) -> None:
@@ -28,7 +35,10 @@ class Silent:
 
     @contextlib.contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
-        yield lambda done, total: None
+        yield lambda done, total, loss=None: None
+
+    def weigh(self, work: float) -> None:
+        pass
 
     def say(self, text: str) -> None:
         pass

@@ -77,13 +77,13 @@ class Runner:
             raise DarkformerError(f"{run.title}: training diverged at every rate of the grid ({owner.rates}).")
         return best[1]
 
-    def do(self, run: Run) -> list[dict[str, Any]]:
-        """Runs, or returns the lines of a run that is finished."""
+    def do(self, run: Run, work: float = 0.0) -> list[dict[str, Any]]:
+        """Runs, or returns the lines of a run that is finished. `work` is its training's weight in the whole."""
         if found := self.lines(run):
             return found
         started = time.perf_counter()
         trial = _Trial(self, run)
-        trial.train()
+        trial.train(work)
         rows = trial.record(round(time.perf_counter() - started, 1))
         if grower(self.scale) == run and trial.diverged is None:
             keep_grown(trial.model, self.corpus.tokenizer(trial.base), self.out)
@@ -108,24 +108,26 @@ class _Trial:
         self.resumed = (self.folder / "losses.jsonl").is_file()
         self.points, self.losses = Journal(self.folder / "points.jsonl"), Journal(self.folder / "losses.jsonl")
         self.diverged: dict[str, Any] | None = None
-        self.model = make_model(self.base, run.seed, runner.scale, runner.out)
+        with runner.reporter.stage(f"{run.title}: load", 1):
+            self.model = make_model(self.base, run.seed, runner.scale, runner.out)
         if self.config is not None and run.method == "ours" and self.base.pretrained:
             calibrated(self.model, self.config, self.blocks.train, runner.reporter, run.title)
         elif self.config is not None:
             convert(self.model, self.config)
 
-    def train(self) -> None:
+    def train(self, work: float) -> None:
         """Trains, scoring on the way; a run that stops being finite is finished too, and says where."""
         last = self.run.steps
         evaluated = () if self.run.grid else self.run.experiment.evaluated()
         if not self.run.grid:
             self.score(0)
         hooks = {step: self._scorer(step) for step in evaluated if step < last}
+        self.runner.reporter.weigh(work)
         with self.runner.reporter.stage(self.run.title, last) as advance:
 
             def on_step(step: int, loss: float) -> None:
                 self.losses.add({"step": step, "loss": loss})
-                advance(step, last)
+                advance(step, last, loss)
 
             try:
                 finetune(
@@ -167,10 +169,10 @@ class _Trial:
     def _evaluated(self, step: int, text: Tensor) -> dict[str, Any]:
         logits = text.shape[1] * self.model.config.get_text_config().vocab_size
         batch = max(1, min(2048 // text.shape[1], LOGITS // logits))
-        found = evaluate(self.model, text, batch_size=batch, dtype=self.budget.dtype).to_dict()
-        if self._looked_into(step):
-            found["mechanism"] = measure(self.model, text)
-        return found
+        with self.runner.reporter.stage(f"{self.run.title}: evaluate", -(-len(text) // batch)) as advance:
+            score = evaluate(self.model, text, batch_size=batch, dtype=self.budget.dtype, progress=advance)
+            looked = {"mechanism": measure(self.model, text)} if self._looked_into(step) else {}
+        return score.to_dict() | looked
 
     def record(self, seconds: float) -> list[dict[str, Any]]:
         """The lines of this run: one a point, and one with everything it depended on."""

@@ -94,7 +94,11 @@ class Reproduction:
         """The plan as a table: per experiment its runs, those left, steps and hours. Calibrates, does nothing else."""
         if self.scale.name != "laptop":
             return self._plan_rows({})
-        return self._plan_rows(timing.measure(self.scale, self.runs))
+        return self._plan_rows(self._speeds(self.runs))
+
+    def _speeds(self, runs: Sequence[Run]) -> dict[str, timing.Speed]:
+        with self.reporter.stage("time a few training steps", 1):
+            return timing.measure(self.scale, runs)
 
     def _plan_rows(self, speeds: dict[str, timing.Speed]) -> list[list[str]]:
         rows = [["figure", "model", "methods", "seeds", "runs", "left", "steps", "s/step", "hours left"]]
@@ -144,17 +148,17 @@ class Reproduction:
             draw(self.out, ("1",))
 
     def _others(self) -> None:
-        self.reporter.say(f"gathering text: {', '.join(self.scale.data)}")
-        corpus = Corpus(self.scale, self.out)
-        facts = corpus.facts
+        with self.reporter.stage(f"gather text: {', '.join(self.scale.data)}", 1):
+            corpus = Corpus(self.scale, self.out)
+            facts = corpus.facts
         self.reporter.say(
-            f"  {facts['documents']:,} documents, {facts['characters']:,} characters, "
+            f"text: {facts['documents']:,} documents, {facts['characters']:,} characters, "
             f"fingerprint {facts['fingerprint']}"
         )
         runner = Runner(self.scale, self.out, corpus, self.reporter)
         self._check_text(runner, facts["fingerprint"])
         left = runner.left(self.runs)
-        speeds = {} if not left or self.scale.name != "laptop" else timing.measure(self.scale, left)
+        speeds = {} if not left or self.scale.name != "laptop" else self._speeds(left)
         work = {run: timing.seconds(run, self.scale, speeds) if speeds else float(run.steps) for run in left}
         gc.collect()  # what the calibration left behind would be frozen with the rest
         gc.freeze()  # each run collects garbage three times; the libraries' own objects are none, and cost 0.4 s a time
@@ -167,8 +171,7 @@ class Reproduction:
     def _each(self, runner: Runner, left: list[Run], work: dict[Run, float]) -> None:
         started, done = time.perf_counter(), 0.0
         for i, run in enumerate(left):
-            self.reporter.weigh(work[run])
-            line = runner.do(run)[-1]
+            line = runner.do(run, work[run])[-1]
             done += work[run]
             ahead = (sum(work.values()) - done) * (time.perf_counter() - started) / done
             loss = "diverged" if line["final_loss"] is None else f"loss {line['final_loss']:.3f}"
