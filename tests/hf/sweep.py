@@ -83,8 +83,9 @@ def _tokens(length: int) -> Tensor:
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Any:
-    """One forward with those of `arguments` that the model takes."""
-    accepted = inspect.signature(type(model).forward).parameters
+    """One forward with those of `arguments` that the model takes, positions through its open keywords too."""
+    accepted: set[str] = set(inspect.signature(type(model).forward).parameters)
+    accepted |= {"position_ids"} if "kwargs" in accepted else set()
     with torch.no_grad():
         return model(input_ids=ids, **{name: value for name, value in arguments.items() if name in accepted})
 

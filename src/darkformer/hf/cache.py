@@ -224,6 +224,7 @@ class DarkCacheLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.keys = self.values = torch.empty(0)  # models ask other layers whether they hold any
         self.streams = [Stream()]
         self.seen = 0  # tokens, padding included: what transformers counts positions by
         self.inherited: tuple[Tensor, Tensor] | None = None  # keys and values to read before the first token

@@ -231,6 +231,12 @@ def _choose(
             calls=arrival.calls,
             causal_by_mask=module.config._attn_implementation == "eager",
         )
+        if any(tied.startswith(f"{name}.") for tied in _tied(model)):
+            raise _refuse(
+                name, module,
+                "has its weights from another layer (transformers ties them by name): what conversion adds to such a "
+                "module cannot be saved and loaded.",
+            )  # fmt: skip
         layers.append((name, module, layer))
     seen = {id(arrival.module) for arrival in arrivals}
     for name, module in modules.items():
@@ -248,6 +254,12 @@ def _choose(
             "already: set convert_sliding=True to convert them nevertheless."
         )
     return layers, left
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names of weights that transformers ties to others, and of those others."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {*tied, *tied.values()}
 
 
 def _number(module: Any) -> int | None:
@@ -333,8 +345,9 @@ def _attach_one(module: Any, layer: Layer, config: DarkConfig) -> None:
         head_dim=layer.head_dim,
         layer=layer.layer,
     )
-    weight = next(module.parameters(), None)
-    module.dark = feature_map if weight is None or weight.is_meta else feature_map.to(weight.device)
+    weight = next((x for x in module.parameters() if not x.is_meta), None)
+    building = torch.get_default_device().type == "meta"  # weights will be loaded, and moved with the model's own
+    module.dark = feature_map if weight is None or building else feature_map.to(weight.device)
     module.__dict__["dark_layer"] = layer
     module.register_forward_pre_hook(enter, with_kwargs=True)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,8 +196,8 @@ def _observation(feature_map: FeatureMap) -> Observation | None:
 
 
 def _converted(
-    feature_map: FeatureMap, query: Tensor, key: Tensor, value: Tensor, received: Received, call: AttentionCall | None,
-    module: Any,
+    feature_map: FeatureMap, query: Tensor, key: Tensor, value: Tensor, *, received: Received,
+    call: AttentionCall | None, module: Any,
 ) -> Tensor:  # fmt: skip
     """What a converted layer computes, within the forward pass of its feature map: output (B, H, L, d_v)."""
     received = replace(received, query=query, key=key, value=value)
@@ -265,7 +266,8 @@ def dark_attention(
         module, query, key, value, attention_mask, scaling, kwargs, causal_by_mask=layer.causal_by_mask
     )  # fmt: skip
     # Through the map's own forward pass: what loads or gathers its weights does so around that.
-    output = module.dark(_converted, query, key, received.value, received, dark_call, module)
+    run = partial(_converted, received=received, call=dark_call, module=module)
+    output = module.dark(run, query, key, received.value)
     return output.transpose(1, 2).to(value.dtype).contiguous(), None
 
 

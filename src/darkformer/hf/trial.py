@@ -145,7 +145,7 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no autocast, and the same random state afterwards."""
     training = [module for module in model.modules() if module.training]
-    device = next((x.device.type for x in model.parameters()), "cpu")
+    device = next((x.device.type for x in model.parameters() if not x.is_meta), "cpu")
     try:
         for module in training:
             module.training = False
@@ -198,6 +198,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.arrivals: dict[int, Arrival] = {}
         self.attended: list[tuple[Any, Tensor]] = []
+        self._forgets = False  # whether that layer keeps the last keys only
         self._updated: int | None = None  # the layer of the cache that was updated since any module attended
         self._last: Any = None  # the module that attended last
         self._turn = 0
@@ -208,6 +209,7 @@ class _Recorder:
 
         def noting(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             self._updated = layer_idx
+            self._forgets = bool(getattr(cache.layers[layer_idx], "is_sliding", False)) if cache.layers else False
             return update(key, value, layer_idx, *args, **kwargs)
 
         cache.update = noting  # type: ignore[assignment, method-assign]
@@ -249,6 +251,8 @@ class _Recorder:
             )
         if self._updated is not None and self._updated not in arrival.slots:
             arrival.slots.append(self._updated)
+            if self._forgets and arrival.local is None:  # whatever its mask says
+                arrival.local = "window"
         if key.shape[2] != query.shape[2] and self._updated is None and self._last is not module:
             arrival.foreign_keys = True
         self._updated, self._last = None, module
