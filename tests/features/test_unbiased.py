@@ -53,9 +53,11 @@ def make(draw: str, method: str = "dark", **values: Tensor) -> FeatureMap:
     eye = torch.eye(DIM, dtype=torch.float64)
     with torch.no_grad():
         made.projection.copy_(many_draws(draw))
-        for name, parameter in made.named_parameters():
+        for parameter in made.parameters():
+            parameter.zero_()
+        for name in made.values():
             if name != "projection":
-                parameter.copy_(values.get(name, eye))
+                made.set_(name, values.get(name, eye))
     return made
 
 

@@ -98,8 +98,14 @@ def test_feature_maps_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
     for layer, original in zip(dark_layers(loaded), dark_layers(model), strict=True):
-        for name, tensor in original.state_dict().items():
-            assert torch.equal(layer.state_dict()[name], tensor), name
+        assert {x.dtype for x in layer.parameters()} == {torch.bfloat16}
+        assert {x.dtype for x in layer.buffers()} == {torch.float32}
+        assert layer.values().keys() == original.values().keys()
+        for name, tensor in original.values().items():
+            assert torch.equal(layer.values()[name], tensor), name
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    _assert_equal(again, loaded)
 
 
 def test_a_loaded_model_reverts(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..config import ConversionError, DarkConfig
 from ..features.maps import FeatureMap
+from .added import offset_dtype
 from .fingerprint import describe_base
 from .interface import NAME, Observer, take_cache
 
@@ -111,6 +112,7 @@ def _attach(module: Any, config: DarkConfig) -> None:
         num_kv_heads=getattr(module.config, "num_key_value_heads", None) or heads,
         head_dim=head_dim,
         layer=module.layer_idx,
+        dtype=offset_dtype(module),
     )
     weight = next(module.parameters(), None)
     module.dark = feature_map if weight is None else feature_map.to(weight.device)
