@@ -105,7 +105,7 @@ def test_wrong_shapes(shape: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize("method", ["dark", "lfk"])
 @pytest.mark.parametrize("move", ["to bfloat16", "to float16", "half", "bfloat16", "to cpu and bfloat16"])
 def test_low_precision_moves_leave_it_float32(method: str, move: str) -> None:
-    """The model around it does become low precision, and so do the offsets; what they cannot hold goes to the starts."""
+    """The model around it and the offsets do become low precision; what these cannot hold goes to the starts."""
     model = nn.ModuleDict({"linear": nn.Linear(2, 2), "attention": moved(make(method=method, tied=False))})
     with torch.no_grad():
         model["attention"].query_center_offset.fill_(0.25)
@@ -189,7 +189,7 @@ def test_a_state_dict_of_version_0_1_0(method: str, assign: bool) -> None:
         made.load_state_dict(saved)
     damaged = dict(made.state_dict())  # a later file lacks none
     del damaged["key_center_offset"]
-    with pytest.raises(RuntimeError, match='Missing key.*"key_center_offset"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"key_center_offset"'):
         made.load_state_dict(damaged)
 
 
@@ -332,7 +332,7 @@ def test_a_parametrization_is_what_counts(name: str) -> None:
     found.sum().backward()
     assert shift.shift.grad is not None and shift.shift.grad.any()
     torch.testing.assert_close(made.covariance(), other.covariance())
-    with pytest.raises(ConfigError, match="geometry of layer 0.*is parametrized: remove the parametrization first"):
+    with pytest.raises(ConfigError, match=r"geometry of layer 0.*is parametrized: remove the parametrization first"):
         made.reset_geometry_()
 
 

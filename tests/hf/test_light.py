@@ -47,7 +47,6 @@ def _same(loaded: PreTrainedModel, model: PreTrainedModel) -> None:
     state, expected = ({**own_entries(m), **added_values(m)} for m in (loaded, model))
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert not any(p.any() for layer in dark_layers(loaded) for p in layer.parameters())  # training starts there
     assert torch.equal(logits(loaded, IDS, MASK), logits(model, IDS, MASK))
     assert loaded.config.darkformer == model.config.darkformer
 
@@ -67,6 +66,7 @@ def test_load_is_bit_equal(family: str, config: DarkConfig, tmp_path: Path) -> N
     save_light(model, tmp_path)
     loaded = load_light(tiny(family), tmp_path)
     _same(loaded, model)
+    assert not any(p.any() for layer in dark_layers(loaded) for p in layer.parameters())  # training starts there
     assert not torch.equal(logits(loaded, IDS, MASK), logits(tiny(family), IDS, MASK))
 
 
@@ -274,7 +274,7 @@ class TestFullWeights:
         file, name = tmp_path / "model.safetensors", "model.layers.1.self_attn.dark.geometry_offset"
         tensors = load_file(file)
         save_file({n: x for n, x in tensors.items() if n != name}, file, metadata={"format": "pt"})
-        with pytest.raises(InputError, match=rf"lacks 1 tensors \({name}"):
+        with pytest.raises(InputError, match=rf"lacks 1 tensors .*\({name}"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("shards", [False, True])

@@ -176,7 +176,8 @@ def test_loading_runs_no_code_from_the_folder(tmp_path: Path) -> None:
     file.write_text(json.dumps(config), "utf-8")
     for load in (AutoModelForCausalLM.from_pretrained, lambda path: load_model(str(path))):
         _assert_equal(load(folder), model)
-    _assert_equal(load_light(tiny("llama"), folder / "light"), model)
+    light = load_light(tiny("llama"), folder / "light")
+    assert torch.equal(logits(light, IDS, MASK), logits(model, IDS, MASK))
     assert not trace.exists()
     (folder / "model.safetensors").unlink()  # nor where pickled weights are all there is
     with pytest.raises(InputError, match="its weights are pickled and hold more than tensors"):
