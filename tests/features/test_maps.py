@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from darkformer import ConfigError, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.config import METHODS
-from darkformer.features.maps import LOG_FEATURES, key_log_features, query_log_features
+from darkformer.features.log_features import LOG_FEATURES, key_log_features, query_log_features
 
 SHAPE = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
 
