@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from tolerances import PARITY, relative_error
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from darkformer import ConfigError, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.config import METHODS
-from darkformer.features.maps import LOG_FEATURES, key_log_features, query_log_features
+from darkformer.features.log_features import LOG_FEATURES, key_log_features, query_log_features
 
 SHAPE = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
 
@@ -62,17 +63,21 @@ PARAMETERS = {
 )
 def test_parameters_are_there_where_the_configuration_uses_them(fields: dict[str, Any], absent: set[str]) -> None:
     made = make(**{"window": 1} | fields)
+    present = {name: shape for name, shape in PARAMETERS.items() if name not in absent}
     shapes = {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
-    assert shapes == {name: shape for name, shape in PARAMETERS.items() if name not in absent}
-    assert all(parameter.dtype == torch.float32 for parameter in made.parameters())
+    assert shapes == {f"{name}_offset": shape for name, shape in present.items()}
+    assert all(parameter.dtype == torch.float32 and not parameter.any() for parameter in made.parameters())
     gaussian = made.config.method in ("dark", "performer", "lfk")
-    assert {name for name, _ in made.named_buffers()} == ({"projection"} if gaussian else set())
+    starts = {name: tuple(x.shape) for name, x in made.named_buffers()}
+    assert starts == present | ({"projection": (2, 16, 8)} if gaussian else {})
+    assert made.values().keys() == starts.keys()
 
 
 def test_lfk_learns_its_projection() -> None:
     made = make(method="lfk", seed=4)
-    assert isinstance(made.projection, nn.Parameter)
+    assert isinstance(made.projection_offset, nn.Parameter)
     assert torch.equal(made.projection, make(method="performer", seed=4).projection)  # started from the same draw
+    assert make(method="performer").projection_offset is None
 
 
 @pytest.mark.parametrize("method", ["dark", "performer", "lfk"])
@@ -100,9 +105,12 @@ def test_wrong_shapes(shape: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize("method", ["dark", "lfk"])
 @pytest.mark.parametrize("move", ["to bfloat16", "to float16", "half", "bfloat16", "to cpu and bfloat16"])
 def test_low_precision_moves_leave_it_float32(method: str, move: str) -> None:
-    """The model around it does become low precision."""
+    """The model around it and the offsets do become low precision; what these cannot hold goes to the starts."""
     model = nn.ModuleDict({"linear": nn.Linear(2, 2), "attention": moved(make(method=method, tied=False))})
-    before = copy.deepcopy(model["attention"].state_dict())
+    with torch.no_grad():
+        model["attention"].query_center_offset.fill_(0.25)
+    start = model["attention"].query_center.clone()
+    before = copy.deepcopy(model["attention"].values())
     {
         "to bfloat16": lambda: model.to(torch.bfloat16),
         "to float16": lambda: model.to(torch.float16),
@@ -111,15 +119,43 @@ def test_low_precision_moves_leave_it_float32(method: str, move: str) -> None:
         "to cpu and bfloat16": lambda: model.to("cpu", torch.bfloat16),
     }[move]()
     assert model["linear"].weight.dtype in (torch.bfloat16, torch.float16)
-    after = model["attention"].state_dict()
+    after = model["attention"].values()
     assert after.keys() == before.keys()
     assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
+    assert all(x.dtype == torch.float32 for x in model["attention"].buffers())
+    assert {x.dtype for x in model["attention"].parameters()} == {model["linear"].weight.dtype}
+    # A quarter is exact in any dtype, so it stays what was learned.
+    assert torch.equal(model["attention"].query_center, start) and model["attention"].query_center_offset.eq(0.25).all()
+
+
+def test_gradients_move_with_the_offsets() -> None:
+    made = make()
+    made.covariance().sum().backward()
+    made.to(torch.bfloat16)
+    assert made.geometry_offset.grad.dtype == torch.bfloat16 and made.geometry_offset.grad.any()
+    made.to(torch.float32)
+    assert made.geometry_offset.dtype == made.geometry_offset.grad.dtype == torch.float32
 
 
 def test_low_precision_moves_still_move() -> None:
     made = make().to("meta", torch.bfloat16)
-    for tensor in (*made.parameters(), *made.buffers()):
-        assert tensor.device.type == "meta" and tensor.dtype == torch.float32
+    assert {(x.device.type, x.dtype) for x in made.parameters()} == {("meta", torch.bfloat16)}
+    assert {(x.device.type, x.dtype) for x in made.buffers()} == {("meta", torch.float32)}
+
+
+def test_the_dtype_of_what_is_learned() -> None:
+    shape = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
+    for dtype in (torch.bfloat16, torch.float64):
+        made = FeatureMap(DarkConfig(num_features=4), **shape, dtype=dtype)
+        assert {x.dtype for x in made.parameters()} == {dtype}
+        assert {x.dtype for x in made.buffers()} == {torch.float32} == {x.dtype for x in made.values().values()}
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does while it builds a model
+    try:
+        made = FeatureMap(DarkConfig(num_features=4), **shape)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for x in made.parameters()} == {torch.bfloat16}
+    assert {x.dtype for x in made.buffers()} == {torch.float32}
 
 
 def test_double_and_back() -> None:
@@ -137,6 +173,32 @@ def test_built_on_the_meta_device_to_receive_saved_weights() -> None:
         made = make(tied=False)
     made.load_state_dict(saved, assign=True)
     assert all(torch.equal(x, saved[name]) for name, x in made.state_dict().items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("method", ["dark", "lfk", "performer"])
+def test_a_state_dict_of_version_0_1_0(method: str, assign: bool) -> None:
+    """It had parameters of these names and no offsets."""
+    saved = {name: torch.randn_like(x) for name, x in make(method=method).named_buffers()}
+    made = moved(make(method=method))
+    made.load_state_dict(saved, assign=assign)
+    assert not any(x.any() for x in made.parameters())
+    assert all(torch.equal(x, saved[name]) for name, x in made.values().items())
+    del saved["query_center"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*\"query_center\""):
+        made.load_state_dict(saved)
+    damaged = dict(made.state_dict())  # a later file lacks none
+    del damaged["key_center_offset"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"key_center_offset"'):
+        made.load_state_dict(damaged)
+
+
+def test_a_float32_state_dict_in_a_half_precision_map() -> None:
+    saved = moved(make())
+    made = make().to(torch.bfloat16)
+    made.load_state_dict(saved.state_dict())
+    assert {x.dtype for x in made.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(x, saved.values()[name]) for name, x in made.values().items())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -161,7 +223,8 @@ def test_copies_are_independent() -> None:
 
 def test_covariance() -> None:
     made = moved(make())
-    torch.testing.assert_close(made.covariance(), made.geometry.mT @ made.geometry)
+    geometry = made.geometry + made.geometry_offset
+    torch.testing.assert_close(made.covariance(), geometry.mT @ geometry)
     torch.testing.assert_close(make(method="performer").covariance(), torch.eye(8).expand(2, -1, -1))
 
 
@@ -190,6 +253,118 @@ def test_nothing_to_scale(fields: dict[str, Any]) -> None:
     assert not made.scalable
     made.scale_(torch.tensor([0.5, 0.5]))
     assert all(torch.equal(x, before[name]) for name, x in made.state_dict().items())
+
+
+def test_set_is_what_is_computed_with_and_where_training_starts() -> None:
+    made = moved(make())
+    for name, x in make(seed=1).values().items():
+        value = torch.randn_like(x)
+        made.set_(name, value)
+        assert torch.equal(made.values()[name], value) and torch.equal(made.learned(name), value)
+    assert not any(x.any() for x in made.parameters())
+    with pytest.raises(ConfigError, match=r"cannot set key_geometry of layer 0 \(method='dark'\), which has no such"):
+        made.set_("key_geometry", torch.zeros(2, 8, 8))
+    minus = torch.full_like(made.query_center, -0.0)  # its bits as well: they are part of what is saved
+    made.set_("query_center", minus)
+    assert made.values()["query_center"].signbit().all()
+
+
+@pytest.mark.parametrize("method", ["dark", "lfk"])
+def test_weight_decay_pulls_towards_the_start(method: str) -> None:
+    made = make(method=method, tied=False, window=1)
+    for name in made.values():
+        made.set_(name, torch.randn_like(made.values()[name]))
+    before = copy.deepcopy(made.values())
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2, weight_decay=0.5)
+    for parameter in made.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(1000):
+        optimizer.step()
+    assert all(torch.equal(x, before[name]) for name, x in made.values().items())
+    distance = [(moved(made).learned("query_balance") - before["query_balance"]).norm().item()]
+    for _ in range(1000):
+        optimizer.step()
+    distance.append((made.learned("query_balance") - before["query_balance"]).norm().item())
+    assert distance[1] < 0.01 * distance[0]
+
+
+def test_forward_hands_the_map_to_what_reads_it() -> None:
+    """What happens around a module's forward pass happens around the reading."""
+    made, (query, key, value) = make(window=2), inputs(9, dtype=torch.float32)
+    seen: list[str] = []
+    made.register_forward_pre_hook(lambda module, given: seen.append("before"))
+    made.register_forward_hook(lambda module, given, output: seen.append("after"))
+
+    def run(fm: FeatureMap, *tensors: Tensor) -> Tensor:
+        seen.append("run")
+        assert fm is made
+        return attention(*tensors, fm)
+
+    assert torch.equal(made(run, query, key, value), attention(query, key, value, made))
+    assert seen == ["before", "run", "after"]
+
+
+class Shifted(nn.Module):
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros_like(like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+@pytest.mark.parametrize("name", ["geometry", "geometry_offset"])
+def test_a_parametrization_is_what_counts(name: str) -> None:
+    """With gradients and without, and nothing stale is kept."""
+    made, tensors = moved(make(window=2)), inputs(9, dtype=torch.float32)
+    other = copy.deepcopy(made)
+    shift = Shifted(made.geometry)
+    parametrize.register_parametrization(made, name, shift)
+    for value in (0.0, 0.1, 0.2):
+        with torch.no_grad():
+            shift.shift.fill_(value)
+            other.set_("geometry", getattr(made.parametrizations, name).original + shift.shift
+                       + (made.geometry_offset if name == "geometry" else made.geometry))  # fmt: skip
+            want = attention(*tensors, other)
+            torch.testing.assert_close(attention(*tensors, made), want)
+        found = attention(*tensors, made)
+        torch.testing.assert_close(found, want)
+    found.sum().backward()
+    assert shift.shift.grad is not None and shift.shift.grad.any()
+    torch.testing.assert_close(made.covariance(), other.covariance())
+    with pytest.raises(ConfigError, match=r"geometry of layer 0.*is parametrized: remove the parametrization first"):
+        made.reset_geometry_()
+
+
+def test_peft_targets_an_offset() -> None:
+    """LoRA of one parameter: peft sets it for the map's forward pass only."""
+    peft = pytest.importorskip("peft")
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dark = moved(make(window=2))
+
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return self.dark(lambda fm, *given: attention(*given, fm), *tensors)
+
+    layer, tensors = Layer(), inputs(9, dtype=torch.float32)
+    want = layer(*tensors)
+    adapted = peft.get_peft_model(layer, peft.LoraConfig(r=2, target_parameters=["dark.geometry_offset"]))
+    assert torch.equal(adapted(*tensors), want)
+    weights = dict(adapted.named_parameters())
+    learned = {name for name, p in weights.items() if p.requires_grad}
+    assert len(learned) == 2 and all("lora_" in name for name in learned)
+    adapted(*tensors).sum().backward()
+    for p in weights.values():
+        if p.requires_grad:
+            p.data.add_(0.1)
+    found = adapted(*tensors)
+    assert relative_error(found, want) > 1e-3
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(*tensors), found)
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(*tensors), want)
 
 
 def test_its_representation_says_what_it_is() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from darkformer import DarkConfig, FeatureMap, attention, feature_map
 from darkformer.features.draws import DRAW_FUNCTIONS
-from darkformer.features.maps import key_log_features, query_log_features
+from darkformer.features.log_features import key_log_features, query_log_features
 
 DRAWS, FEATURES, DIM, PAIRS = 3000, 6, 4, 8
 
@@ -53,9 +53,11 @@ def make(draw: str, method: str = "dark", **values: Tensor) -> FeatureMap:
     eye = torch.eye(DIM, dtype=torch.float64)
     with torch.no_grad():
         made.projection.copy_(many_draws(draw))
-        for name, parameter in made.named_parameters():
+        for parameter in made.parameters():
+            parameter.zero_()
+        for name in made.values():
             if name != "projection":
-                parameter.copy_(values.get(name, eye))
+                made.set_(name, values.get(name, eye))
     return made
 
 

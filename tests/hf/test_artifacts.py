@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tolerances import STREAM, relative_error
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from darkformer import load_cache, load_light, load_model
+from darkformer import dark_layers, load_cache, load_light, load_model
+from darkformer.hf.added import added_values
 
 ARTIFACTS = Path(__file__).parents[1] / "artifacts"
 VERSIONS = sorted(path.name for path in ARTIFACTS.iterdir() if (path / "recorded.safetensors").is_file())
@@ -54,6 +55,25 @@ def test_a_saved_prompt_goes_on_to_the_recorded_logits(version: str, form: str) 
         alone = model(ids[:, seen:], use_cache=False).logits
     assert relative_error(rest, recorded[form][:, seen:]) < STREAM
     assert relative_error(alone, recorded[form][:, seen:]) > 0.01  # the prompt is in the file and nowhere else
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_number_of_the_full_form_is_there(
+    version: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = ARTIFACTS / version / "default" / "full"
+    saved = load_file(folder / "model.safetensors")
+    with caplog.at_level("WARNING"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert "MISSING" not in caplog.text and "_offset" not in caplog.text
+    values = added_values(model)
+    if not any(name.endswith("_offset") for name in saved):
+        assert values.keys() == {name for name in saved if ".dark." in name}
+        assert all(torch.equal(x.view(torch.int32), saved[name].view(torch.int32)) for name, x in values.items())
+    for layer in dark_layers(model):
+        assert {p.dtype for p in layer.parameters()} == {dtype}
+        assert {x.dtype for x in layer.buffers()} == {torch.float32}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

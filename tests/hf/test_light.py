@@ -26,6 +26,7 @@ from darkformer import (
 )
 from darkformer.hf import light
 from darkformer.hf import load as loading
+from darkformer.hf.added import added_values, own_entries
 from darkformer.hf.light import LIGHT_FILE
 from darkformer.hf.sealed import write_sealed
 from hf.families import DARK, PAPER, disturb, left_mask, linear, logits, tiny, tokens
@@ -42,7 +43,8 @@ CONFIGS = {
 
 
 def _same(loaded: PreTrainedModel, model: PreTrainedModel) -> None:
-    state, expected = loaded.state_dict(), model.state_dict()
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    state, expected = ({**own_entries(m), **added_values(m)} for m in (loaded, model))
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert torch.equal(logits(loaded, IDS, MASK), logits(model, IDS, MASK))
@@ -64,6 +66,7 @@ def test_load_is_bit_equal(family: str, config: DarkConfig, tmp_path: Path) -> N
     save_light(model, tmp_path)
     loaded = load_light(tiny(family), tmp_path)
     _same(loaded, model)
+    assert not any(p.any() for layer in dark_layers(loaded) for p in layer.parameters())  # training starts there
     assert not torch.equal(logits(loaded, IDS, MASK), logits(tiny(family), IDS, MASK))
 
 
@@ -71,8 +74,12 @@ def test_one_safetensors_file_without_the_base(tmp_path: Path) -> None:
     model = linear("llama")
     file = save_light(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LIGHT_FILE]
-    assert all(".dark." in name for name in load_file(file))
-    added = sum(x.nbytes for name, x in model.state_dict().items() if ".dark." in name)
+    # The names and shapes of version 0.1.0: no word of what is start and what was learned.
+    tensors = load_file(file)
+    parts = {"geometry", "query_center", "key_center", "query_balance", "key_balance", "far_bias", "projection"}
+    assert set(tensors) == {f"model.layers.{i}.self_attn.dark.{name}" for i in range(3) for name in parts}
+    assert all(x.dtype == torch.float32 and torch.equal(x, added_values(model)[name]) for name, x in tensors.items())
+    added = sum(x.nbytes for x in tensors.values())
     assert file.stat().st_size < added + 8_000 < _base_bytes(model)
 
 
@@ -100,7 +107,8 @@ def test_a_base_saved_in_half_precision_counts_by_its_numbers(tmp_path: Path) ->
     save_light(model, tmp_path)
     _same(load_light(tiny("llama").to(torch.bfloat16).float(), tmp_path), model)
     in_half = load_light(tiny("llama").to(torch.bfloat16), tmp_path)
-    assert torch.equal(next(dark_layers(in_half)).geometry, next(dark_layers(model)).geometry)
+    assert all(torch.equal(x, added_values(model)[name]) for name, x in added_values(in_half).items())
+    assert {p.dtype for layer in dark_layers(in_half) for p in layer.parameters()} == {torch.bfloat16}
 
 
 def test_no_path_of_this_machine_is_saved(tmp_path: Path) -> None:
@@ -259,6 +267,15 @@ class TestFullWeights:
         for load in (AutoModelForCausalLM.from_pretrained, lambda folder: load_model(str(folder))):
             with pytest.raises(InputError, match=r"lacks 2 tensors.*layers\.0\.self_attn\.dark\.far_bias"):
                 load(tmp_path)
+
+    def test_one_missing_offset(self, tmp_path: Path) -> None:
+        """Files of version 0.1.0 have none at all; of a later one each counts."""
+        linear("llama").save_pretrained(tmp_path)
+        file, name = tmp_path / "model.safetensors", "model.layers.1.self_attn.dark.geometry_offset"
+        tensors = load_file(file)
+        save_file({n: x for n, x in tensors.items() if n != name}, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=rf"lacks 1 tensors .*\({name}"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("shards", [False, True])
     def test_any_flipped_bit(self, shards: bool, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_gradients_reach_every_layer(softmax: PreTrainedModel, text: tuple[Tenso
         try:
             out = model(ids, attention_mask=mask, position_ids=positions(mask), labels=ids, use_cache=False)
             out.loss.backward()
-            norms = [float(layer.geometry.grad.norm()) for layer in dark_layers(model)]
+            norms = [float(layer.geometry_offset.grad.norm()) for layer in dark_layers(model)]
         finally:
             model.zero_grad()
     assert min(norms) > 0

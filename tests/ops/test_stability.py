@@ -112,7 +112,7 @@ def test_low_precision_gradients(dtype: torch.dtype) -> None:
     for got, expected in zip(found[1:], want[1:], strict=True):
         assert got.dtype == dtype
         assert relative_error(got, expected) <= 4 * OUTPUT[dtype]  # the cotangent is rounded as well
-    assert made.geometry.grad.dtype == torch.float32
+    assert made.geometry_offset.grad.dtype == torch.float32
 
 
 def test_autocast_changes_nothing() -> None:

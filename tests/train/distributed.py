@@ -1,7 +1,8 @@
 """What tests/train/test_distributed.py starts on several processes: `distributed.py MODE OUT.json`.
 
 `trainer` is HF's Trainer after `convert`, then `darkformer.finetune` (DDP when there is more than one process);
-`fsdp2` is torch's `fully_shard` with a plain loop, as in torch's own tutorial.
+`fsdp2` is torch's `fully_shard` with a plain loop, as in torch's own tutorial; `half` is that of a bfloat16 model, then
+FSDP1 of one.
 """
 
 from __future__ import annotations
@@ -71,10 +72,15 @@ def by_finetune(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "omegas": _everywhere(omega(model))}
 
 
-def by_loop(shard: bool) -> dict[str, Any]:
-    model = linear("llama").train()
+def by_loop(shard: str = "", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """`shard`: "fsdp2", "fsdp1", or one process without."""
+    model: Any = linear("llama").to(dtype).train()
     world, rank = (dist.get_world_size(), dist.get_rank()) if shard else (1, 0)
-    if shard:
+    if shard == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    if shard == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -93,18 +99,22 @@ def by_loop(shard: bool) -> dict[str, Any]:
         losses.append(sum(_everywhere(loss.item())) / world)
         if step % REDRAW_EVERY == 0:
             redraw(model, step)
-    geometry = next(dark_layers(model)).geometry
-    shards = type(geometry).__name__ if not shard else f"{type(geometry.data).__name__} {geometry.to_local().shape[0]}"
+    learned = next(dark_layers(model)).geometry_offset
+    shards = type(learned).__name__
+    if shard == "fsdp2":
+        shards = f"{type(learned.data).__name__} {learned.to_local().shape[0]}"
     return {"losses": losses, "omegas": _everywhere(omega(model)), "wrapper": shards, "world": world}
 
 
 def main(mode: str, out: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if mode == "fsdp2":
+    if mode in ("fsdp2", "half"):
         dist.init_process_group("gloo")
     if mode == "fsdp2":
-        result = by_loop(shard=True)
+        result = by_loop("fsdp2")
+    elif mode == "half":
+        result = {shard: by_loop(shard, torch.bfloat16) for shard in ("fsdp2", "fsdp1")}
     else:
         result = {"trainer": by_trainer(), "finetune": by_finetune(Path(out).parent / "finetune")}
     if not dist.is_initialized() or dist.get_rank() == 0:

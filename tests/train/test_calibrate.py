@@ -20,7 +20,7 @@ from darkformer import (
     convert,
     dark_layers,
 )
-from darkformer.features.maps import key_log_features, query_log_features
+from darkformer.features.log_features import key_log_features, query_log_features
 from darkformer.features.moments import Moments
 from darkformer.features.proposals import oprf_covariance, optimal_covariance
 from darkformer.features.transforms import regularise

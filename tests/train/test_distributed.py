@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hang import HANG_SECONDS
 from hf.families import linear
 
@@ -21,6 +22,8 @@ from train import distributed
 SCRIPT = Path(distributed.__file__)
 #: Relative difference of two float32 losses whose gradients were added in another order, after a few AdamW steps.
 FLOAT32 = 1e-5
+#: The same of bfloat16 weights, whose gradients are rounded to 2^-9 before they are added.
+BFLOAT16 = 1e-2
 
 
 def _launch(mode: str, folder: Path, *flags: str) -> dict[str, Any]:
@@ -68,7 +71,16 @@ def test_ddp_is_one_process(tmp_path: Path) -> None:
 def test_fsdp2_is_one_process(tmp_path: Path) -> None:
     run = _launch("fsdp2", tmp_path, "--multi_gpu")
     assert run["wrapper"] == "DTensor 1"  # M of two key/value heads, one on each process
-    _same_run(run, distributed.by_loop(shard=False))
+    _same_run(run, distributed.by_loop())
+
+
+def test_fsdp_of_a_bfloat16_model_is_one_process(tmp_path: Path) -> None:
+    run, alone = _launch("half", tmp_path, "--multi_gpu"), distributed.by_loop(dtype=torch.bfloat16)
+    assert run["fsdp2"]["wrapper"] == "DTensor 1"
+    for sharded in run.values():
+        assert sharded["losses"] == pytest.approx(alone["losses"], rel=BFLOAT16)
+        assert sharded["omegas"] == alone["omegas"] * 2
+        assert len(set(sharded["losses"])) == distributed.STEPS
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class TestGroups:
         before = _state(model)
         finetune(model, BLOCKS, TrainConfig(train="geometry", **QUICK), tmp_path)
         assert _changed(model, before) == _added(model)
-        assert any(name.endswith("projection") for name in _added(model)) == (config is LFK)
+        assert any(name.endswith("projection_offset") for name in _added(model)) == (config is LFK)
 
     def test_qkv(self, tmp_path: Path) -> None:
         model = linear("gemma3")
@@ -129,14 +129,16 @@ def test_the_loss_goes_down(group: str, tmp_path: Path) -> None:
 
 def test_lfk_learns_omega_and_dark_does_not(tmp_path: Path) -> None:
     learned, fixed = linear("llama", LFK), linear("llama")
-    assert all(isinstance(fm.projection, torch.nn.Parameter) for fm in dark_layers(learned))
+    assert all(isinstance(fm.projection_offset, torch.nn.Parameter) for fm in dark_layers(learned))
     omegas = (
-        [fm.projection.clone() for fm in dark_layers(learned)],
+        [fm.learned("projection").detach().clone() for fm in dark_layers(learned)],
         [fm.projection.clone() for fm in dark_layers(fixed)],
     )
     for model in (learned, fixed):
         finetune(model, BLOCKS, TrainConfig(train="all", **QUICK), tmp_path / model.config.darkformer["method"])
-    assert not any(torch.equal(fm.projection, x) for fm, x in zip(dark_layers(learned), omegas[0], strict=True))
+    assert not any(
+        torch.equal(fm.learned("projection"), x) for fm, x in zip(dark_layers(learned), omegas[0], strict=True)
+    )
     assert all(torch.equal(fm.projection, x) for fm, x in zip(dark_layers(fixed), omegas[1], strict=True))
 
 

@@ -20,7 +20,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from darkformer import convert
+from darkformer import calibrate, convert
+from darkformer.hf.added import added_values
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", "red", "blue", "green", "one", "two", "three"]
 WORDS += ["what", "is", "the"]
@@ -91,6 +92,24 @@ def test_trainer_with_nothing_but_convert(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "final"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+def test_weight_decay_pulls_nothing_that_conversion_added_to_zero(tmp_path: Path) -> None:
+    model = convert(_model(), DARK)
+    calibrate(model, [tokens(2, 60)])
+    before = {name: x.clone() for name, x in added_values(model).items()}
+    arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, **QUICK)
+    by_trainer = Trainer(model=model, args=arguments, train_dataset=[]).create_optimizer()
+    decayed = {id(p) for group in by_trainer.param_groups if group["weight_decay"] for p in group["params"]}
+    for optimizer in (by_trainer, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        norm = model.lm_head.weight.norm().item()
+        for _ in range(1000):
+            optimizer.step()
+        assert model.lm_head.weight.norm() < 0.95 * norm  # the decay acts
+        assert all(torch.equal(x, before[name]) for name, x in added_values(model).items())
+    assert any(id(p) in decayed for name, p in model.named_parameters() if name.endswith("dark.geometry_offset"))
 
 
 def test_ragged_rows_through_the_collator_of_language_modelling(

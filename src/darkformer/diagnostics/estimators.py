@@ -58,8 +58,7 @@ def estimator_map(name: str, moments: Moments, num_features: int, *, layer: int,
         HeadProposals(fm, moments).set_(torch.ones(fm.num_kv_heads))
     if estimator.whitened and fm.geometry is not None:
         pooled = 0.5 * (moments.covariance("query", True) + moments.covariance("key", True))
-        with torch.no_grad():
-            fm.geometry.copy_(whitening(pooled, "preserve"))
+        fm.set_("geometry", whitening(pooled, "preserve"))
     return fm
 
 
@@ -69,8 +68,8 @@ def predicted_log_moment(fm: FeatureMap, moments: Moments, scale: float = 1.0) -
     At `scale` times the queries and keys, with the proposal of scale 1 (that of `fm`).
     """
     pairs = feature_moments(fm, moments)
-    if fm.geometry is not None:
-        geometry = fm.geometry.detach().double()
+    if (geometry := fm.learned("geometry")) is not None:
+        geometry = geometry.detach().double()
         pairs = PairMoments(*(geometry @ x @ geometry.mT for x in pairs))
     return expected_log_moment(proposal_covariance(fm.config.proposal, pairs), scale**2 * pairs.total)
 

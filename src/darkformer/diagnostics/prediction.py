@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..features.colder import best_scale, colder_error
-from ..features.maps import FeatureParameters
+from ..features.log_features import FeatureParameters
 from .noise import Draws, OutputNoise, output_noise, sample_draws, typical_noise
 from .probe import Probe
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import DarkConfig
-from ..features.maps import FeatureParameters, key_log_features, query_log_features
+from ..features.log_features import FeatureParameters, key_log_features, query_log_features
 
 #: Offsets tried around the bias that matches the far mass; a noisy head is better off with less of its features.
 BIAS_OFFSETS = (0.0, -0.5, -1.0, -2.0, -4.0, -8.0)

@@ -112,3 +112,12 @@ def draw_projection(
         raise ConfigError(f"draw={draw!r} is unknown: choose one of {', '.join(DRAWS)}.")
     function = DRAW_FUNCTIONS[draw]
     return torch.stack([function(num_features, dim, head_generator(seed, layer, g, step)) for g in range(num_kv_heads)])
+
+
+def hash_uniform(counter: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) from int64 counters, the same on every device (the mixer of SplitMix64)."""
+    h = counter * -7046029254386353131
+    h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    h = (h ^ ((h >> 31) & 0x1FFFFFFFF)) & ((1 << 52) - 1)
+    return (h.double() + 0.5) / (1 << 52)

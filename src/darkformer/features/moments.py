@@ -76,21 +76,21 @@ def set_transforms(fm: FeatureMap, moments: Moments) -> None:
     """
     moments.check("calibration")
     if fm.query_center is not None and fm.key_center is not None:
-        fm.query_center.copy_(moments.mean("query"))
-        fm.key_center.copy_(moments.mean("key"))
+        fm.set_("query_center", moments.mean("query"))
+        fm.set_("key_center", moments.mean("key"))
     if fm.query_balance is not None and fm.key_balance is not None:
         centered = fm.query_center is not None
         pair = balance(moments.covariance("query", centered), moments.covariance("key", centered))
-        fm.query_balance.copy_(pair.query)
-        fm.key_balance.copy_(pair.key)
+        fm.set_("query_balance", pair.query)
+        fm.set_("key_balance", pair.key)
 
 
 def feature_moments(fm: FeatureMap, moments: Moments) -> PairMoments:
     """Moments of queries and keys as the features see them at scale 1 (M = I): centred, balanced."""
     sides = []
     for side, center, map_ in (
-        ("query", fm.query_center, fm.query_balance),
-        ("key", fm.key_center, fm.key_balance),
+        ("query", fm.query_center, fm.learned("query_balance")),
+        ("key", fm.key_center, fm.learned("key_balance")),
     ):
         mean, second = moments.mean(side), moments.covariance(side, center is not None)
         if center is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -29,9 +30,12 @@ def _wrap_post_init(modeling_utils: Any) -> None:
 
     def post_init(self: Any) -> None:
         if getattr(self.config, "darkformer", None):
+            from .added import OFFSETS
             from .convert import attach_saved
 
             attach_saved(self)
+            # Offsets are read in float32 whatever the model's dtype, so that `settle_offsets` need round none.
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), OFFSETS}
         original(self)
 
     post_init.by_darkformer = True  # type: ignore[attr-defined]
@@ -50,14 +54,26 @@ def _wrap_finalize(modeling_utils: Any) -> None:
         return
 
     def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
-        missing = sorted(name for name in loading_info.missing_keys if ".dark." in name)
-        if missing and getattr(model.config, "darkformer", None):
+        if not getattr(model.config, "darkformer", None):
+            return original(model, load_config, loading_info)
+        from .added import left_out, settle_offsets
+
+        older = left_out(model, loading_info.missing_keys)
+        missing = sorted(name for name in loading_info.missing_keys - older if ".dark." in name)
+        if missing:
             raise InputError(
                 f"{load_config.pretrained_model_name_or_path} lacks {len(missing)} tensors of what conversion added "
                 f"({', '.join(missing[:3])}, …), though its config.json says darkformer: save the model again. "
                 "To convert softmax weights, load them with their own config and call darkformer.convert."
             )
-        return original(model, load_config, loading_info)
+        ignored = model._keys_to_ignore_on_load_missing
+        model._keys_to_ignore_on_load_missing = {*(ignored or ()), *map(re.escape, older)}
+        try:
+            info = original(model, load_config, loading_info)
+        finally:
+            model._keys_to_ignore_on_load_missing = ignored
+        settle_offsets(model, older, offloaded="disk" in (load_config.device_map or {}).values())
+        return info
 
     finalize.by_darkformer = True  # type: ignore[attr-defined]
     modeling_utils.PreTrainedModel._finalize_model_loading = staticmethod(finalize)

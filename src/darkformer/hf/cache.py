@@ -22,6 +22,7 @@ from ..ops.attention import attention
 from ..ops.native import stepper
 from ..ops.native.step import Step
 from ..ops.problem import AttentionState
+from .added import read
 from .calls import AttentionCall
 from .fingerprint import digest
 
@@ -463,7 +464,7 @@ class DarkHybridLayer(DarkCacheLayer, LinearAttentionAndFullAttentionLayer):  # 
 def identity_of(module: Any, feature_map: Any) -> tuple[str | None, str]:
     """What the sums of a converted module depend on, as far as it outlives the process: base weights and features."""
     base = getattr(module.config, "darkformer_base", None) or {}
-    return base.get("fingerprint"), digest(feature_map.state_dict())
+    return base.get("fingerprint"), digest(feature_map.values(lambda name: read(module, f"dark.{name}")))
 
 
 def _keys_of(layer: Any, slot: int) -> tuple[Tensor, Tensor] | None:

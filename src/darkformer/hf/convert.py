@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..config import ConversionError, DarkConfig
 from ..features.maps import FeatureMap
+from .added import offset_dtype
 from .fingerprint import describe_base
 from .interface import NAME, Observation, Observer, enter, observed
 from .layers import Layer, converted_modules, dark_layers, inner_names, uses_interface
@@ -344,6 +345,7 @@ def _attach_one(module: Any, layer: Layer, config: DarkConfig) -> None:
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
         layer=layer.layer,
+        dtype=offset_dtype(module),
     )
     weight = next((x for x in module.parameters() if not x.is_meta), None)
     building = torch.get_default_device().type == "meta"  # weights will be loaded, and moved with the model's own

@@ -3,45 +3,94 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..features.maps import FeatureMap
+from ..config import InputError
+from .added import own_entries, read
 
 #: Elements hashed at a time, so that a half-precision model is never held in float32 as a whole.
 _CHUNK = 1 << 24
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def split_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the model's own tensors, what conversion added) of its state dict, each by its full name; nothing is copied."""
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FeatureMap))
-    own: dict[str, Tensor] = {}
-    added: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        (added if name.startswith(prefixes) else own)[name] = tensor
-    return own, added
+def _text(value: Any) -> str:
+    """A description of a value that is the same in every process."""
+    return _ADDRESS.sub("", repr(value))
 
 
-def digest(tensors: Mapping[str, Tensor], *, values: bool = False) -> str:
+def _parts(name: str, entry: Any) -> Iterator[tuple[str, Tensor | str]]:
+    """The dense tensors and the texts that an entry of a state dict consists of, each by a name of its own."""
+    if isinstance(entry, (tuple, list)):  # packed parameters of torch.ao
+        for i, x in enumerate(entry):
+            yield from _parts(f"{name}.{i}", x)
+    elif isinstance(entry, Mapping):
+        for key in sorted(entry, key=str):
+            yield from _parts(f"{name}.{key}", entry[key])
+    elif not isinstance(entry, Tensor):
+        yield name, _text(entry)
+    elif hasattr(entry, "full_tensor"):  # sharded: every process must ask
+        yield name, entry.full_tensor()
+    elif hasattr(entry, "__tensor_flatten__"):  # of several tensors, as torchao's
+        inner, context = entry.__tensor_flatten__()
+        yield name, f"{type(entry).__name__} {tuple(entry.shape)} {entry.dtype} {_text(context)}"
+        for x in inner:
+            yield from _parts(f"{name}.{x}", getattr(entry, x))
+    elif entry.is_quantized:
+        yield f"{name}.int_repr", entry.int_repr()
+        if entry.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+            yield name, f"{entry.dtype} {entry.qscheme()} {entry.q_per_channel_axis()}"
+            yield f"{name}.scale", entry.q_per_channel_scales()
+            yield f"{name}.zero_point", entry.q_per_channel_zero_points()
+        else:
+            yield name, f"{entry.dtype} {entry.qscheme()} {entry.q_scale()!r} {entry.q_zero_point()}"
+    else:
+        yield name, entry
+
+
+def digest(entries: Mapping[str, Any], *, values: bool = False) -> str:
     """SHA-256 over names, shapes and numbers, in the order of the names.
 
     Args:
+        entries: tensors, and whatever else a state dict holds; a `functools.partial` stands for what it returns.
         values: floating-point tensors count by their float32 values, so that the same numbers stored in bfloat16 and in
             float32 agree; otherwise dtype and bytes count as they are.
     """
     total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        kind = "float" if values and tensor.is_floating_point() else str(tensor.dtype)
-        total.update(f"{name} {kind} {tuple(tensor.shape)}\n".encode())
-        for part in tensor.contiguous().flatten().split(_CHUNK):
-            part = part.float() if kind == "float" else part
-            total.update(part.cpu().view(torch.uint8).numpy())
+    for key in sorted(entries):
+        entry = entries[key]
+        for name, part in _parts(key, entry() if isinstance(entry, partial) else entry):
+            if isinstance(part, str):
+                total.update(f"{name} {part}\n".encode())
+                continue
+            tensor = part.detach().as_subclass(Tensor)
+            kind = "float" if values and tensor.is_floating_point() else str(tensor.dtype)
+            total.update(f"{name} {kind} {tuple(tensor.shape)}\n".encode())
+            for piece in tensor.contiguous().flatten().split(_CHUNK):
+                piece = piece.float() if kind == "float" else piece
+                total.update(piece.cpu().view(torch.uint8).numpy())
     return total.hexdigest()
+
+
+def digest_own(model: nn.Module, *, values: bool = False) -> str | None:
+    """`digest` of the model's own weights; None where they are not there (meta device).
+
+    Those that accelerate offloads are read from where it keeps them, one at a time.
+    """
+    entries = {
+        name: partial(read, model, name) if isinstance(x, Tensor) and x.is_meta else x
+        for name, x in own_entries(model).items()
+    }
+    try:
+        return digest(entries, values=values)
+    except InputError:
+        return None
 
 
 def describe_base(model: nn.Module) -> dict[str, Any] | None:
@@ -51,11 +100,11 @@ def describe_base(model: nn.Module) -> dict[str, Any] | None:
     saved, because nothing cheaper tells whether the weights are still those that were converted: what writes through
     `.data` (peft's merge does) leaves the tensor, its memory and its version counter as they were.
     """
-    own, _ = split_tensors(model)
-    if any(tensor.is_meta for tensor in own.values()):
+    fingerprint = digest_own(model, values=True)
+    if fingerprint is None:
         return None
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     if Path(name).exists():  # a folder of this machine: its name says enough, and is saved with the model
         name = Path(name).name
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {"name": name, "dtype": dtype, "fingerprint": digest(own, values=True)}
+    return {"name": name, "dtype": dtype, "fingerprint": fingerprint}

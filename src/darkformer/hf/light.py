@@ -10,15 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..config import ConfigError, ConversionError, DarkConfig, InputError
+from .added import added_values, set_added
 from .convert import convert_by, dark_layers, plan_conversion, revert
-from .fingerprint import describe_base, split_tensors
+from .fingerprint import describe_base
 from .sealed import checksum, read_sealed, write_sealed
 
 LIGHT_FILE = "darkformer.safetensors"
@@ -54,7 +54,7 @@ def save_light(model: PreTrainedModel, folder: str | Path) -> Path:
             "so the light form would lose what they have become. Save everything with model.save_pretrained(folder), "
             "or keep the base as it is: train='geometry', or LoRA by peft."
         )
-    _, added = split_tensors(model)
+    added = added_values(model)
     config = next(dark_layers(model)).config
     header = {"layout": LAYOUT, "version": __version__, "config": config.to_dict(), "base": dict(known)}
     folder = Path(folder)
@@ -107,7 +107,7 @@ def _check_base(model: nn.Module, wanted: dict[str, Any]) -> None:
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
-    _, added = split_tensors(model)
+    added = added_values(model)
     missing, unknown = sorted(set(added) - set(tensors)), sorted(set(tensors) - set(added))
     shapes = [n for n in sorted(set(added) & set(tensors)) if added[n].shape != tensors[n].shape]
     for problem, names in (("lacks", missing), ("has, beyond what its configuration needs,", unknown)):
@@ -118,9 +118,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
         raise InputError(
             f"{file}: {name} is {tuple(tensors[name].shape)}, this model needs {tuple(added[name].shape)}."
         )
-    with torch.no_grad():
-        for name, tensor in added.items():
-            tensor.copy_(tensors[name])
+    set_added(model, tensors)
 
 
 def load_light(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:

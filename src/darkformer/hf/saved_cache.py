@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLa
 from .._version import __version__
 from ..config import ConversionError, DarkConfig, InputError
 from ..ops.problem import AttentionState
+from .added import added_values
 from .cache import DarkCacheLayer, Stream
-from .fingerprint import digest, split_tensors
+from .fingerprint import digest, digest_own
 from .layers import converted_modules
 from .sealed import checksum, read_sealed, write_sealed
 
@@ -30,9 +31,10 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
     modules = converted_modules(model)
     if not modules:
         raise ConversionError(f"{type(model).__name__} is not converted: its cache is transformers' own.")
-    own, added = split_tensors(model)
-    config = modules[0].dark.config.to_dict()
-    return {"configuration": config, "features": digest(added), "weights": digest(own)}
+    config, weights = modules[0].dark.config.to_dict(), digest_own(model)
+    if weights is None:
+        raise InputError("the model's weights are out of reach (meta device), and a cache belongs to its weights.")
+    return {"configuration": config, "features": digest(added_values(model)), "weights": weights}
 
 
 def _slots(model: PreTrainedModel) -> dict[int, Any]:

@@ -1,6 +1,6 @@
 """Log-features of super-chunks in reused memory, and their gradients by hand.
 
-Every Gaussian method is one affine form of the scaled token x̃ = √s·x (see `features/maps.py`):
+Every Gaussian method is one affine form of the scaled token x̃ = √s·x (see `features/log_features.py`):
 ℓ = Ωy - ½‖y‖² + linearᵀx̃ + const with y = map·x̃ - offset. The form's tensors are made by ordinary torch from M,
 balance, centres, bias and weights, so their gradients reach these through autograd.
 Logarithms are to base 2 here: 2^x is three times as fast as e^x in torch on a CPU and as accurate.
@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..features.maps import FeatureParameters, key_log_features, query_log_features
+from ..features.log_features import FeatureParameters, key_log_features, query_log_features
 
 LOG2E = math.log2(math.e)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import DarkConfig, InputError
-from ..features.maps import FeatureParameters
+from ..features.log_features import FeatureParameters
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
 LOG_ZERO = -1e30

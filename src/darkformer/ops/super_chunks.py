@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..features.maps import FeatureParameters
+from ..features.log_features import FeatureParameters
 from .chunk_features import LOG2E, Features, Form, Scratch, Side
 from .log_domain import ChunkTerms
 from .problem import LOG_ZERO, gather_tokens

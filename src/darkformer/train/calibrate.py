@@ -105,7 +105,7 @@ def _search_layer(fm: FeatureMap, probe: Probe, proposals: HeadProposals | None)
     if proposals is not None:
         proposals.set_(chosen)
     if fm.far_bias is not None:
-        fm.far_bias.copy_(bias)
+        fm.set_("far_bias", bias)
     columns = (chosen, bias, errors[best, groups].sqrt(), errors[0].sqrt(), probe.error_exact_part().sqrt())
     return HeadChoice(fm.layer, *(column.tolist() for column in columns))
 

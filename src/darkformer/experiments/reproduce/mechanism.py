@@ -34,14 +34,15 @@ def shape_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _geometry(fm: FeatureMap, moments: Moments) -> dict[str, float]:
     """M's condition number, and Σ = MᵀM beside whitening and the optimal proposal's Σ*; means over heads."""
-    assert fm.geometry is not None
+    geometry = fm.learned("geometry")
+    assert geometry is not None
     sigma = fm.covariance().detach().double().cpu()
     sides = [moments.covariance(side, True) for side in ("query", "key")]
     whitening = torch.linalg.inv(regularise(0.5 * (sides[0] + sides[1])))
     query, key = (moments.covariance(side, False) for side in ("query", "key"))
     best = optimal_covariance(pair_moments(query, key, moments.mean("query"), moments.mean("key")).total)
     eye = torch.eye(fm.head_dim, dtype=torch.float64).expand_as(sigma)
-    values = torch.linalg.svdvals(fm.geometry.detach().double().cpu())
+    values = torch.linalg.svdvals(geometry.detach().double().cpu())
     return {
         "condition": float((values[:, 0] / values[:, -1]).mean()),
         "scale": float(values.log().mean().exp()),

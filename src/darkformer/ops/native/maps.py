@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...features.maps import FeatureParameters
+from ...features.log_features import FeatureParameters
 from ...features.same import PLAIN, same_numbers
 
 #: Tokens from which on a QR factorisation a kv head (0.1 ms at d = 64) costs less than the half product it saves.
@@ -133,8 +133,8 @@ def _side(p: FeatureParameters, side: _Side, folded: bool) -> tuple[Tensor, Tens
 def sides(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, tokens: int = 1) -> Maps:
     """The maps for raw (unscaled) queries and keys.
 
-    The formulas are those of `features.maps`: the query's side has cᵀ(q - b) and the far bias, the key's side bᵀk.
-    There x̃ = √s·x stands for x: so the maps are √s times those of x̃, the centres 1/√s times.
+    The formulas are those of `features.log_features`: the query's side has cᵀ(q - b) and the far bias, the key's side
+    bᵀk. There x̃ = √s·x stands for x: so the maps are √s times those of x̃, the centres 1/√s times.
 
     Args:
         tokens: that the maps are made for; with few of them nothing is made triangular, for 0 (`Step`) nothing folded.
