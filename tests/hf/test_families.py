@@ -191,7 +191,8 @@ def test_bfloat16_keeps_near_float32(family: str, model: PreTrainedModel) -> Non
     share = 0.8 if "mixture" in FAMILIES[family].special else 1.0
     assert difference.sort().values[int(share * len(difference)) - 1] <= BFLOAT16
     assert difference.max() > 0
-    assert all(p.dtype == torch.float32 for layer in dark_layers(half) for p in layer.state_dict().values())
+    assert all(x.dtype == torch.float32 for layer in dark_layers(half) for x in layer.buffers())
+    assert all(p.dtype == torch.bfloat16 for layer in dark_layers(half) for p in layer.parameters())
     if not FAMILIES[family].encoder:
         with torch.no_grad():
             cache = half(ids, use_cache=True).past_key_values

@@ -38,6 +38,7 @@ def _feed(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, start: 
 def test_steps_are_the_full_forward(family: str, steps: list[int]) -> None:
     """Left padding, grouped heads, a cap (gemma2); prefill, steps, a piece in between, steps again."""
     model, ids, mask = linear(family), tokens(2, LENGTH), left_mask([0, 5], LENGTH)
+    steps.clear()  # of the trial in `convert`
     cache, parts = DynamicCache(config=model.config), []
     for start, stop in [
         (0, 7),
@@ -54,6 +55,7 @@ def test_steps_are_the_full_forward(family: str, steps: list[int]) -> None:
 
 def test_a_copy_goes_its_own_way(steps: list[int]) -> None:
     model, ids, mask = linear("llama"), tokens(1, LENGTH), left_mask([0], LENGTH)
+    steps.clear()  # of the trial in `convert`
     cache = DynamicCache(config=model.config)
     _feed(model, ids, mask, 0, 8, cache)
     _feed(model, ids, mask, 8, 9, cache)
@@ -69,6 +71,7 @@ def test_a_copy_goes_its_own_way(steps: list[int]) -> None:
 def test_rows_are_chosen_between_steps(steps: list[int]) -> None:
     """Beam search: rows change places, and the next step starts from them."""
     model, ids, mask = linear("llama"), tokens(2, LENGTH), left_mask([0, 5], LENGTH)
+    steps.clear()  # of the trial in `convert`
     cache, rows = DynamicCache(config=model.config), torch.tensor([1, 1, 0])
     _feed(model, ids, mask, 0, 11, cache)
     _feed(model, ids, mask, 11, 12, cache)
@@ -80,6 +83,7 @@ def test_rows_are_chosen_between_steps(steps: list[int]) -> None:
 def test_where_it_is_not_taken(steps: list[int]) -> None:
     """While tokens can be taken back, where a gradient is wanted, where a row's token is a pad."""
     model, ids, mask = linear("llama"), tokens(2, LENGTH), left_mask([0, LENGTH - 3], LENGTH)
+    steps.clear()  # of the trial in `convert`
     recording = DynamicCache(config=model.config)
     recording.activate_past_recording()
     padded, graded = (DynamicCache(config=model.config) for _ in range(2))

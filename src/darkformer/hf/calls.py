@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 #: Names that transformers' attention modules have for the argument that holds the cache.
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
@@ -30,31 +30,40 @@ class AttentionCall:
         return self._turns - 1
 
 
-class CallCache:
-    """The cache as one forward pass of a converted module sees it.
+class CallCache(Cache):
+    """A cache as one forward pass of a converted module sees it: the same layers.
 
     `update` hands new keys and values through and notes for whom, instead of storing them: the attention function puts
-    them into sums. Everything else is the cache's own.
+    them into sums.
     """
 
-    def __init__(self, cache: Any, call: AttentionCall) -> None:
-        self.__dict__.update(_cache=cache, _call=call)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._cache)  # modules ask for the kind of cache
+    def __init__(self, cache: Cache, call: AttentionCall) -> None:
+        self.layers, self._cache, self._call = cache.layers, cache, call
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.__dict__["_cache"], name)
-        return CallCache(found, self.__dict__["_call"]) if name == "self_attention_cache" else found
+        if name == "_cache":  # an object that is being copied has none yet
+            raise AttributeError(name)
+        return getattr(self._cache, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._cache, name, value)
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """The new keys and values, as they are."""
         self._call.cache, self._call.slot = self._cache, layer_idx
-        return key, value
+        return key_states, value_states
+
+
+class CallEncoderDecoderCache(EncoderDecoderCache):
+    """The same for modules that keep self-attention and cross-attention apart; the latter stays as it is."""
+
+    def __init__(self, cache: EncoderDecoderCache, call: AttentionCall) -> None:
+        self.self_attention_cache: Any = CallCache(cache.self_attention_cache, call)
+        self.cross_attention_cache = cache.cross_attention_cache
+        self.is_updated = cache.is_updated
+
+
+def _seen_by(cache: Any, call: AttentionCall) -> Cache:
+    return (CallEncoderDecoderCache if isinstance(cache, EncoderDecoderCache) else CallCache)(cache, call)
 
 
 def with_call(
@@ -64,9 +73,9 @@ def with_call(
     for name in CACHE_ARGUMENTS:
         if kwargs.get(name) is not None:
             call = AttentionCall()
-            return args, {**kwargs, name: CallCache(kwargs[name], call), "dark_call": call}
+            return args, {**kwargs, name: _seen_by(kwargs[name], call), "dark_call": call}
     for place, value in enumerate(args):
         if isinstance(value, Cache):
             call = AttentionCall()
-            return (*args[:place], CallCache(value, call), *args[place + 1 :]), {**kwargs, "dark_call": call}
+            return (*args[:place], _seen_by(value, call), *args[place + 1 :]), {**kwargs, "dark_call": call}
     return None

@@ -131,6 +131,10 @@ class AttentionMask:
             everything = padding.shape[1] == self.shape[3] and bool(padding.all())
             self.padding = None if everything else padding
 
+    def contiguous(self) -> AttentionMask:
+        """Itself: `generate` asks for it before it passes a mask on."""
+        return self
+
     def dense(self, implementation: str) -> Tensor | None:
         """The mask that transformers makes for layers with this attention implementation; made once."""
         if implementation not in self._dense:
