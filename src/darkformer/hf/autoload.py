@@ -57,7 +57,9 @@ def _wrap_finalize(modeling_utils: Any) -> None:
         if not getattr(model.config, "darkformer", None):
             return original(model, load_config, loading_info)
         from .added import left_out, settle_offsets
+        from .convert import refuse_tensor_parallel
 
+        refuse_tensor_parallel(model)
         older = left_out(model, loading_info.missing_keys)
         missing = sorted(name for name in loading_info.missing_keys - older if ".dark." in name)
         if missing:

@@ -25,6 +25,7 @@ from ..ops.problem import AttentionState
 from .added import read
 from .calls import AttentionCall
 from .fingerprint import digest
+from .layers import map_of
 
 #: Tokens that can be taken back at least, while a cache records (fewer if it has recorded fewer).
 CROP = 256
@@ -250,7 +251,7 @@ class DarkCacheLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: no reference to a module, but what its numbers were."""
         module = self.owner() if self.owner is not None else None
-        identity = self.identity if module is None or not self.filled else identity_of(module, module.dark)
+        identity = self.identity if module is None or not self.filled else identity_of(module, map_of(module))
         return {**self.__dict__, "owner": None, "identity": identity}
 
     def bind(self, module: Any, feature_map: Any = None) -> DarkCacheLayer:
@@ -259,7 +260,7 @@ class DarkCacheLayer(CacheLayerMixin):
         Raises:
             ConversionError: it was filled by another model, or the feature map has changed since.
         """
-        feature_map = module.dark if feature_map is None else feature_map
+        feature_map = map_of(module) if feature_map is None else feature_map
         versions = _versions(feature_map)
         if self.filled:
             name = f"layer {feature_map.layer} of past_key_values"
@@ -412,7 +413,7 @@ class DarkCacheLayer(CacheLayerMixin):
         if remove and owner is None:
             raise ConversionError(f"crop({tokens_to_remove}): the model that filled this cache is gone.")
         for stream in self.streams:
-            stream.take_back(remove, owner.dark if remove else None)
+            stream.take_back(remove, map_of(owner) if remove else None)
         self.seen -= remove
 
     @property

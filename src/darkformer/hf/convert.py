@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,9 +108,9 @@ def refuse_tensor_parallel(model: Any) -> None:
     Raises:
         ConversionError: it is.
     """
-    if (getattr(model, "_tp_size", None) or 1) > 1:
+    if (processes := getattr(model, "tp_size", None) or 1) > 1:
         raise ConversionError(
-            f"{type(model).__name__} was loaded with tp_plan, which splits attention heads over {model._tp_size} "
+            f"{type(model).__name__} was loaded with tp_plan, which splits attention heads over {processes} "
             "processes: feature maps are not split. Load it without tp_plan; FSDP, DDP, device_map and offloading work."
         )
 
@@ -342,6 +342,16 @@ def _attach(model: nn.Module, plan: Plan, config: DarkConfig) -> None:
         module.config.darkformer_layers = described
 
 
+def _device(module: Any) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate's hook brings them for a forward pass."""
+    weight = next((x for x in module.parameters() if not x.is_meta), None)
+    if weight is not None:
+        return weight.device
+    hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((x for x in devices if x is not None), "cpu"))
+
+
 def _attach_one(module: Any, layer: Layer, config: DarkConfig) -> None:
     feature_map = FeatureMap(
         config.at_layer(layer.layer),
@@ -351,10 +361,9 @@ def _attach_one(module: Any, layer: Layer, config: DarkConfig) -> None:
         layer=layer.layer,
         dtype=offset_dtype(module),
     )
-    weight = next((x for x in module.parameters() if not x.is_meta), None)
     building = torch.get_default_device().type == "meta"  # weights will be loaded, and moved with the model's own
-    module.dark = feature_map if weight is None or building else feature_map.to(weight.device)
-    module.__dict__["dark_layer"] = layer
+    module.dark = feature_map if building else feature_map.to(_device(module))
+    module.__dict__["dark_layer"] = replace(layer, exact=feature_map.config.method == "exact")
     module.register_forward_pre_hook(enter, with_kwargs=True)
 
 

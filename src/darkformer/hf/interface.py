@@ -95,7 +95,7 @@ def receive(
     Raises:
         ConversionError: terms added to the logits besides q·k, attention weights as an output.
     """
-    name = f"layer {module.dark.layer}" if "dark" in module._modules else type(module).__name__
+    name = f"layer {module.__dict__['dark_layer'].layer}" if "dark" in module._modules else type(module).__name__
     if extra := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ConversionError(
             f"{name} is given {' and '.join(extra)}: learned sinks and position biases change the softmax in a "
@@ -277,12 +277,13 @@ def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Raises:
         ConversionError: `set_attn_implementation` has turned softmax on under a converted model.
     """
+    layer = module.__dict__["dark_layer"]
     if (chosen := module.config._attn_implementation) != NAME:
         raise ConversionError(
-            f"layer {module.dark.layer} is converted, but its attn_implementation was set to {chosen!r}: softmax would "
+            f"layer {layer.layer} is converted, but its attn_implementation was set to {chosen!r}: softmax would "
             f"be computed silently. Call darkformer.revert(model) first, or model.set_attn_implementation({NAME!r})."
         )
-    if module.dark.config.method == "exact":
+    if layer.exact:
         return None
     # Nothing is observed while code is compiled, and the compiler does not follow context variables.
     observation = None if torch.compiler.is_compiling() else _observation(module.dark)

@@ -23,6 +23,7 @@ class Layer:
         slots: layers of the cache that it fills; several where several layers of a model share one attention module.
         num_heads, num_kv_heads, head_dim: of the queries and keys that reach the attention function.
         calls: how often one forward pass of the module attends (twice in differential attention).
+        exact: whether it computes softmax attention (`keep_exact`, method `exact`), with the cache it had.
         causal_by_mask: causality follows the mask function even without padding, as in eager attention; False: then
             the module's flag decides, as in torch's and flash attention.
     """
@@ -34,6 +35,7 @@ class Layer:
     num_kv_heads: int
     head_dim: int
     calls: int = 1
+    exact: bool = False
     causal_by_mask: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,6 +67,11 @@ def inner_names(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 def converted_modules(model: nn.Module) -> list[Any]:
     """The attention modules that have a feature map, first layer first."""
     return [m for m in model.modules() if isinstance(getattr(m, "dark", None), FeatureMap)]
+
+
+def map_of(module: Any) -> FeatureMap:
+    """The feature map of a converted module, inside whatever adapter of peft has wrapped it."""
+    return module.dark if isinstance(module.dark, FeatureMap) else next(dark_layers(module.dark))
 
 
 def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
