@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, DarkConfig
+from ..tracing import traced, transformed
 from .draws import draw_projection
 from .proposals import log_weight
 from .same import PLAIN, same_numbers
@@ -291,7 +292,7 @@ class FeatureMap(nn.Module):
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in owned)
         # Elsewhere than on the CPU a comparison waits for the device, and nothing is made of what is kept.
         comparable = all(type(x) in PLAIN and x.device.type == "cpu" for x in owned)
-        if differentiable or torch.compiler.is_compiling() or not comparable:
+        if differentiable or torch.compiler.is_compiling() or transformed() or traced() or not comparable:
             return self._make(dtype)
         known, key = _KNOWN.setdefault(self, {}), (dtype, torch.is_inference_mode_enabled())
         last, made_for = known.get(key), (self.config, self.layer)
