@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError, DarkConfig
-from ..tracing import traced, transformed
 from .draws import draw_projection
 from .proposals import log_weight
 from .same import PLAIN, same_numbers
+from .tracing import traced, transformed
 from .transforms import symmetric_power
 
 

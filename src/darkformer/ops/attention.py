@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import ConfigError, InputError, NonFiniteError
 from ..features.maps import FeatureMap, FeatureParameters
-from ..tracing import traced, transformed
+from ..features.tracing import traced, transformed
 from . import functional
 from .assembled import assembled
 from .assembled import why_not as _why_not_assembled

@@ -11,6 +11,7 @@ the sums of all chunks (L/16·m·d_v numbers a kv head) are in memory at once.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -92,59 +93,78 @@ def _counted(value: Tensor) -> Tensor:
     return F.pad(value, (0, 1), value=1.0)
 
 
-def scan_pass(t: Tensors, frame: Frame) -> tuple[Tensor, Tensor, Sums]:
-    """A whole pass. Returns output (B, G, R, L, d_v), log-normaliser (B, G, R, L) to base e, the sums after it."""
-    heads, length, prefix = t.query.shape[2], t.query.shape[3], t.key_before.shape[2]
-    features, root = t.total.shape[-1], frame.scaling**0.5
-    # A trace would ask whether there is a single block and hold for that answer only, so it has one more than it needs.
-    spare = 0 if isinstance(length, int) else BLOCK
-    extra = (length + spare + BLOCK - 1) // BLOCK * BLOCK - length
-    query = t.query.to(frame.compute) * root
-    slots = [  # [before | this call]
-        torch.cat([before.to(frame.compute), x.to(frame.compute)], dim=2)
-        for before, x in ((t.key_before, t.key), (t.value_before, t.value))
-    ]
-    slots = [slots[0] * root, _counted(slots[1])]
-    q = _chunks(query, extra).flatten(3, 4)  # (B, G, N, R·C, d)
-    #: Logits (B, G, N, R·C, J), LOG_ZERO where masked, and values with their counts (B, G, N or 1, J, d_v + 1).
-    terms: list[tuple[Tensor, Tensor]] = []
+#: Logits (B, G, N, R·C, J), LOG_ZERO where masked, and values with their counts (B, G, N or 1, J, d_v + 1).
+_Term = tuple[Tensor, Tensor]
 
-    def exact(key: Tensor, value: Tensor, valid: Tensor) -> None:
-        """A term of keys (B, G, N or 1, J, d) with exact logits; valid broadcasts to (B, 1, N, 1, C, J)."""
+
+def _far_terms(
+    t: Tensors, frame: Frame, query: Tensor, slots: list[Tensor], extra: int
+) -> tuple[list[_Term], _Running]:
+    """The chunk's own far keys and the sums before it; also the sums after the last token.
+
+    Args:
+        query: (B, G, R, L, d) scaled. slots: scaled keys and counted values of [before | this call].
+    """
+    start = _Running(torch.cat([t.values, t.total[..., None]], dim=-1), frame.scale)
+    heads, length = query.shape[2:4]
+    if not t.total.shape[-1]:
+        return [], start
+    far_key, far_value = (x[:, :, :length] for x in slots)
+    positions = frame.query_position.repeat(1, heads)
+    lq = query_log_features(frame.parameters, query.flatten(2, 3), positions).unflatten(2, (heads, -1))
+    lk = key_log_features(frame.parameters, far_key, frame.key_position)
+    lk = lk.masked_fill(~frame.far_valid[:, None, :, None], LOG_ZERO)
+    lq, lk, value = _chunks(lq, extra), _chunks(lk, extra, LOG_ZERO), _chunks(far_value, extra)
+    scale = lk.detach().amax(3)
+    entering = (lk - scale[:, :, :, None]).exp() * (lk > LOG_ZERO / 2)
+    before, after = _prefixes(_Running(entering.mT @ value, scale), start)
+    # One key of the chunk at a time: all pairs with their features would be 16 times the log-features.
+    pairs = torch.stack([(lq + lk[:, :, :, None, i : i + 1]).logsumexp(-1) for i in range(CHUNK)], dim=-1)
+    token = torch.arange(CHUNK, device=lq.device)
+    inside = pairs.masked_fill(token > token[:, None], LOG_ZERO).flatten(3, 4)
+    past = (lq + before.scale[:, :, :, None, None]).flatten(3, 4)
+    return [(inside.clamp_min(LOG_ZERO), value), (past.clamp_min(LOG_ZERO), before.values)], after
+
+
+def _exact_terms(t: Tensors, frame: Frame, q: Tensor, slots: list[Tensor], extra: int) -> Iterator[_Term]:
+    """The window's band and the sinks, for scaled queries q (B, G, N, R·C, d)."""
+    heads, prefix = t.query.shape[2], t.key_before.shape[2]
+
+    def term(key: Tensor, value: Tensor, valid: Tensor) -> _Term:
         logits = capped(q @ key.mT, frame.softcap).unflatten(3, (heads, CHUNK))
-        terms.append((logits.masked_fill(~valid, LOG_ZERO).flatten(3, 4), value))
+        return logits.masked_fill(~valid, LOG_ZERO).flatten(3, 4), value
 
-    after = _Running(torch.cat([t.values, t.total[..., None]], dim=-1), frame.scale)
-    if features:
-        far_key, far_value = (x[:, :, :length] for x in slots)
-        positions = frame.query_position.repeat(1, heads)
-        lq = query_log_features(frame.parameters, query.flatten(2, 3), positions).unflatten(2, (heads, -1))
-        lk = key_log_features(frame.parameters, far_key, frame.key_position)
-        lk = lk.masked_fill(~frame.far_valid[:, None, :, None], LOG_ZERO)
-        lq, lk, value = _chunks(lq, extra), _chunks(lk, extra, LOG_ZERO), _chunks(far_value, extra)
-        scale = lk.detach().amax(3)
-        entering = (lk - scale[:, :, :, None]).exp() * (lk > LOG_ZERO / 2)
-        before, after = _prefixes(_Running(entering.mT @ value, scale), after)
-        # One key of the chunk at a time: all pairs with their features would be 16 times the log-features.
-        pairs = torch.stack([(lq + lk[:, :, :, None, i : i + 1]).logsumexp(-1) for i in range(CHUNK)], dim=-1)
-        token = torch.arange(CHUNK, device=lq.device)
-        inside = pairs.masked_fill(token > token[:, None], LOG_ZERO).flatten(3, 4)
-        past = (lq + before.scale[:, :, :, None, None]).flatten(3, 4)
-        terms += [(inside.clamp_min(LOG_ZERO), value), (past.clamp_min(LOG_ZERO), before.values)]
     if frame.window > frame.nearest:
         slot = torch.arange(prefix + CHUNK, device=q.device)
         offset = prefix + slot[:CHUNK, None] - slot
         band = (offset >= frame.nearest) & (offset < frame.window)
-        place = torch.arange(0, length + extra, CHUNK, device=q.device)[:, None] + slot  # (N, prefix + C)
+        place = torch.arange(0, t.query.shape[3] + extra, CHUNK, device=q.device)[:, None] + slot  # (N, prefix + C)
         key, value = (F.pad(x, (0, 0, 0, extra))[:, :, place] for x in slots)
-        exact(key, value, band & F.pad(frame.near_valid, (0, extra))[:, place][:, None, :, None, None])
+        yield term(key, value, band & F.pad(frame.near_valid, (0, extra))[:, place][:, None, :, None, None])
     if t.sink_key.shape[2]:
         fresh = frame.sink_fresh[:, None, :, None]
         key, value = (
             torch.where(fresh, gather_tokens(x, frame.sink_slot), stored.to(x.dtype)).to(frame.compute)[:, :, None]
             for stored, x in ((t.sink_key, t.key), (t.sink_value, t.value))
         )
-        exact(key * root, _counted(value), _flags(frame.sink_valid, extra))
+        yield term(key * frame.scaling**0.5, _counted(value), _flags(frame.sink_valid, extra))
+
+
+def scan_pass(t: Tensors, frame: Frame) -> tuple[Tensor, Tensor, Sums]:
+    """A whole pass. Returns output (B, G, R, L, d_v), log-normaliser (B, G, R, L) to base e, the sums after it."""
+    heads, length = t.query.shape[2:4]
+    root = frame.scaling**0.5
+    # A trace would ask whether there is a single block and hold for that answer only, so it has one more than it needs.
+    spare = 0 if isinstance(length, int) else BLOCK
+    extra = (length + spare + BLOCK - 1) // BLOCK * BLOCK - length
+    query = t.query.to(frame.compute) * root
+    key, value = (
+        torch.cat([before.to(frame.compute), x.to(frame.compute)], dim=2)
+        for before, x in ((t.key_before, t.key), (t.value_before, t.value))
+    )
+    slots = [key * root, _counted(value)]
+    terms, after = _far_terms(t, frame, query, slots, extra)
+    terms += _exact_terms(t, frame, _chunks(query, extra).flatten(3, 4), slots, extra)
 
     top = torch.stack([logits.detach().amax(-1, keepdim=True) for logits, _ in terms]).amax(0)
     weighted = [((logits - top).exp() * (logits > LOG_ZERO / 2)) @ value for logits, value in terms]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
-from ..tracing import traced
+from ..features.tracing import traced
 
 
 class Documents(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import DarkConfig, InputError
 from ..features.maps import FeatureParameters
-from ..tracing import traced, transformed
+from ..features.tracing import traced, transformed
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
 LOG_ZERO = -1e30
@@ -97,7 +97,7 @@ class Problem(NamedTuple):
     softcap: float | None = None  # the exact part's logits are softcap·tanh(logit / softcap); features are not capped
     fresh: bool = False  # the state is the one before the first token
     wants_state: bool = True  # whether the state after the last token is looked at
-    traced: bool = False  # nothing may be decided by numbers, nor by the length: see `darkformer.tracing`
+    traced: bool = False  # nothing may be decided by numbers, nor by the length: see `features.tracing`
 
     @property
     def config(self) -> DarkConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...features.maps import FeatureMap
-from ...tracing import traced, transformed
+from ...features.tracing import traced, transformed
 from ..problem import AttentionState, Problem, next_buffers
 from . import load
 from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...features.maps import FeatureParameters
 from ...features.same import PLAIN, same_numbers
-from ...tracing import traced
+from ...features.tracing import traced
 
 #: Tokens from which on a QR factorisation a kv head (0.1 ms at d = 64) costs less than the half product it saves.
 MANY = 4096

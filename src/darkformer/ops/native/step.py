@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...config import NonFiniteError
 from ...features.maps import FeatureMap
-from ...tracing import traced, transformed
+from ...features.tracing import traced, transformed
 from ..problem import AttentionState
 from . import load
 from .maps import sides
