@@ -15,17 +15,20 @@ def test_gradients_of_each_sample() -> None:
     )  # fmt: skip
     model = convert(LlamaForCausalLM(config).eval(), DarkConfig(num_features=8, window=4, sinks=1))
     ids = torch.randint(3, 61, (3, 20))
+    masks = torch.ones_like(ids)
+    masks[1, 15:] = 0
     every = {name: p.detach() for name, p in model.named_parameters()}
     added = {name: p for name, p in every.items() if ".dark." in name}
 
-    def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
-        return functional_call(model, weights, (row[None],), {"labels": row[None], "use_cache": False}).loss
+    def loss(weights: dict[str, Tensor], row: Tensor, mask: Tensor) -> Tensor:
+        kwargs = {"labels": row[None], "attention_mask": mask[None], "use_cache": False}
+        return functional_call(model, weights, (row[None],), kwargs).loss
 
     for weights in (every, added, {n: p for n, p in every.items() if n not in added}):  # some, or no, wrapped maps
-        found = vmap(grad(loss), (None, 0))(weights, ids)
-        for i, row in enumerate(ids):
+        found = vmap(grad(loss), (None, 0, 0))(weights, ids, masks)
+        for i, (row, mask) in enumerate(zip(ids, masks, strict=True)):
             model.zero_grad()
-            model(row[None], labels=row[None], use_cache=False).loss.backward()
+            model(row[None], labels=row[None], attention_mask=mask[None], use_cache=False).loss.backward()
             for name, parameter in model.named_parameters():
                 if name in weights:
                     torch.testing.assert_close(found[name][i], parameter.grad, rtol=1e-3, atol=1e-5)

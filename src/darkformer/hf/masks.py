@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from ..config import ConversionError
+from ..features.tracing import traced, transformed
 
 MaskFunction = Callable[..., Any]
 #: Overlays that transformers puts on a plain mask in sliding-window layers.
@@ -111,7 +112,8 @@ def dark_mask(
         raise ConversionError(UNKNOWN)
     if attention_mask is not None:
         attention_mask = attention_mask[:, -kv_length:].bool()
-        if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+        looks = not (transformed() or traced(attention_mask))
+        if looks and attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
             return None
     return attention_mask
 
@@ -126,7 +128,7 @@ def _steps(position_ids: Tensor | None, length: int) -> Tensor | None:
 def _restarts(position_ids: Tensor | None, mask: Tensor | None, length: int) -> bool:
     """Whether position_ids fall from one real token to the next."""
     steps = _steps(position_ids, length)
-    if steps is None:
+    if steps is None or not bool((steps < 0).any()):  # under vmap positions are shared, and only masks may not be seen
         return False
     real = None if mask is None else mask[:, -length:]
     return bool((steps < 0).any() if real is None else ((steps < 0) & real[:, 1:] & real[:, :-1]).any())
