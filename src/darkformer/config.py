@@ -30,6 +30,10 @@ class NonFiniteError(InputError):
     """NaN or infinity where finite numbers are needed."""
 
 
+class DerivativeError(DarkformerError, NotImplementedError):
+    """A derivative that an operator does not have: forward mode, or a second one under torch.func."""
+
+
 class ConversionError(DarkformerError):
     """A model cannot be converted, is converted already, or is not converted."""
 

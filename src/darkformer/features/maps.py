@@ -15,6 +15,7 @@ from .draws import draw_projection
 from .log_features import FeatureParameters, full_precision
 from .proposals import log_weight
 from .same import PLAIN, rounds, same_numbers
+from .tracing import traced, transformed
 from .transforms import symmetric_power
 
 
@@ -277,7 +278,7 @@ class FeatureMap(nn.Module):
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in owned)
         # Elsewhere than on the CPU a comparison waits for the device, and nothing is made of what is kept.
         comparable = all(type(x) in PLAIN and x.is_cpu for x in owned)
-        if differentiable or torch.compiler.is_compiling() or not comparable:
+        if differentiable or torch.compiler.is_compiling() or transformed() or traced() or not comparable:
             return self._make(dtype)
         known, key = _KNOWN.setdefault(self, {}), (dtype, torch.is_inference_mode_enabled())
         last, made_for = known.get(key), (self.config, self.layer)

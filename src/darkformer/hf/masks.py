@@ -17,6 +17,7 @@ from transformers.masking_utils import (
 )
 
 from ..config import ConversionError
+from ..features.tracing import traced, transformed
 
 MaskFunction = Callable[..., Any]
 #: Overlays that transformers puts on a plain mask in layers whose queries see near keys only.
@@ -128,7 +129,8 @@ class AttentionMask:
             self.documents = _packed_documents(function)
         if padding is not None:
             padding = padding[:, -self.shape[3] :].bool()
-            everything = padding.shape[1] == self.shape[3] and bool(padding.all())
+            looks = not (transformed() or traced(padding))  # else its numbers may not decide anything
+            everything = looks and padding.shape[1] == self.shape[3] and bool(padding.all())
             self.padding = None if everything else padding
 
     def contiguous(self) -> AttentionMask:
@@ -179,7 +181,7 @@ def _steps(position_ids: Tensor | None, length: int) -> Tensor | None:
 def _restarts(position_ids: Tensor | None, mask: Tensor | None, length: int) -> bool:
     """Whether position_ids fall from one real token to the next."""
     steps = _steps(position_ids, length)
-    if steps is None:
+    if steps is None or not bool((steps < 0).any()):  # under vmap positions are shared, and only masks may not be seen
         return False
     real = None if mask is None else mask[:, -length:]
     return bool((steps < 0).any() if real is None else ((steps < 0) & real[:, 1:] & real[:, :-1]).any())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import ConfigError, InputError, NonFiniteError
-from ..features.maps import FeatureMap
+from ..features.maps import FeatureMap, FeatureParameters
+from ..features.tracing import traced, transformed
+from . import functional
 from .assembled import assembled
 from .assembled import why_not as _why_not_assembled
 from .chunked import chunked
@@ -27,12 +31,14 @@ class Backend(NamedTuple):
     """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can.
 
     watchful: it looks at its inputs and its output itself, and answers NaN throughout where a number is not finite.
+    portable: it consists of torch's own operators, so that a program traced from it runs without this library.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
     function: Callable[[Problem], tuple[Tensor, AttentionState]]
     watchful: bool = False
+    portable: bool = True
 
 
 def _why_not_exact(problem: Problem) -> str | None:
@@ -49,6 +55,10 @@ def _why_not_recurrent(problem: Problem) -> str | None:
     return None
 
 
+def _why_not_reference(problem: Problem) -> str | None:
+    return "it looks at the number of tokens of each row, which a trace cannot" if problem.traced else None
+
+
 def _why_not_chunked(problem: Problem) -> str | None:
     return "exact attention is not linear" if problem.config.method == "exact" else None
 
@@ -59,17 +69,18 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("exact", _why_not_exact, exact),
         Backend("recurrent", _why_not_recurrent, recurrent),
-        Backend("native", _why_not_native, native, watchful=True),
+        Backend("native", _why_not_native, native, watchful=True, portable=False),
         Backend("chunked", _why_not_chunked, chunked),
         Backend("assembled", _why_not_assembled, assembled),
-        Backend("reference", lambda problem: None, reference),
+        Backend("reference", _why_not_reference, reference),
     )
 }
 
 
 def _choose(name: str, problem: Problem) -> Backend:
     if name == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.why_not(problem) is None)
+        every = (backend for backend in BACKENDS.values() if backend.portable or not problem.traced)
+        return next(backend for backend in every if backend.why_not(problem) is None)
     if name not in BACKENDS:
         raise ConfigError(f"backend={name!r} is unknown: choose auto, {', '.join(BACKENDS)}.")
     if reason := BACKENDS[name].why_not(problem):
@@ -125,6 +136,11 @@ class _Options(NamedTuple):
     return_state: bool
     softcap: float | None
     backend: str
+    parameters: FeatureParameters | None = None  # the feature map's, where they are made already
+
+
+def _compute(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _pose(
@@ -140,14 +156,15 @@ def _pose(
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise InputError(f"softcap={softcap}: must be a finite number above 0, or None.")
     orders = None
+    recorded = traced(query)
     lengths = torch.full((batch,), length, dtype=torch.int64, device=query.device)
-    if key_mask is not None and not bool(key_mask.all()):
+    if key_mask is not None and (recorded or not bool(key_mask.all())):
         mask = key_mask.bool()
-        order, lengths = compact(mask)
-        orders = order, torch.argsort(order, dim=1)
+        order, inverse, lengths = compact(mask)
+        orders = order, inverse
         pads = ~mask.gather(1, order)[:, None, :, None]
         query, key, value = (reorder(x, *orders).masked_fill(pads, 0) for x in (query, key, value))
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = _compute(query)
     state = AttentionState.expanded(feature_map.config, key, value, batch=batch, compute=compute)
     if options.initial_state is not None:
         state = check_state(options.initial_state, state, feature_map.config)
@@ -157,13 +174,14 @@ def _pose(
         value=value,
         lengths=lengths,
         scaling=scaling,
-        parameters=feature_map.parameters_for(compute),
+        parameters=options.parameters or feature_map.parameters_for(compute),
         state=state,
         is_causal=options.is_causal,
         padded=orders is not None,
         softcap=softcap,
         fresh=options.initial_state is None,
         wants_state=options.return_state,
+        traced=recorded,
     )
     return problem, orders
 
@@ -173,6 +191,8 @@ def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
     if problem.query.numel() == 0:
         nothing = problem.query.new_zeros(*problem.query.shape[:-1], problem.value.shape[-1])
         return nothing, problem.state.select(torch.arange(len(problem.query), device=problem.query.device))
+    if problem.traced:
+        return chosen.function(problem)
     given = {"query": problem.query, "key": problem.key, "value": problem.value}
     if not chosen.watchful:
         check_finite(**given)
@@ -193,6 +213,61 @@ def _attend(
     output, after = _solve(problem, options.backend)
     output = output.flatten(1, 2).to(query.dtype)
     return output if orders is None else reorder(output, *reversed(orders)), after
+
+
+def _run(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, documents: Tensor | None, options: _Options
+) -> tuple[Tensor, AttentionState | None]:
+    """The whole operator on tensors that may be looked at, or in a trace."""
+    if documents is None:
+        return _attend(query, key, value, key_mask, options)
+    check_documents(documents, query.shape[0], query.shape[2])
+    if options.initial_state is not None or options.return_state:
+        raise InputError("packed documents take and return no state: each would need one of its own.")
+    solve = lambda q, k, v, mask: _attend(q, k, v, mask, options)[0]  # noqa: E731
+    return apart(solve, query, key, value, key_mask, documents), None
+
+
+_STATE = tuple(f.name for f in fields(AttentionState))
+#: The tensors of a feature map's parameters.
+_PARAMETERS = ("query_map", "key_map", "projection", "query_center", "key_center", "far_bias", "log_weight")
+
+
+def _run_transformed(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, documents: Tensor | None, options: _Options
+) -> tuple[Tensor, AttentionState | None]:
+    """The whole operator as one for torch.func: every tensor that may be wrapped is an argument of it.
+
+    What the feature map makes of M, balance and weights are products of torch, so their gradients need no rule.
+    """
+    parameters, state = options.feature_map.parameters_for(_compute(query)), options.initial_state
+    maps = [getattr(parameters, name) for name in _PARAMETERS]
+    sums = [None if state is None else getattr(state, name) for name in _STATE]
+
+    def function(*given: Tensor | None) -> tuple[Tensor, ...]:
+        (q, k, v, mask, numbers), rest = given[:5], given[5:]
+        assert q is not None and k is not None and v is not None
+        before: dict[str, Any] = dict(zip(_STATE, rest[: len(_STATE)], strict=True))
+        made: dict[str, Any] = dict(zip(_PARAMETERS, rest[len(_STATE) :], strict=True))
+        plain = options._replace(
+            initial_state=None if state is None else AttentionState(**before),
+            parameters=parameters._replace(**made, recalled=None),
+        )
+        output, after = _run(q, k, v, mask, numbers, plain)
+        if not options.return_state:
+            return (output,)
+        return output, *(getattr(after, name) for name in _STATE)
+
+    constants = [1 + _STATE.index(name) for name in ("count", "log_scale")] if options.return_state else []
+    plain = functional.Plain(function, 5 + len(_STATE), tuple(constants))
+    output, *after = functional.apply(plain, query, key, value, key_mask, documents, *sums, *maps)
+    return output, AttentionState(*after) if options.return_state else None
+
+
+def _full_precision(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, where it is on: a trace would hold the switch."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def attention(
@@ -237,17 +312,19 @@ def attention(
 
     Raises:
         InputError: shapes, dtypes, masks or states that do not fit. NonFiniteError: NaN or infinity at a real token.
-        ConfigError: unknown or impossible backend.
+        ConfigError: unknown or impossible backend. DerivativeError: forward-mode differentiation, or second derivatives
+            under torch.func.
     """
     _check_shapes(query, key, value, feature_map, key_mask)
     if not is_causal and (initial_state is not None or return_state):
         raise InputError("a state exists for causal attention only: is_causal=False takes and returns none.")
+    if initial_state is not None and not isinstance(initial_state, AttentionState):
+        raise InputError(f"initial_state is a {type(initial_state).__name__}: give an earlier call's AttentionState.")
     options = _Options(feature_map, scaling, is_causal, initial_state, return_state, softcap, backend)
-    with torch.autocast(query.device.type, enabled=False):
-        if documents is None:
-            output, after = _attend(query, key, value, key_mask, options)
-            return (output, after) if return_state else output
-        check_documents(documents, query.shape[0], query.shape[2])
-        if initial_state is not None or return_state:
-            raise InputError("packed documents take and return no state: each would need one of its own.")
-        return apart(lambda q, k, v, mask: _attend(q, k, v, mask, options)[0], query, key, value, key_mask, documents)
+    run, device = _run_transformed if transformed() else _run, query.device.type
+    with _full_precision(device):
+        output, after = run(query, key, value, key_mask, documents, options)
+    if not return_state:
+        return output
+    assert after is not None
+    return output, after

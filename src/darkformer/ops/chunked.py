@@ -3,7 +3,7 @@
 A causal pass walks over super-chunks in reused memory (`chunk_forward`, `chunk_backward`): the near keys exactly
 (window band, sinks), the far keys through their features, quadratic inside a chunk and through the running state before
 it. Far keys are the keys `window` positions back, so "far" is ordinary causal linear attention. A bidirectional call is
-two such passes, the second one backwards, merged by their log-normalisers.
+two such passes, the second one backwards, merged by their log-normalisers. In a trace `chunk_scan` computes a pass.
 Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabiliser described in `chunk_forward`.
 """
 
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from .chunk_backward import Backward
 from .chunk_features import LOG2E, Form, forms
 from .chunk_forward import Forward, Kept, Sums
+from .chunk_scan import scan_pass
 from .problem import LOG_ZERO, AttentionState, Problem, next_buffers
 from .super_chunks import Frame, Tensors
 
@@ -43,7 +44,10 @@ def span_length(chunk: int, heads: int) -> int:
 
 
 class _Chunked(torch.autograd.Function):
-    """One direction. Saves inputs, log-normaliser and sums before some super-chunks; recomputes the rest."""
+    """One direction. Saves inputs, log-normaliser and sums before some super-chunks; recomputes the rest.
+
+    `forward` has the context, as what it keeps is no output; `functional` hides it from torch.func.
+    """
 
     @staticmethod
     def forward(ctx: Any, frame: Frame, keep: bool, *given: Tensor | None) -> tuple[Tensor, ...]:
@@ -123,7 +127,8 @@ def _forward_pass(problem: Problem) -> tuple[Tensors, Frame]:
     if problem.is_causal:
         sink_valid = sink_valid & (sink <= query_position[..., None])
     sink_slot = sink - state.count[:, None]
-    chunk = chunk_length(window, length)
+    # Of a pass over super-chunks; a trace's length is not known.
+    chunk = 1 if problem.traced else chunk_length(window, length)
     frame = Frame(
         scale=state.log_scale.detach(),
         far_valid=valid[:, :length] & query_valid,
@@ -143,7 +148,7 @@ def _forward_pass(problem: Problem) -> tuple[Tensors, Frame]:
         # The two directions are merged in full precision.
         output=problem.query.dtype if problem.is_causal else state.feature_sum.dtype,
         chunk=chunk,
-        span=span_length(chunk, problem.query.shape[:3].numel()),
+        span=1 if problem.traced else span_length(chunk, problem.query.shape[:3].numel()),
         row_matters=window + sinks > 0 or not problem.is_causal,
     )
     tensors = Tensors(
@@ -190,10 +195,11 @@ def chunked(problem: Problem) -> tuple[Tensor, AttentionState]:
         after the last token.
     """
     tensors, frame = _forward_pass(problem)
-    output, log_normaliser, after = _apply(tensors, frame)
+    apply = scan_pass if problem.traced else _apply
+    output, log_normaliser, after = apply(tensors, frame)
     # Without features and with window 1 a query sees no key after itself.
     if not problem.is_causal and (problem.config.feature_count or problem.config.window > 1):
-        other, other_normaliser, _ = _apply(*_backward_pass(problem, tensors, frame))
+        other, other_normaliser, _ = apply(*_backward_pass(problem, tensors, frame))
         other, other_normaliser = other.flip(3), other_normaliser.flip(3)
         share = torch.sigmoid(log_normaliser - other_normaliser)[..., None]
         output = share * output + (1 - share) * other

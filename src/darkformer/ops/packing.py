@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
+from ..features.tracing import traced
 
 
 class Documents(NamedTuple):
@@ -22,12 +23,15 @@ def check_documents(documents: Tensor, batch: int, length: int) -> None:
     """Refuses numbers that do not say which tokens belong together.
 
     Raises:
-        InputError: another shape, not integers, or a number that falls along a row.
+        InputError: another shape, not integers, or a number that falls along a row; or a trace, as how many documents
+            there are, and how long, is known by looking only.
     """
     if documents.shape != (batch, length):
         raise InputError(f"documents {tuple(documents.shape)}: must be (batch, tokens) = {(batch, length)}.")
     if documents.dtype.is_floating_point or documents.dtype == torch.bool:
         raise InputError(f"documents has dtype {documents.dtype}: give integers, one number a document.")
+    if traced(documents):
+        raise InputError("packed documents cannot be traced or exported: give each document a row, padded by key_mask.")
     if bool((documents.diff(dim=1) < 0).any()):
         raise InputError(
             "documents falls along a row: the tokens of a document must stand together, in rising order of its number."

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import DarkConfig, InputError
 from ..features.log_features import FeatureParameters
+from ..features.tracing import traced, transformed
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
 LOG_ZERO = -1e30
@@ -96,6 +97,7 @@ class Problem(NamedTuple):
     softcap: float | None = None  # the exact part's logits are softcap·tanh(logit / softcap); features are not capped
     fresh: bool = False  # the state is the one before the first token
     wants_state: bool = True  # whether the state after the last token is looked at
+    traced: bool = False  # nothing may be decided by numbers, nor by the length: see `features.tracing`
 
     @property
     def config(self) -> DarkConfig:
@@ -107,9 +109,12 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Order that puts each row's real tokens first. mask (B, L) bool → (order (B, L) int64, lengths (B,))."""
-    return torch.argsort(~mask, dim=1, stable=True), mask.sum(1)
+def compact(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Order that puts each row's real tokens first. mask (B, L) bool → (order and its inverse (B, L), lengths (B,))."""
+    real, lengths = mask.cumsum(1), mask.sum(1)
+    token = torch.arange(mask.shape[1], device=mask.device).expand_as(real)
+    place = torch.where(mask, real - 1, lengths[:, None] + token - real)
+    return torch.zeros_like(place).scatter(1, place, token), place, lengths
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -137,6 +142,8 @@ class _Reorder(torch.autograd.Function):
 
 def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """x (B, G, …, L, d) with the tokens of each row in another order; both orders (B, L)."""
+    if transformed() or traced(x):  # one of torch's own operators
+        return gather_tokens(x, order)
     return _Reorder.apply(x, order, inverse)
 
 
@@ -145,7 +152,7 @@ def _recent(problem: Problem, recent: Tensor, new: Tensor, keep: int) -> Tensor:
     window, length = recent.shape[2], new.shape[2]
     if not keep or not length:
         return recent
-    if not problem.padded:  # slices: a gather costs a short call a sixth of its time
+    if not (problem.padded or problem.traced):  # slices: a gather costs a short call a sixth of its time
         first = window + length - keep
         return torch.cat([recent[:, :, first:], new[:, :, max(first - window, 0) :]], dim=2)
     shift = torch.arange(keep, device=new.device) - (keep - window)
@@ -181,8 +188,6 @@ def check_state(state: AttentionState, expected: AttentionState, config: DarkCon
     Raises:
         InputError: names the first tensor whose shape differs.
     """
-    if not isinstance(state, AttentionState):
-        raise InputError(f"initial_state is a {type(state).__name__}: give the AttentionState of an earlier call.")
     for f in fields(AttentionState):
         got, want = getattr(state, f.name).shape, getattr(expected, f.name).shape
         grows = config.method == "exact" and f.name.startswith("recent_")

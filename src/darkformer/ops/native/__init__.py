@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...features.maps import FeatureMap
+from ...features.tracing import traced, transformed
 from ..problem import AttentionState, Problem, next_buffers
 from . import load
 from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
@@ -35,7 +36,8 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
 
     state, config = problem.state, problem.config
     batch, groups, tokens, head_dim = problem.key.shape
-    maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=batch * tokens)
+    many = 1 if problem.traced else batch * tokens  # a trace's length is not known
+    maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=many)
     sums = (state.feature_values, state.feature_sum, state.log_scale.detach())
     if problem.fresh:
         sums = (torch.empty(0),) * 3
@@ -117,6 +119,8 @@ def stepper(
     scaling: float, softcap: float | None,
 ) -> Step | None:  # fmt: skip
     """A `Step` that goes on from `state` with tokens of these shapes and dtype; None where the library cannot."""
+    if transformed() or traced(query):  # a step hands memory to the library
+        return None
     if state is None or feature_map.config.method not in METHODS or _unfit_tokens(query) or unavailable():
         return None
     step = Step(state, feature_map, scaling=scaling, softcap=softcap)

@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...features.log_features import FeatureParameters
 from ...features.same import PLAIN, same_numbers
+from ...features.tracing import traced
 
 #: Tokens from which on a QR factorisation a kv head (0.1 ms at d = 64) costs less than the half product it saves.
 MANY = 4096
@@ -56,10 +57,10 @@ def folds(p: FeatureParameters, head_dim: int, tokens: int) -> bool:
     """Whether the first d rows of Ω, d its columns, are orthogonal: over their lengths, ΩN is a turned N there.
 
     Rows that are parameters (`lfk`) do not stay orthogonal, so they have gradients of their own. A buffer may be
-    changed, so its numbers are compared each time: cheaper than to look. Under `torch.compile` neither is possible.
+    changed, so its numbers are compared each time: cheaper than to look. Neither is possible in a trace.
     """
     omega = p.projection
-    if omega is None or torch.compiler.is_compiling():
+    if omega is None or torch.compiler.is_compiling() or traced():
         return False
     if omega.requires_grad or omega.shape[1] < head_dim or omega.shape[2] != head_dim:
         return False

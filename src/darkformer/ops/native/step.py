@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...config import NonFiniteError
 from ...features.maps import FeatureMap
+from ...features.tracing import traced, transformed
 from ..problem import AttentionState
 from . import load
 from .maps import sides
@@ -85,6 +86,7 @@ class Step:
             and key.shape == self._key
             and query.dtype == key.dtype == self.dtype
             and (scaling, softcap) == self.options
+            and not (transformed() or traced(query))
         )
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
