@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, InputError, NonFiniteError
-from ..features.maps import FeatureMap, FeatureParameters
+from ..features.log_features import FeatureParameters
+from ..features.maps import FeatureMap
 from ..features.tracing import traced, transformed
 from . import functional
 from .assembled import assembled
