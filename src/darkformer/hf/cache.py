@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ..config import ConversionError
+from ..features.tracing import traced
 from ..ops.attention import attention
 from ..ops.native import stepper
 from ..ops.native.step import Step
@@ -169,7 +170,7 @@ class Stream:
         scaling: float, softcap: float | None = None, is_causal: bool = True,
     ) -> Tensor | None:  # fmt: skip
         """The compiled step, where it can: no gradient, no recording, a real token in every row. Else None."""
-        if query.shape[2] != 1 or not is_causal or self.history is not None or torch.is_grad_enabled():
+        if traced(query) or query.shape[2] != 1 or not is_causal or self.history is not None or torch.is_grad_enabled():
             return None
         if mask is not None and not bool(mask.all()):
             return None
@@ -288,8 +289,8 @@ class DarkCacheLayer(CacheLayerMixin):
             ConversionError: it hides tokens that are in the sums already, or shows some that are not.
         """
         count = self.streams[0].count
-        if count is None or mask.shape[1] != self.seen + new:  # a mask of the new tokens alone says nothing of others
-            return
+        if traced(mask) or count is None or mask.shape[1] != self.seen + new:
+            return  # a mask of the new tokens alone says nothing of others
         said, read = mask[:, : mask.shape[1] - new].sum(1), count.to(mask.device)
         if bool((said != read).any()):
             row = int((said != read).nonzero()[0])

@@ -125,7 +125,9 @@ class AttentionMask:
         self.unread = UNKNOWN if self.is_causal is None else None
         if self.unread is not None:
             return
-        if _is_packed(function):
+        # transformers compares positions wherever nobody gave a mask; in a trace what they are cannot be looked at, and
+        # one document a row is what everybody traces.
+        if _is_packed(function) and not traced():
             self.documents = _packed_documents(function)
         if padding is not None:
             padding = padding[:, -self.shape[3] :].bool()
@@ -180,9 +182,9 @@ def _steps(position_ids: Tensor | None, length: int) -> Tensor | None:
 
 def _restarts(position_ids: Tensor | None, mask: Tensor | None, length: int) -> bool:
     """Whether position_ids fall from one real token to the next."""
-    steps = _steps(position_ids, length)
-    if steps is None or not bool((steps < 0).any()):  # under vmap positions are shared, and only masks may not be seen
-        return False
+    steps = None if position_ids is not None and traced(position_ids) else _steps(position_ids, length)
+    if steps is None or not bool((steps < 0).any()):
+        return False  # without a look at the mask, which has a row for each sample under vmap
     real = None if mask is None else mask[:, -length:]
     return bool((steps < 0).any() if real is None else ((steps < 0) & real[:, 1:] & real[:, :-1]).any())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,19 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
 def _slots(model: PreTrainedModel) -> dict[int, Any]:
     """Converted modules by the layers of the cache that they fill."""
     return {slot: module for module in converted_modules(model) for slot in module.__dict__["dark_layer"].slots}
+
+
+def cache_of(model: PreTrainedModel, states: Mapping[int, AttentionState], seen: int) -> DynamicCache:
+    """A cache whose converted layers hold `states`, by layer of the cache, after `seen` tokens (padding included).
+
+    For programs that keep states themselves, as an exported one does.
+    """
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for slot, module in _slots(model).items():
+        own = DarkCacheLayer().bind(module)
+        own.state, own.seen, own.is_initialized = states[slot], seen, True
+        cache.layers[slot] = own
+    return cache
 
 
 def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
