@@ -23,8 +23,8 @@ from darkformer import (
     load_cache,
     save_cache,
 )
-from darkformer.hf import cache as cache_module
 from darkformer.hf import saved_cache
+from darkformer.hf import stream as stream_module
 from darkformer.hf.cache import DarkCacheLayer, cache_bytes
 from darkformer.hf.sealed import write_sealed
 from hf.families import DARK, PAPER, left_mask, linear, logits, positions, tiny, tokens
@@ -102,7 +102,7 @@ class TestCrop:
         assert relative_error(rest, logits(model, ids)[:, 10:]) <= 1e-4  # logits of that size round more
 
     def test_a_long_prompt_keeps_its_end_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cache_module, "CROP", 5)
+        monkeypatch.setattr(stream_module, "CROP", 5)
         model, ids, mask = linear("llama"), tokens(2, LENGTH), left_mask([0, 5], LENGTH)
         cache = _recording(model, ids, mask, [16])
         assert [layer.streams[0].history.length for layer in cache.layers] == [5, 5, 5]
@@ -110,7 +110,7 @@ class TestCrop:
         assert relative_error(_feed(model, ids, mask, 11, LENGTH, cache), logits(model, ids, mask)[:, 11:]) <= STREAM
 
     def test_single_steps_keep_a_bounded_history(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cache_module, "CROP", 4)
+        monkeypatch.setattr(stream_module, "CROP", 4)
         model, ids, mask = linear("llama"), tokens(1, LENGTH), left_mask([0], LENGTH)
         cache = _recording(model, ids, mask, list(range(1, 21)))
         assert all(4 <= layer.streams[0].history.length < 8 for layer in cache.layers)

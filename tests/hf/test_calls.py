@@ -16,8 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from darkformer import DarkConfig, attention, convert, dark_layers, feature_map
 from darkformer.config import ConversionError
-from darkformer.hf.cache import Stream
 from darkformer.hf.convert import observing
+from darkformer.hf.stream import Stream
 from hf.families import DARK, disturb, left_mask, linear, logits, tiny, tokens
 
 SMALL = dict(vocab_size=99, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -197,6 +197,21 @@ class TestInjectedKeys:
         gradients = [p.grad.abs().max() for p in tuned.parameters() if p.grad is not None]
         assert gradients and all(0 < g < float("inf") for g in gradients)
         assert tuned.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3).shape == (2, 23)
+
+
+@pytest.mark.parametrize("sizes", [[10, 14], [6, 9, 9]])
+def test_gradients_go_through_the_cache(sizes: list[int]) -> None:
+    model, ids = linear("llama"), tokens(2, 24)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    weight = torch.randn(2, sizes[-1], 99)
+    whole = model(inputs_embeds=embedded, use_cache=False).logits[:, -sizes[-1] :]
+    (wanted,) = torch.autograd.grad((whole * weight).sum(), embedded)
+    cache = None
+    for part in embedded.split(sizes, dim=1):
+        output = model(inputs_embeds=part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+    (found,) = torch.autograd.grad((output.logits * weight).sum(), embedded)
+    assert relative_error(found, wanted) <= STREAM and found[:, : sizes[0]].abs().max() > 0
 
 
 def test_local_attention_needs_no_features_to_stream() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
 from tolerances import STREAM, relative_error
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from darkformer import ConversionError, DarkConfig, convert, dark_layers, revert
+from darkformer import ConversionError, DarkConfig, InputError, convert, dark_layers, revert
 from darkformer.hf.convert import converted_modules, plan_conversion
 from hf.families import DARK, disturb, left_mask, linear, logits, positions, tiny, tokens
 
@@ -320,6 +322,119 @@ class TestWhereAModelCanRun:
     def test_half_precision(self, dtype: torch.dtype) -> None:
         model = convert(tiny("mixtral").to(dtype), DARK)
         assert len(converted_modules(model)) == 3
+
+
+class TestExamples:
+    """An example may call more than the language model's self-attention, which alone is converted."""
+
+    @staticmethod
+    def llava() -> PreTrainedModel:
+        vision = tf.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                     image_size=8, patch_size=4, projection_dim=16)  # fmt: skip
+        text = tf.LlamaConfig(**TEXT)
+        return tf.LlavaForConditionalGeneration(
+            tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=98, image_token_id=98,
+                           vision_feature_layer=-1)
+        )  # fmt: skip
+
+    @staticmethod
+    def image() -> dict[str, Tensor]:
+        ids = tokens(1, 30).clamp(3, 90)
+        ids[:, 4:8] = 98
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8)}
+
+    def test_a_tower(self) -> None:
+        model, image = built(self.llava), self.image()
+        convert(model, DARK, example=image)
+        assert converted_names(model) == [f"model.language_model.layers.{i}.self_attn" for i in range(2)]
+        with torch.no_grad():
+            wanted = built(self.llava)(**image).logits
+            assert relative_error(convert(revert(model), EXACT, example=image)(**image).logits, wanted) <= STREAM
+
+    @pytest.mark.parametrize("states", [12, 7])
+    def test_cross_attention(self, states: int) -> None:
+        model = built(TestCrossAttention.gpt2)
+        convert(model, DARK, example={"input_ids": tokens(1, 12), "encoder_hidden_states": torch.randn(1, states, 48)})
+        assert converted_names(model) == ["transformer.h.0.attn", "transformer.h.1.attn"]
+
+    def test_a_cache_in_it(self) -> None:
+        model = tiny("llama")
+        cache = model(tokens(1, 5), use_cache=True).past_key_values
+        with pytest.raises(ConversionError, match="example holds a cache"):
+            convert(model, DARK, example={"input_ids": tokens(1, 12), "past_key_values": cache})
+
+    def test_a_part_of_a_model_is_saved_like_a_model(self, tmp_path: Path) -> None:
+        model, image = built(self.llava), self.image()
+        disturb(convert(model, DARK)).save_pretrained(tmp_path)
+        half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(**image).logits, model(**image).logits)
+        file = tmp_path / "model.safetensors"
+        kept = {name: x for name, x in load_file(file).items() if not name.endswith("layers.1.self_attn.dark.geometry")}
+        save_file(kept, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=r"lacks 1 tensors"):
+            type(model).from_pretrained(tmp_path)
+
+    def test_its_caches_belong_to_its_weights(self) -> None:
+        model, other, image = built(self.llava), self.llava().eval(), self.image()
+        convert(model, DARK), convert(other, DARK)
+        with torch.no_grad():
+            cache = pickle.loads(pickle.dumps(model(**image, use_cache=True).past_key_values))
+            with pytest.raises(ConversionError, match="filled by another converted model"):
+                other(input_ids=image["input_ids"][:, :1], past_key_values=cache)
+
+
+class TestBodiesAndHeads:
+    def test_an_encoder_without_a_head(self) -> None:
+        config = tf.BertConfig(vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                               num_attention_heads=4)  # fmt: skip
+        model = built(lambda: tf.BertModel(config))
+        assert len(converted_modules(convert(model, DARK))) == 2
+        assert model(tokens(2, 20)).last_hidden_state.isfinite().all()
+
+    @pytest.mark.parametrize("labels", [1, 2, 12])
+    def test_a_classifier_of_sequences(self, labels: int) -> None:
+        config = copy.deepcopy(tiny("llama").config)
+        config.num_labels = labels
+        model = tf.LlamaForSequenceClassification(config).eval()
+        assert len(converted_modules(convert(model, DARK))) == 3
+        assert model(tokens(2, 20)).logits.shape == (2, labels)
+
+
+def test_inference_mode_leaves_maps_that_learn() -> None:
+    model = tiny("llama")
+    with torch.inference_mode():
+        convert(model, DARK)
+    model(tokens(2, 30), labels=tokens(2, 30), use_cache=False).loss.backward()
+    assert all(p.grad is not None and not p.is_inference() for p in next(dark_layers(model)).parameters())
+
+
+def test_a_model_that_shares_its_config() -> None:
+    config = copy.deepcopy(tiny("llama").config)
+    one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    convert(one, DARK)
+    with pytest.raises(ConversionError, match=r"shares its config object.*copy\.deepcopy"):
+        convert(other, DARK)
+
+
+def test_chunks_are_known_without_a_trial() -> None:
+    settings = dict(**{**TEXT, "num_hidden_layers": 4}, intermediate_size_mlp=64, head_dim=12, num_local_experts=2,
+                    num_experts_per_tok=1, attention_chunk_size=16, no_rope_layers=[1, 1, 1, 0], **ENDS)  # fmt: skip
+    with torch.device("meta"):
+        model = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**settings))
+    assert len(converted_modules(convert(model, DARK))) == 1
+    config = tf.GptOssConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                             num_key_value_heads=2, head_dim=8, intermediate_size=16, num_local_experts=2)  # fmt: skip
+    with torch.device("meta"), pytest.raises(ConversionError, match="adds a learned sink"):
+        convert(tf.GptOssForCausalLM(config), DARK)
+
+
+def test_a_static_cache_of_gpt2() -> None:
+    model, ids = linear("gpt2"), tokens(2, 9)
+    static = model.generate(ids, max_new_tokens=5, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, model.generate(ids, max_new_tokens=5, do_sample=False))
 
 
 def test_a_plan_changes_nothing_and_tells_what_would() -> None:

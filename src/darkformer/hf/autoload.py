@@ -54,11 +54,11 @@ def _wrap_finalize(modeling_utils: Any) -> None:
         return
 
     def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
-        if not getattr(model.config, "darkformer", None):
-            return original(model, load_config, loading_info)
-        from .added import left_out, settle_offsets
-        from .convert import refuse_tensor_parallel
+        from .added import feature_maps, left_out, settle_offsets
+        from .plan import refuse_tensor_parallel
 
+        if next(feature_maps(model), None) is None:  # the config may say it for a part of the model only
+            return original(model, load_config, loading_info)
         refuse_tensor_parallel(model)
         older = left_out(model, loading_info.missing_keys)
         missing = sorted(name for name in loading_info.missing_keys - older if ".dark." in name)

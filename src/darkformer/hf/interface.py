@@ -262,6 +262,11 @@ def dark_attention(
         attend = _SUBSTITUTE.get() or stays
         return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer = module.__dict__["dark_layer"]
+    if isinstance(attention_mask, AttentionMask) and attention_mask.local is not None and not layer.local:
+        raise ConversionError(
+            f"layer {layer.layer} is told to see a {attention_mask.local} of the sequence and was converted as one "
+            "that sees everything. Convert the model once its weights are loaded, so that a trial can tell."
+        )
     received = receive(
         module, query, key, value, attention_mask, scaling, kwargs, causal_by_mask=layer.causal_by_mask
     )  # fmt: skip

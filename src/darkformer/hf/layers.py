@@ -23,6 +23,7 @@ class Layer:
         slots: layers of the cache that it fills; several where several layers of a model share one attention module.
         num_heads, num_kv_heads, head_dim: of the queries and keys that reach the attention function.
         calls: how often one forward pass of the module attends (twice in differential attention).
+        local: whether the softmax it replaces sees near keys only (`convert_sliding`).
         exact: whether it computes softmax attention (`keep_exact`, method `exact`), with the cache it had.
         causal_by_mask: causality follows the mask function even without padding, as in eager attention; False: then
             the module's flag decides, as in torch's and flash attention.
@@ -35,6 +36,7 @@ class Layer:
     num_kv_heads: int
     head_dim: int
     calls: int = 1
+    local: bool = False
     exact: bool = False
     causal_by_mask: bool = False
 

@@ -111,7 +111,7 @@ class AttentionMask:
         unread: why a converted layer cannot follow the pattern, None if it can.
     """
 
-    ndim = 0  # transformers asks: not a tensor of two dimensions
+    ndim = 4  # transformers asks whether a mask is a finished one
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments

@@ -23,6 +23,7 @@ from .masks import AttentionMask
 
 #: Tokens of the trial, those of its last step, and pads before the second row's prompt.
 TOKENS, STEP, PADS = 12, 1, 3
+EXAMPLE = "the example"
 #: Largest relative difference between a model and our reading of it, by dtype; between kernels it is rounding alone.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
@@ -92,7 +93,7 @@ def _reserved(config: Any) -> set[int]:
 def trial_runs(model: PreTrainedModel, example: Mapping[str, Any] | None, *, cached: bool) -> list[Run]:
     """How the model is called: whole, and, unless `example` says what its inputs are, padded in two pieces."""
     if example is not None:
-        return [Run("the example", [dict(example)], None, cached=False)]
+        return [Run(EXAMPLE, [dict(example)], None, cached=False)]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     reserved = _reserved(model.config)
     usable = [i for i in range(min(vocabulary, 4096)) if i not in reserved] or list(range(min(vocabulary, 4096)))
@@ -133,6 +134,8 @@ def run_model(model: Any, run: Run, cache: Any = None) -> Tensor:
     for arguments in run.passes:
         given = {"past_key_values": cache, "use_cache": True} if cache is not None else {}
         outputs.append(_tensor(model(**arguments, **given)).detach())
+        if run.name != EXAMPLE and outputs[-1].shape[:2] != arguments["input_ids"].shape:
+            raise ValueError(f"an output of shape {tuple(outputs[-1].shape)} is not one for each token")
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
 
@@ -209,7 +212,8 @@ class _Recorder:
 
         def noting(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             self._updated = layer_idx
-            self._forgets = bool(getattr(cache.layers[layer_idx], "is_sliding", False)) if cache.layers else False
+            known = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+            self._forgets = bool(getattr(known, "is_sliding", False))
             return update(key, value, layer_idx, *args, **kwargs)
 
         cache.update = noting  # type: ignore[assignment, method-assign]

@@ -1,0 +1,371 @@
+"""What `convert` would do to a model: which attention modules become linear, which stay, and why others refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..config import ConversionError, DarkConfig
+from .interface import NAME
+from .layers import Layer, inner_names, uses_interface
+from .trial import (
+    Arrival,
+    Run,
+    difference,
+    first_difference,
+    has_weights,
+    quiet,
+    read_model,
+    run_model,
+    run_original,
+    tolerance,
+    trial_runs,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `convert` would do to a model.
+
+    Attributes:
+        layers: (full name, module, what is known of it) of each attention module that becomes linear.
+        left: attention modules that keep what they have, by full name, and why.
+        body: the model, or its body without a head, as the trial called it.
+        runs: how the trial called it; empty where there was none.
+        restless: how far the softmax model's own output in steps lies from that in one piece (relative).
+        note: why there was no trial, or None.
+    """
+
+    layers: list[tuple[str, Any, Layer]]
+    left: dict[str, str] = field(default_factory=dict)
+    body: Any = None
+    runs: list[Run] = field(default_factory=list)
+    restless: float = 0.0
+    note: str | None = None
+
+    def __str__(self) -> str:
+        """The summary that `convert` logs."""
+        lines = [f"{len(self.layers)} attention layers are converted: {_ranges([x.layer for *_, x in self.layers])}."]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            lines.append(f"{len(names)} stay as they are ({some}): {reason}")
+        return "\n".join(lines + ([self.note] if self.note else []))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)
+
+
+def _refuse(name: str, module: Any, reason: str) -> ConversionError:
+    return ConversionError(f"{name} ({type(module).__name__}) {reason}")
+
+
+def _check_kind(model: PreTrainedModel) -> None:
+    """Refuses what no trial needs to show.
+
+    Raises:
+        ConversionError: an encoder-decoder, or heads that are split over processes.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ConversionError(
+            f"{type(model).__name__} is an encoder and a decoder with cross-attention, whose keys come from another "
+            "sequence than its queries: a state that runs along one sequence does not apply. Convert decoder-only "
+            "models and encoders."
+        )
+    refuse_tensor_parallel(model)
+    if any(getattr(module, "config", None) is not None and shares_config(module) for module in model.modules()):
+        raise ConversionError(
+            f"{type(model).__name__} shares its config object with a model that was converted: build each model from a "
+            "copy of its own (copy.deepcopy(config))."
+        )
+
+
+def shares_config(module: Any) -> bool:
+    """Whether a module that is not converted has a config that says so."""
+    return getattr(module.config, "_attn_implementation", None) == NAME and uses_interface(module)
+
+
+def refuse_tensor_parallel(model: Any) -> None:
+    """Refuses a model whose attention heads are split over processes (`tp_plan`).
+
+    Raises:
+        ConversionError: it is.
+    """
+    if (processes := getattr(model, "tp_size", None) or 1) > 1:
+        raise ConversionError(
+            f"{type(model).__name__} was loaded with tp_plan, which splits attention heads over {processes} "
+            "processes: feature maps are not split. Load it without tp_plan; FSDP, DDP, device_map and offloading work."
+        )
+
+
+def _attention_modules(model: nn.Module) -> dict[str, Any]:
+    """By full name: what goes through transformers' interface, or looks like attention of a numbered layer."""
+
+    def is_attention(module: Any) -> bool:
+        named = type(module).__name__.endswith(("Attention", "SelfAttention"))
+        return uses_interface(module) or (named and hasattr(module, "layer_idx"))
+
+    return {name: module for name, module in model.named_modules() if is_attention(module)}
+
+
+def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping[str, Any] | None = None) -> Plan:
+    """What `convert` would do, found out by a trial forward pass; the model stays as it is.
+
+    Args:
+        example: keyword arguments for the model's forward pass, where a few token ids (`input_ids`) do not do.
+
+    Raises:
+        ConversionError: nothing to convert, a layer in `keep_exact` that would not be converted anyway, or attention
+            that a converted layer would not follow exactly.
+    """
+    _check_kind(model)
+    modules = _attention_modules(model)
+    if not modules:
+        raise ConversionError(
+            f"{type(model).__name__} has no attention module with a layer index: "
+            "only transformers' decoders with attention layers can be converted."
+        )
+    if not any(map(uses_interface, modules.values())):
+        name, module = next(iter(modules.items()))
+        raise _refuse(
+            name, module,
+            "does not use transformers' attention interface, so its attention cannot be replaced. "
+            "Models built on that interface (Llama, Gemma, Qwen, …) can.",
+        )  # fmt: skip
+    looked = has_weights(model)
+    plan = _plan_by_trial(model, config, modules, example) if looked else plan_by_structure(model, config)
+    present = sorted({layer.layer for *_, layer in plan.layers})
+    if unknown := sorted(set(config.keep_exact) - set(present)):
+        raise ConversionError(
+            f"keep_exact names layer {', '.join(map(str, unknown))}, which this configuration does not convert: "
+            f"choose from {', '.join(map(str, present))}."
+        )
+    return plan
+
+
+def _run_as_it_is(
+    model: PreTrainedModel, example: Mapping[str, Any] | None
+) -> tuple[Any, list[Run], list[torch.Tensor]]:
+    """The model, or its body where a head wants more than tokens, runs that it completes, and what they give.
+
+    Raises:
+        ConversionError: neither runs.
+    """
+    if example is not None and any(isinstance(value, Cache) for value in example.values()):
+        raise ConversionError("example holds a cache, which each run of the trial would fill: leave it out.")
+    first: Exception | None = None
+    candidates: tuple[Any, ...] = (model, model.base_model)
+    for candidate in candidates:
+        for cached in (True, False):
+            try:
+                runs = trial_runs(candidate, example, cached=cached)
+                return candidate, runs, run_original(candidate, runs)
+            except Exception as error:
+                first = first or error
+    raise ConversionError(
+        f"{type(model).__name__} does not run on a few tokens ({type(first).__name__}: {first}), so what its attention "
+        "receives cannot be looked at. Pass darkformer.convert(model, config, example={…}) with arguments it runs on."
+    ) from first
+
+
+def _plan_by_trial(
+    model: PreTrainedModel, config: DarkConfig, modules: dict[str, Any], example: Mapping[str, Any] | None
+) -> Plan:
+    body, runs, wanted = _run_as_it_is(model, example)
+    try:
+        trial = read_model(body, runs)
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} cannot run through another attention function than its own "
+            f"({type(error).__name__}: {error}), so its attention cannot be replaced."
+        ) from error
+    if example is not None:
+        trial.arrivals[:] = _of_text(model, trial.arrivals)
+    layers, left = _choose(model, config, modules, trial.arrivals)
+    for run, found, want in zip(runs, trial.outputs, wanted, strict=True):
+        if (gap := difference(found, want, run.real)) > tolerance(model):
+            name = first_difference(body, runs, trial) or "a layer"
+            raise ConversionError(
+                f"{name} of {type(model).__name__} attends in a way that was not understood: on {run.name} exact "
+                f"attention in its place changes the output by {gap:.1e} (relative). The model is left as it was."
+            )
+    if not all(arrival.is_causal for arrival in trial.arrivals):  # an encoder: there is nothing to stream
+        return Plan(layers, left, body)
+    if not all(_is_finite(want, run) for run, want in zip(runs, wanted, strict=True)):
+        return Plan(layers, left, body, note="The model's own output holds NaN or infinity.")
+    with quiet(model):
+        gaps = [streaming_gap(body, run, want) for run, want in zip(runs, wanted, strict=True) if run.cached]
+    restless = max(gaps, default=0.0)
+    note = None
+    if not gaps:
+        note = "Whether it gives in steps what it gives in one piece was not tried."
+    elif restless > tolerance(model):
+        note = f"In steps the softmax model itself differs from one piece by {restless:.1e} (relative)."
+    return Plan(layers, left, body, runs, restless, note)
+
+
+def _is_finite(output: torch.Tensor, run: Run) -> bool:
+    """Whether a run's output is finite wherever it is not padding."""
+    return bool((output if run.real is None else output[run.real]).isfinite().all())
+
+
+def _of_text(model: PreTrainedModel, arrivals: list[Arrival]) -> list[Arrival]:
+    """Without cross-attention and the towers that an `example` with images, sound or encoder states has called."""
+    text = model.config.get_text_config(decoder=True)
+    own = [arrival for arrival in arrivals if text is model.config or arrival.module.config is text]
+    causal = [arrival for arrival in own if arrival.is_causal]
+    return causal or own or arrivals
+
+
+def _choose(
+    model: PreTrainedModel, config: DarkConfig, modules: dict[str, Any], arrivals: list[Arrival]
+) -> tuple[list[tuple[str, Any, Layer]], dict[str, str]]:
+    """Layers to convert and those that stay, by what arrived from them."""
+    inner = {id(module): (name, short) for name, short, module in inner_names(model)}
+    left: dict[str, str] = {}
+    layers: list[tuple[str, Any, Layer]] = []
+    for arrival in arrivals:
+        module = arrival.module
+        name, short = inner[id(module)]
+        if arrival.local is not None and not config.convert_sliding:
+            left[name] = (
+                f"attends within a {'sliding window' if arrival.local == 'window' else 'chunk'}, linear already."
+            )
+            continue
+        if reason := _why_not(arrival):
+            raise _refuse(name, module, reason)
+        own = _number(module)
+        slots = tuple(arrival.slots) or (len(layers) if own is None else own,)
+        layer = Layer(
+            name=short,
+            layer=slots[0] if own is None else own,
+            slots=slots,
+            **arrival.heads._asdict(),
+            calls=arrival.calls,
+            local=arrival.local is not None,
+            causal_by_mask=module.config._attn_implementation == "eager",
+        )
+        if any(tied.startswith(f"{name}.") for tied in _tied(model)):
+            raise _refuse(
+                name, module,
+                "has its weights from another layer (transformers ties them by name): what conversion adds to such a "
+                "module cannot be saved and loaded.",
+            )  # fmt: skip
+        layers.append((name, module, layer))
+    seen = {id(arrival.module) for arrival in arrivals}
+    for name, module in modules.items():
+        if id(module) not in seen:
+            left[name] = (
+                "not part of the language model's self-attention: a forward pass on text does not call it."
+                if uses_interface(module)
+                else "does not use transformers' attention interface."
+            )
+    if not layers:
+        if not arrivals:
+            raise ConversionError(f"{type(model).__name__} attends nowhere on text: there is nothing to convert.")
+        raise ConversionError(
+            f"all {len(arrivals)} attention layers of {type(model).__name__} are sliding-window layers, linear "
+            "already: set convert_sliding=True to convert them nevertheless."
+        )
+    return layers, left
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names of weights that transformers ties to others, and of those others."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {*tied, *tied.values()}
+
+
+def _number(module: Any) -> int | None:
+    """The module's layer, None where it has none of its own: shared between layers, or not numbered."""
+    number = getattr(module, "layer_idx", None)
+    return number if isinstance(number, int) and number >= 0 else None
+
+
+def _why_not(arrival: Arrival) -> str | None:
+    """Why the attention that arrived from a module cannot be replaced, or None."""
+    if arrival.unread is not None:
+        return arrival.unread
+    if arrival.foreign_keys or getattr(arrival.module, "is_kv_shared_layer", False):
+        return "takes keys and values from another layer's cache, which converted layers do not keep."
+    heads = arrival.heads
+    if heads.num_heads % heads.num_kv_heads:
+        return f"attends with {heads}: query heads do not divide among the others."
+    return None
+
+
+def _is_sliding(module: Any) -> bool:
+    """Whether a module sees near keys only, by what it and its configuration say."""
+    for name in ("is_sliding", "sliding_window"):
+        if hasattr(module, name):
+            return bool(getattr(module, name))
+    types = getattr(module.config, "layer_types", None)
+    if types:
+        return types[module.layer_idx] in ("sliding_attention", "chunked_attention")
+    return getattr(module.config, "sliding_window", None) is not None
+
+
+def plan_by_structure(model: PreTrainedModel, config: DarkConfig) -> Plan:
+    """Without weights there is no trial: what the configuration and the modules' names say, for what is plain there."""
+    left: dict[str, str] = {}
+    layers: list[tuple[str, Any, Layer]] = []
+    for name, short, module in inner_names(model):
+        kind: Any = module
+        number = _number(module)
+        if not uses_interface(module) or number is None:
+            continue
+        if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
+            left[name] = "cross-attention."
+        elif isinstance(getattr(module, "sinks", None), nn.Parameter):
+            raise _refuse(name, module, "adds a learned sink to its softmax, which the features cannot follow.")
+        elif getattr(module, "is_kv_shared_layer", False):
+            raise _refuse(name, module, "takes keys and values from another layer's cache, which is not kept.")
+        elif _is_sliding(module) and not config.convert_sliding:
+            left[name] = "attends within a sliding window, linear already."
+        else:
+            heads = kind.config.num_attention_heads
+            layer = Layer(
+                name=short,
+                layer=number,
+                slots=(number,),
+                num_heads=heads,
+                num_kv_heads=getattr(kind.config, "num_key_value_heads", None) or heads,
+                head_dim=getattr(kind, "head_dim", None) or kind.config.hidden_size // heads,
+                local=_is_sliding(module),
+            )
+            layers.append((name, module, layer))
+    if not layers:
+        raise ConversionError(
+            f"all attention layers of {type(model).__name__} are sliding-window layers, linear already: "
+            "set convert_sliding=True to convert them nevertheless."
+        )
+    return Plan(layers, left, note="There was no trial forward pass: the weights are on the meta device.")
+
+
+def streaming_gap(body: Any, run: Run, in_steps: torch.Tensor) -> float:
+    """How far a run's output, in its passes, lies from that of the same tokens in one piece (relative)."""
+    joined: dict[str, Any] = {
+        name: torch.cat([one[name] for one in run.passes], dim=1)
+        for name in ("input_ids", "position_ids")
+        if name in run.passes[0]
+    }
+    at_once = run_model(body, Run("", [{**run.passes[-1], **joined}], None, cached=False))
+    return difference(in_steps, at_once, run.real)
