@@ -33,13 +33,10 @@ def _attach(model: nn.Module, plan: Plan, config: DarkConfig) -> None:
     for _, module, layer in plan.layers:
         module.__dict__.setdefault("dark_previous", "sdpa")
         _attach_one(module, layer, config)
-    for module in [module for _, module, _ in plan.layers]:
-        module.config._attn_implementation = NAME
-        module.config.darkformer = config.to_dict()
-        described = [
-            layer.to_dict() for _, other, layer in plan.layers if other.config is module.config
-        ]  # fmt: skip
-        module.config.darkformer_layers = described
+    for own in {id(module.config): module.config for _, module, _ in plan.layers}.values():
+        own._attn_implementation = NAME
+        own.darkformer = config.to_dict()
+        own.darkformer_layers = [layer.to_dict() for _, module, layer in plan.layers if module.config is own]
 
 
 def _device(module: Any) -> torch.device:
@@ -96,10 +93,11 @@ def convert(model: PreTrainedModel, config: DarkConfig, *, example: Mapping[str,
     attention in their place would not give the original's output, nothing is changed. Layers that already attend
     through a sliding window stay as they are unless `config.convert_sliding`; towers of other modalities and
     cross-attention always do. What was converted and what was left, and why, goes to the log of `darkformer` (INFO).
-    The weights are not touched; `calibrate` and `finetune` come next.
+    The weights are not touched; `calibrate` and `finetune` come next. Forward hooks of yours see the trial's passes.
 
     Args:
-        example: keyword arguments for the model's forward pass, where a few token ids (`input_ids`) do not do.
+        example: keyword arguments for the model's forward pass, where a few token ids (`input_ids`) do not do. Padding
+            and the cache are not tried then.
 
     Raises:
         ConversionError: not a transformers model, converted already, nothing in it can be converted, or its attention
@@ -124,8 +122,8 @@ def convert_by(model: PreTrainedModel, plan: Plan, config: DarkConfig, base: dic
     """
     _attach(model, plan, config)
     _warn_of_softcap(model)
-    for config_of in (model.config, *(module.config for _, module, _ in plan.layers)):
-        config_of.darkformer_base = base
+    for own in (model.config, *(module.config for _, module, _ in plan.layers)):
+        own.darkformer_base = base
     try:
         if config.method != "exact":  # which keeps the cache that the model had
             _check_streaming(model, plan)

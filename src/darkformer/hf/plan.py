@@ -139,7 +139,7 @@ def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping
     if not modules:
         raise ConversionError(
             f"{type(model).__name__} has no attention module with a layer index: "
-            "only transformers' decoders with attention layers can be converted."
+            "only transformers' models with attention layers can be converted."
         )
     if not any(map(uses_interface, modules.values())):
         name, module = next(iter(modules.items()))
