@@ -199,21 +199,6 @@ class TestInjectedKeys:
         assert tuned.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3).shape == (2, 23)
 
 
-@pytest.mark.parametrize("sizes", [[10, 14], [6, 9, 9]])
-def test_gradients_go_through_the_cache(sizes: list[int]) -> None:
-    model, ids = linear("llama"), tokens(2, 24)
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    weight = torch.randn(2, sizes[-1], 99)
-    whole = model(inputs_embeds=embedded, use_cache=False).logits[:, -sizes[-1] :]
-    (wanted,) = torch.autograd.grad((whole * weight).sum(), embedded)
-    cache = None
-    for part in embedded.split(sizes, dim=1):
-        output = model(inputs_embeds=part, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-    (found,) = torch.autograd.grad((output.logits * weight).sum(), embedded)
-    assert relative_error(found, wanted) <= STREAM and found[:, : sizes[0]].abs().max() > 0
-
-
 def test_local_attention_needs_no_features_to_stream() -> None:
     model = convert(tiny("llama"), DarkConfig(method="local", window=4))
     ids = tokens(2, 20)

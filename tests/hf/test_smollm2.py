@@ -6,7 +6,6 @@ Loading takes seconds and half a gigabyte, so one worker should have all of this
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +26,12 @@ LENGTH = 300
 
 
 @pytest.fixture(scope="module")
-def path() -> str:
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file under a name in capitals, which some file systems and downloads make of it."""
     try:
-        return str(demo_model_path())
+        file = tmp_path_factory.mktemp("gguf") / "MODEL.GGUF"
+        file.symlink_to(demo_model_path())
+        return str(file)
     except MissingExtraError as error:
         pytest.skip(str(error))
 
@@ -52,13 +54,9 @@ def expected(softmax: PreTrainedModel, text: tuple[Tensor, Tensor]) -> Tensor:
     return logits(softmax, *text)
 
 
-def test_a_suffix_in_capitals(path: str, softmax: PreTrainedModel, tmp_path: Path) -> None:
-    capitals = tmp_path / "MODEL.GGUF"
-    capitals.symlink_to(path)
-    model = load_model(str(capitals))
-    assert load_tokenizer(str(capitals))("a b").input_ids == load_tokenizer(path)("a b").input_ids
-    assert model.config.name_or_path == "MODEL.GGUF"
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), softmax.parameters(), strict=True))
+def test_a_suffix_in_capitals(path: str, softmax: PreTrainedModel) -> None:
+    assert load_tokenizer(path)("a b").input_ids == load_tokenizer(str(demo_model_path()))("a b").input_ids
+    assert softmax.config.name_or_path == "MODEL.GGUF"
 
 
 @contextmanager

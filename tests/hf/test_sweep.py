@@ -1,6 +1,6 @@
 """Every causal language model of transformers works after `convert`, or `convert` refuses it and leaves it alone.
 
-The list is transformers' own, so a new version brings its new models. `pytest -m sweep` runs the full form: more
+The list is transformers' own, so a new version brings its new models. `pytest -m full` runs the full form: more
 tokens, left padding, checkpoints.
 """
 
@@ -39,7 +39,7 @@ def test_works_or_is_refused(model_type: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sweep
+@pytest.mark.full
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_in_full(model_type: str) -> None:
     outcome = sweep(model_type, full=True)

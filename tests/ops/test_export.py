@@ -74,7 +74,7 @@ def close(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
 
 CASES = [
     Case(window=4, sinks=2, padding="interior", mode="warm", **SIZES),
-    pytest.param(Case(window=0, padding="none", **SIZES), marks=pytest.mark.slow),
+    pytest.param(Case(window=0, padding="none", **SIZES), marks=(pytest.mark.slow, pytest.mark.full)),
     Case(window=4, sinks=1, method="local", padding="left", softcap=2.0, **SIZES),
     Case(method="exact", padding="right", **SIZES),
 ]
@@ -89,6 +89,7 @@ def test_an_exported_program_holds_for_every_length(case: Case, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @torch.no_grad()
 def test_an_exported_bidirectional_program_in_full() -> None:
     check(Case(window=20, sinks=2, padding="interior", mode="bidirectional", **SIZES))

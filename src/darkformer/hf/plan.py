@@ -20,6 +20,7 @@ from .trial import (
     difference,
     first_difference,
     has_weights,
+    new_cache,
     quiet,
     read_model,
     run_model,
@@ -38,7 +39,6 @@ class Plan:
         left: attention modules that keep what they have, by full name, and why.
         body: the model, or its body without a head, as the trial called it.
         runs: how the trial called it; empty where there was none.
-        restless: how far the softmax model's own output in steps lies from that in one piece (relative).
         note: why there was no trial, or None.
     """
 
@@ -46,7 +46,6 @@ class Plan:
     left: dict[str, str] = field(default_factory=dict)
     body: Any = None
     runs: list[Run] = field(default_factory=list)
-    restless: float = 0.0
     note: str | None = None
 
     def __str__(self) -> str:
@@ -211,15 +210,8 @@ def _plan_by_trial(
         return Plan(layers, left, body)
     if not all(_is_finite(want, run) for run, want in zip(runs, wanted, strict=True)):
         return Plan(layers, left, body, note="The model's own output holds NaN or infinity.")
-    with quiet(model):
-        gaps = [streaming_gap(body, run, want) for run, want in zip(runs, wanted, strict=True) if run.cached]
-    restless = max(gaps, default=0.0)
-    note = None
-    if not gaps:
-        note = "Whether it gives in steps what it gives in one piece was not tried."
-    elif restless > tolerance(model):
-        note = f"In steps the softmax model itself differs from one piece by {restless:.1e} (relative)."
-    return Plan(layers, left, body, runs, restless, note)
+    untried = "Whether it gives in steps what it gives in one piece was not tried."
+    return Plan(layers, left, body, runs, None if any(run.cached for run in runs) else untried)
 
 
 def _is_finite(output: torch.Tensor, run: Run) -> bool:
@@ -360,12 +352,14 @@ def plan_by_structure(model: PreTrainedModel, config: DarkConfig) -> Plan:
     return Plan(layers, left, note="There was no trial forward pass: the weights are on the meta device.")
 
 
-def streaming_gap(body: Any, run: Run, in_steps: torch.Tensor) -> float:
-    """How far a run's output, in its passes, lies from that of the same tokens in one piece (relative)."""
+def streaming_gap(body: Any, run: Run) -> float:
+    """How far the output of a cached run lies from that of the same tokens in one piece (relative)."""
     joined: dict[str, Any] = {
         name: torch.cat([one[name] for one in run.passes], dim=1)
         for name in ("input_ids", "position_ids")
         if name in run.passes[0]
     }
-    at_once = run_model(body, Run("", [{**run.passes[-1], **joined}], None, cached=False))
+    with quiet(body):
+        in_steps = run_model(body, run, new_cache(body))
+        at_once = run_model(body, Run("", [{**run.passes[-1], **joined}], None, cached=False))
     return difference(in_steps, at_once, run.real)

@@ -130,8 +130,7 @@ class Stream:
             outputs.append(output)
             if self.history:
                 self._record(part[1].detach(), part[2].detach(), some, feature_map, options)
-            # With gradients the graph goes on from call to call, as through the keys of other caches.
-            self.hold(state if torch.is_grad_enabled() else state.detach())
+            self.hold(state.detach())  # gradients stop here: a graph over all calls would not be of constant size
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def absorb(self, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any) -> None:
