@@ -64,8 +64,11 @@ def one_layer() -> PreTrainedModel:
     return disturb(convert(LlamaForCausalLM(config).eval(), DARK))
 
 
+@pytest.mark.slow
+@pytest.mark.full
 @torch.no_grad()
 def test_any_length() -> None:
+    """The short form is the program in docs/huggingface.md, which a test runs."""
     model, ids, mask = one_layer(), tokens(2, 24), left_mask([0, 5], 24)
     shapes = ({1: LENGTH}, {1: LENGTH})
     program = torch.export.export(Whole(model), (ids, mask), dynamic_shapes=shapes, strict=False).module()
