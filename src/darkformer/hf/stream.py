@@ -19,6 +19,17 @@ from ..ops.problem import AttentionState
 CROP = 256
 
 
+def _read_keys(
+    state: AttentionState | None, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any
+) -> AttentionState:
+    """The state after keys and values (B, G, T, d) whose queries do not matter."""
+    query = key.repeat_interleave(feature_map.num_heads // feature_map.num_kv_heads, dim=1)  # any will do
+    _, after = attention(
+        query, key, value, feature_map, key_mask=mask, initial_state=state, return_state=True, **options
+    )  # fmt: skip
+    return after
+
+
 @dataclass
 class History:
     """What taking tokens back needs: the state before them, and their keys and values.
@@ -46,11 +57,7 @@ class History:
             return self.state
         key, value, mask = self._joined()
         key, value, mask = key[:, :, :tokens], value[:, :, :tokens], mask[:, :tokens]
-        query = key.repeat_interleave(feature_map.num_heads // feature_map.num_kv_heads, dim=1)  # any will do
-        _, state = attention(
-            query, key, value, feature_map, key_mask=mask, initial_state=self.state, return_state=True, **self.options
-        )
-        return state.detach()
+        return _read_keys(self.state, key, value, mask, feature_map, **self.options).detach()
 
     def drop(self, tokens: int, feature_map: Any) -> None:
         """Forgets how to take back the first `tokens` of the recorded ones."""
@@ -138,10 +145,7 @@ class Stream:
 
         The state keeps their graph: what made them can be trained, as the prefixes of prefix tuning are.
         """
-        query = key.repeat_interleave(feature_map.num_heads // feature_map.num_kv_heads, dim=1)  # any will do
-        _, state = attention(
-            query, key, value.to(key.dtype), feature_map, key_mask=mask, return_state=True, backend="auto", **options
-        )
+        state = _read_keys(None, key, value.to(key.dtype), mask, feature_map, **options)
         self.hold(state)
         if self.history:
             self.history.state = state.detach()
