@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,6 +162,60 @@ def _check_choice(name: str, value: object, table: dict[str, str]) -> None:
         raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(table)}.")
 
 
+#: A layer (`6`) or one key/value head of it (`"18.2"`), as options name them.
+HeadName = int | str
+
+
+def _layer_and_head(name: str, value: object) -> tuple[int, int | None]:
+    """(layer, kv head) of a `HeadName`, or of a pair; the head is None for a whole layer."""
+    if isinstance(value, tuple | list) and len(value) == 2 and all(type(x) is int for x in value):
+        value = f"{value[0]}.{value[1]}"
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value):
+        layer, _, head = value.partition(".")
+        return int(layer), int(head) if head else None
+    if type(value) is int and value >= 0:
+        return value, None
+    hint = " In quotes: as a number 18.10 would be 18.1." if isinstance(value, float) else ""
+    raise ConfigError(f"{name}={value!r}: name a layer (6) or a key/value head of one ('18.2'), from 0.{hint}")
+
+
+def _head_names(name: str, values: Iterable[object]) -> tuple[HeadName, ...]:
+    """Layers and heads in order, each once; heads of a layer that is named itself go."""
+    pairs = {_layer_and_head(name, value) for value in values}
+    kept = sorted((a, -1 if b is None else b) for a, b in pairs if b is None or (a, None) not in pairs)
+    return tuple(a if b < 0 else f"{a}.{b}" for a, b in kept)
+
+
+def _layer_windows(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
+    """Pairs (layer, window), in order, from pairs or `LAYER=WINDOW`."""
+    windows: dict[int, int] = {}
+    for value in values:
+        pair = tuple(value.split("=")) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+        if len(pair) != 2 or not all(type(x) is int or (isinstance(x, str) and x.isdigit()) for x in pair):
+            raise ConfigError(f"layer_windows={value!r}: give LAYER=WINDOW, such as 3=256, or a pair (3, 256).")
+        layer, window = map(int, pair)
+        _check_integer("layer_windows: the layer", layer, 0)
+        _check_integer(f"layer_windows: the window of layer {layer}", window, 0)
+        if windows.setdefault(layer, window) != window:
+            raise ConfigError(f"layer_windows gives layer {layer} two windows, {windows[layer]} and {window}.")
+    return tuple(sorted(windows.items()))
+
+
+@dataclass(frozen=True)
+class HeadParts:
+    """What each key/value head of one layer computes, by its number; every head is in one of the three.
+
+    Attributes:
+        exact: softmax over everything, with keys and values that grow.
+        local: the window and the sinks alone.
+        features: the configuration's method.
+    """
+
+    exact: tuple[int, ...]
+    local: tuple[int, ...]
+    features: tuple[int, ...]
+
+
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{name}={value!r}: must be a finite number above 0.")
@@ -198,9 +254,21 @@ class DarkConfig:
     convert_sliding: bool = option(
         False, "Also convert layers that already attend through a sliding window; they then see everything before them."
     )
-    keep_exact: tuple[int, ...] = option(
+    keep_exact: tuple[HeadName, ...] = option(
         (),
-        "Layer that keeps softmax attention and its growing cache (`darkformer diagnose` says which). Repeat for more.",
+        "Layer (6) or key/value head of a layer (18.2) that keeps softmax attention and a cache that grows "
+        "(`darkformer budget` says which). Repeat for more.",
+    )
+    no_features: tuple[HeadName, ...] = option(
+        (),
+        "Layer (6) or key/value head (18.2) without features: its window and sinks alone. Calibration adds those whose "
+        "features do not pay. Repeat for more.",
+    )
+    layer_windows: tuple[tuple[int, int], ...] = option(
+        (), "Window of one layer where it is another than `window`, as LAYER=WINDOW (3=256). Repeat for more."
+    )
+    drop_features: bool = option(
+        True, "Let calibration switch features off in heads where window and sinks alone are nearer to softmax."
     )
     seed: int = option(0, "Seed of the projections; layer and head are mixed in, so this number alone reproduces them.")
 
@@ -212,13 +280,16 @@ class DarkConfig:
         _check_integer("window", self.window, 0)
         _check_integer("sinks", self.sinks, 0)
         _check_integer("seed", self.seed, 0)
-        for name in ("center", "balance", "tied", "proposal_weights", "cold_start", "far_bias", "convert_sliding"):
+        for name in (
+            "center", "balance", "tied", "proposal_weights", "cold_start", "far_bias", "convert_sliding",
+            "drop_features",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False.")
-        for layer in self.keep_exact:
-            _check_integer("keep_exact", layer, 0)
-        object.__setattr__(self, "keep_exact", tuple(sorted(set(self.keep_exact))))  # JSON gives lists
-        if self.method == "local" and self.window == 0:
+        for name in ("keep_exact", "no_features"):  # JSON gives lists
+            object.__setattr__(self, name, _head_names(name, getattr(self, name)))
+        object.__setattr__(self, "layer_windows", _layer_windows(self.layer_windows))
+        if self.method == "local" and not all((self.window, *dict(self.layer_windows).values())):
             raise ConfigError("method='local' with window=0 leaves nothing to attend to: give window >= 1.")
 
     @classmethod
@@ -226,13 +297,53 @@ class DarkConfig:
         """Exactly the paper's form: no window, no sinks, no change of variables, M started at the identity."""
         form: dict[str, Any] = dict(
             window=0, sinks=0, center=False, balance=False, tied=True, proposal="isotropic", cold_start=False,
-            far_bias=False,
+            far_bias=False, drop_features=False,
         )  # fmt: skip
         return cls(num_features=num_features, **{**form, **changes})
 
-    def at_layer(self, layer: int) -> DarkConfig:
-        """What this configuration means for one layer: `exact` where it is one of `keep_exact`."""
-        return dataclasses.replace(self, method="exact") if layer in self.keep_exact else self
+    def parts_of(self, layer: int, num_kv_heads: int) -> HeadParts:
+        """What each key/value head of one layer computes.
+
+        Raises:
+            ConfigError: a name of a head that the layer does not have, or a head without features whose window is 0.
+        """
+        every = tuple(range(num_kv_heads))
+
+        def named(field_name: str) -> tuple[int, ...]:
+            pairs = [_layer_and_head(field_name, x) for x in getattr(self, field_name)]
+            heads = {b for a, b in pairs if a == layer}
+            if unknown := sorted(b for b in heads if b is not None and b >= num_kv_heads):
+                raise ConfigError(
+                    f"{field_name} names key/value head {layer}.{unknown[0]}, and layer {layer} has {num_kv_heads} of "
+                    f"them, {layer}.0 to {layer}.{num_kv_heads - 1}."
+                )
+            return every if None in heads else tuple(sorted(b for b in heads if b is not None))
+
+        exact = every if self.method == "exact" else named("keep_exact")
+        without = every if self.method == "local" else named("no_features")
+        local = tuple(g for g in without if g not in exact)
+        if local and self.window_of(layer) == 0:
+            raise ConfigError(f"layer {layer} has window=0, and a head without features needs one: give it a window.")
+        return HeadParts(exact, local, tuple(g for g in every if g not in exact and g not in local))
+
+    def window_of(self, layer: int) -> int:
+        """The window of one layer."""
+        return dict(self.layer_windows).get(layer, self.window)
+
+    def at_layer(self, layer: int, num_kv_heads: int) -> DarkConfig:
+        """What this configuration means for the heads of one layer that are not exact: its method and window.
+
+        Where none of them has features the method is `local`; where all heads are exact it is `exact`.
+        """
+        parts = self.parts_of(layer, num_kv_heads)
+        method = self.method if parts.features else "local" if parts.local else "exact"
+        return dataclasses.replace(self, method=method, window=self.window_of(layer))
+
+    @property
+    def named_layers(self) -> set[int]:
+        """Layers that options name one by one."""
+        names = (_layer_and_head("keep_exact", x)[0] for x in (*self.keep_exact, *self.no_features))
+        return {*names, *dict(self.layer_windows)}
 
     @property
     def feature_count(self) -> int:
@@ -241,7 +352,12 @@ class DarkConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**dataclasses.asdict(self), "keep_exact": list(self.keep_exact)}
+        lists = {
+            "keep_exact": list(self.keep_exact),
+            "no_features": list(self.no_features),
+            "layer_windows": [list(pair) for pair in self.layer_windows],
+        }
+        return {**dataclasses.asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DarkConfig:

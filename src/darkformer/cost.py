@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from .config import DarkConfig
 def state_bytes(
     config: DarkConfig, *, num_kv_heads: int, head_dim: int, value_dim: int | None = None, element_bytes: int = 4
 ) -> int:
-    """Bytes one sequence's state takes in one converted layer, whatever its length.
+    """Bytes one sequence's state takes in a layer whose heads all have constant state, whatever the length.
 
     Sums and scales are float32: m·(d_v + 2) numbers a kv head. Window and sinks keep keys and values in the model's
     dtype (`element_bytes`): (window + sinks)·(d + d_v). One int64 counts the tokens.
@@ -21,6 +22,24 @@ def state_bytes(
     sums = 4 * config.feature_count * (d_v + 2)
     exact = element_bytes * (config.window + config.sinks) * (head_dim + d_v)
     return num_kv_heads * (sums + exact) + 8
+
+
+def layer_bytes(
+    config: DarkConfig, layer: int, seq_len: int, *, num_kv_heads: int, head_dim: int, value_dim: int | None = None,
+    element_bytes: int = 4,
+) -> int:  # fmt: skip
+    """Bytes one sequence of `seq_len` tokens keeps in one converted layer, its exact heads and its states.
+
+    A cache allocates windows whole: a sequence shorter than the window takes as much.
+    """
+    shape: dict[str, Any] = dict(head_dim=head_dim, value_dim=value_dim, element_bytes=element_bytes)
+    parts = config.parts_of(layer, num_kv_heads)
+    form = dataclasses.replace(config, window=config.window_of(layer))
+    total = kv_cache_bytes(seq_len, num_kv_heads=len(parts.exact), **shape) if parts.exact else 0
+    for heads, method in ((parts.local, "local"), (parts.features, config.method)):
+        if heads:
+            total += state_bytes(dataclasses.replace(form, method=method), num_kv_heads=len(heads), **shape)
+    return total
 
 
 def kv_cache_bytes(
