@@ -190,7 +190,13 @@ def _layer_windows(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
     """Pairs (layer, window), in order, from pairs or `LAYER=WINDOW`."""
     windows: dict[int, int] = {}
     for value in values:
-        pair = tuple(value.split("=")) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+        pair = (
+            tuple(value.split("="))
+            if isinstance(value, str)
+            else tuple(value)
+            if isinstance(value, list | tuple)
+            else ()
+        )
         if len(pair) != 2 or not all(type(x) is int or (isinstance(x, str) and x.isdigit()) for x in pair):
             raise ConfigError(f"layer_windows={value!r}: give LAYER=WINDOW, such as 3=256, or a pair (3, 256).")
         layer, window = map(int, pair)
@@ -339,11 +345,11 @@ class DarkConfig:
         method = self.method if parts.features else "local" if parts.local else "exact"
         return dataclasses.replace(self, method=method, window=self.window_of(layer))
 
-    @property
-    def named_layers(self) -> set[int]:
-        """Layers that options name one by one."""
-        names = (_layer_and_head("keep_exact", x)[0] for x in (*self.keep_exact, *self.no_features))
-        return {*names, *dict(self.layer_windows)}
+    def layers_named(self, field_name: str) -> set[int]:
+        """Layers that `keep_exact`, `no_features` or `layer_windows` name."""
+        if field_name == "layer_windows":
+            return set(dict(self.layer_windows))
+        return {_layer_and_head(field_name, x)[0] for x in getattr(self, field_name)}
 
     @property
     def feature_count(self) -> int:

@@ -25,7 +25,7 @@ HEADS, FEATURES, DIM = 3000, 6, 4
 @pytest.fixture(scope="module", params=sorted(DRAWS))
 def draws(request: pytest.FixtureRequest) -> Tensor:
     """(3000, 6, 4): independent draws of one and a half blocks."""
-    return draw_projection(request.param, FEATURES, DIM, num_kv_heads=HEADS, seed=7)
+    return draw_projection(request.param, FEATURES, DIM, heads=range(HEADS), seed=7)
 
 
 def within_standard_errors(samples: Tensor, expected: Tensor | float, limit: float = 4.0) -> bool:
@@ -135,17 +135,17 @@ def test_reproducible_from_the_seed_alone(draw: str) -> None:
     assert torch.equal(first, second)
     assert torch.equal(before, torch.get_rng_state())  # the global stream is left alone
     assert first.shape == (2, 10, 4) and first.dtype == torch.float32
-    drawn = draw_projection(draw, 10, 4, num_kv_heads=3, seed=3, layer=5)
+    drawn = draw_projection(draw, 10, 4, heads=range(3), seed=3, layer=5)
     assert torch.equal(drawn[:2].float(), first)  # one head's draw does not depend on how many there are
 
 
 @pytest.mark.parametrize("draw", sorted(DRAWS))
 def test_heads_layers_and_seeds_differ(draw: str) -> None:
     drawn = [
-        *draw_projection(draw, 8, 4, num_kv_heads=4, seed=0, layer=0),
-        *draw_projection(draw, 8, 4, num_kv_heads=4, seed=0, layer=1),
-        *draw_projection(draw, 8, 4, num_kv_heads=4, seed=1, layer=0),
-        *draw_projection(draw, 8, 4, num_kv_heads=4, seed=2**40, layer=0),
+        *draw_projection(draw, 8, 4, heads=range(4), seed=0, layer=0),
+        *draw_projection(draw, 8, 4, heads=range(4), seed=0, layer=1),
+        *draw_projection(draw, 8, 4, heads=range(4), seed=1, layer=0),
+        *draw_projection(draw, 8, 4, heads=range(4), seed=2**40, layer=0),
     ]
     for i, x in enumerate(drawn):
         for y in drawn[:i]:
@@ -154,4 +154,4 @@ def test_heads_layers_and_seeds_differ(draw: str) -> None:
 
 def test_unknown_draw() -> None:
     with pytest.raises(ConfigError, match="draw='halton' is unknown: choose one of orthogonal, iid, simplex, sobol"):
-        draw_projection("halton", 4, 4, num_kv_heads=1)
+        draw_projection("halton", 4, 4, heads=range(1))

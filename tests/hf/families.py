@@ -34,11 +34,16 @@ class Family(NamedTuple):
     convert_sliding: bool = False
     encoder: bool = False
     tokens: int = 40  # up to here exact mode is the original (a converted sliding layer sees more from its window on)
+    keep_exact: tuple[str, ...] = ()  # heads of mixed layers
+    no_features: tuple[str, ...] = ()
 
     @property
     def config(self) -> DarkConfig:
         """The row's configuration of the linear mode."""
-        return DarkConfig(num_features=16, window=4, sinks=2, convert_sliding=self.convert_sliding)
+        return DarkConfig(
+            num_features=16, window=4, sinks=2, convert_sliding=self.convert_sliding, keep_exact=self.keep_exact,
+            no_features=self.no_features,
+        )  # fmt: skip
 
 
 def _make(name: str, kind: str = "ForCausalLM", config: str = "Config", **settings: Any) -> PreTrainedModel:
@@ -113,6 +118,20 @@ FAMILIES: dict[str, Family] = {
         [2], "bidirectional, sliding layers stay", encoder=True,
     ),
 }  # fmt: skip
+
+
+def _mixed(family: str, keep_exact: tuple[str, ...], no_features: tuple[str, ...]) -> Family:
+    """A family whose layers hold exact heads, heads with features and heads without, beside each other."""
+    return FAMILIES[family]._replace(keep_exact=keep_exact, no_features=no_features)
+
+
+FAMILIES |= {
+    "llama-mixed": _mixed("llama", ("0.0", "1.1"), ("1.0", "2.0")),
+    "gpt2-mixed": _mixed("gpt2", ("0.1", "2.0", "2.3"), ("0.3", "1.2", "2.1")),
+    "gemma2-mixed": _mixed("gemma2", ("2.1",), ()),
+    "qwen3-mixed": _mixed("qwen3", ("1.0", "2.1"), ("0.1", "2.0")),
+    "bert-mixed": _mixed("bert", ("0.0", "1.3"), ("0.2", "1")),
+}
 DECODERS = [name for name, row in FAMILIES.items() if not row.encoder]
 #: Rows between which the operator itself is called differently, for the tests of every method and configuration.
 CORE = ["llama", "gemma3", "qwen3", "mistral"]
@@ -122,6 +141,8 @@ def table() -> str:
     """The families as a markdown table, for docs/families.md and the README."""
     lines = ["| family | transformers' model | what the tests' model has | layers converted |", "|---|---|---|---|"]
     for row in FAMILIES.values():
+        if row.keep_exact:
+            continue
         model = row.build()
         count = f"{len(row.layers)} of {model.config.num_hidden_layers}"
         lines.append(f"| {row.title} | `{type(model).__name__}` | {row.special} | {count} |")

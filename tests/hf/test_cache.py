@@ -263,7 +263,9 @@ class TestFiles:
 
     def test_another_configuration(self, tmp_path: Path) -> None:
         file = self._saved(tmp_path)
-        with pytest.raises(InputError, match=r"another model \(its configuration is another one\)"):
+        with pytest.raises(
+            InputError, match=r"another model \(its configuration is another one, window: 4 there, 5 here\)"
+        ):
             load_cache(file, linear("llama", DarkConfig(num_features=16, window=5, sinks=2)))
 
     def test_a_softmax_model(self, tmp_path: Path) -> None:

@@ -78,5 +78,5 @@ def test_configuration() -> None:
     assert DarkConfig.from_dict({**MIXED.to_dict(), "keep_exact": [1]}) == MIXED
     with pytest.raises(ConfigError, match="keep_exact=-1"):
         DarkConfig(keep_exact=(-1,))
-    with pytest.raises(ConversionError, match=r"keep_exact names layer 99.*choose from 0, 1"):
+    with pytest.raises(ConversionError, match=r"keep_exact names layer 99.*choose from 0-2"):
         convert(tiny("llama"), replace(DARK, keep_exact=(99,)))

@@ -35,7 +35,7 @@ def test_the_draw_is_that_of_seed_step_layer_and_head(draw: str) -> None:
     redraw(model, 30)
     for layer, held in zip(dark_layers(model), tensors, strict=True):
         assert layer.projection is held  # in place
-        expected = draw_projection(draw, 16, 8, num_kv_heads=2, seed=5, layer=layer.layer, step=30)
+        expected = draw_projection(draw, 16, 8, heads=range(2), seed=5, layer=layer.layer, step=30)
         assert torch.equal(held, expected.float())
 
 
@@ -58,7 +58,7 @@ def test_step_zero_gives_the_first_draw_back() -> None:
 
 
 def test_rows_stay_standard_gaussian() -> None:
-    rows = torch.cat([draw_projection("iid", 64, 8, num_kv_heads=2, step=step).flatten(0, 1) for step in range(1, 51)])
+    rows = torch.cat([draw_projection("iid", 64, 8, heads=range(2), step=step).flatten(0, 1) for step in range(1, 51)])
     count = rows.numel()
     assert abs(rows.mean().item()) < 4 / count**0.5
     assert abs(rows.var().item() - 1) < 4 * (2 / count) ** 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -98,9 +98,9 @@ DRAW_FUNCTIONS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
 
 
 def draw_projection(
-    draw: str, num_features: int, dim: int, *, num_kv_heads: int, seed: int = 0, layer: int = 0, step: int = 0
+    draw: str, num_features: int, dim: int, *, heads: Iterable[int], seed: int = 0, layer: int = 0, step: int = 0
 ) -> Tensor:
-    """Ω for every key/value head of a layer, reproducible from (seed, layer, step) alone.
+    """Ω for the key/value heads of a layer that `heads` numbers, each reproducible from (seed, layer, head, step).
 
     Returns:
         (G, m, dim) float64 on the CPU.
@@ -111,7 +111,7 @@ def draw_projection(
     if draw not in DRAW_FUNCTIONS:
         raise ConfigError(f"draw={draw!r} is unknown: choose one of {', '.join(DRAWS)}.")
     function = DRAW_FUNCTIONS[draw]
-    return torch.stack([function(num_features, dim, head_generator(seed, layer, g, step)) for g in range(num_kv_heads)])
+    return torch.stack([function(num_features, dim, head_generator(seed, layer, g, step)) for g in heads])
 
 
 def hash_uniform(counter: Tensor) -> Tensor:

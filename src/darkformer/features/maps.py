@@ -71,8 +71,9 @@ class FeatureMap(nn.Module):
             the identity until `propose_`.
 
     Args:
-        num_heads, num_kv_heads, head_dim: the layer's H, G, d. layer: mixed into the seed.
+        num_heads, num_kv_heads, head_dim: H, G, d of the heads that it serves. layer: mixed into the seed.
         dtype: of the offsets; torch's default dtype without.
+        heads: numbers of its key/value heads in the layer, where other heads of the layer compute something else.
 
     Raises:
         ConfigError: head counts that do not divide, or dimensions below 1.
@@ -105,6 +106,7 @@ class FeatureMap(nn.Module):
         head_dim: int,
         layer: int = 0,
         dtype: torch.dtype | None = None,
+        heads: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         if min(num_heads, num_kv_heads, head_dim) < 1:
@@ -118,6 +120,7 @@ class FeatureMap(nn.Module):
             )
         self.config, self.layer = config, layer
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.heads = tuple(range(num_kv_heads)) if heads is None else heads
         dtype = torch.get_default_dtype() if dtype is None else dtype
         gaussian = config.method in ("dark", "performer", "lfk")
         eye = torch.eye(head_dim, dtype=torch.float32).expand(num_kv_heads, -1, -1)
@@ -149,7 +152,7 @@ class FeatureMap(nn.Module):
     def _draw(self, step: int) -> Tensor:
         return draw_projection(
             self.config.draw, self.config.num_features, self.head_dim,
-            num_kv_heads=self.num_kv_heads, seed=self.config.seed, layer=self.layer, step=step,
+            heads=self.heads, seed=self.config.seed, layer=self.layer, step=step,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -13,15 +13,19 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
+    StaticLayer,
 )
 
 from ..config import ConversionError
 from ..features.tracing import traced
+from ..ops.exact import softmax_attention
 from ..ops.problem import AttentionState
 from .added import read
 from .calls import AttentionCall
 from .fingerprint import digest
 from .layers import map_of
+from .masks import allowed_keys
+from .parts import Part, joined, parts_of
 from .stream import CROP, Stream
 
 
@@ -33,10 +37,11 @@ def _versions(feature_map: nn.Module) -> tuple[int, ...]:
 
 
 class DarkCacheLayer(CacheLayerMixin):
-    """Holds sums of constant size where other layers hold all keys and values.
+    """Holds sums of constant size where other layers hold all keys and values; those of exact heads it holds too.
 
-    The attention function calls `extend` with new keys and values. One `Stream` for each attention in a forward pass
-    of the module: one, but for differential attention.
+    The attention function calls `extend` with new keys and values. For each attention in a forward pass of the module
+    (one, but for differential attention) there is one `Stream` for each part of its heads with constant state, and, if
+    heads of it keep softmax, a layer of transformers' own with the keys and values of these heads alone.
     """
 
     is_sliding = False
@@ -46,6 +51,9 @@ class DarkCacheLayer(CacheLayerMixin):
         super().__init__(**kwargs)
         self.keys = self.values = torch.empty(0)  # models ask other layers whether they hold any
         self.streams = [Stream()]
+        self.kept: list[Any] = []  # layers with the keys and values of exact heads, one an attention of a forward pass
+        self.real: Tensor | None = None  # (B, seen) booleans beside `kept`: which tokens are no padding; None: all
+        self.original: Any = None  # the layer that stood here before, while nothing is kept
         self.seen = 0  # tokens, padding included: what transformers counts positions by
         self.inherited: tuple[Tensor, Tensor] | None = None  # keys and values to read before the first token
         self.owner: Any = None  # weak reference to the attention module that filled it
@@ -118,7 +126,7 @@ class DarkCacheLayer(CacheLayerMixin):
             )
 
     def extend(
-        self, turn: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any,
+        self, turn: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parts: tuple[Part, ...],
         **options: Any,
     ) -> Tensor:  # fmt: skip
         """Attention of new tokens after all before them, (B, H, L, d_v).
@@ -127,28 +135,75 @@ class DarkCacheLayer(CacheLayerMixin):
             turn: which attention of the module's forward pass this is, from 0.
             query: (B, H, L, d). key, value: (B, G, L, d).
             mask: (B, K) booleans, the new tokens last, or None.
+            parts: of the module's heads.
             options: scaling, softcap and is_causal of `attention`.
 
         Raises:
             ConversionError: see `check_past`.
         """
-        new = key.shape[2]
-        if turn == len(self.streams):
+        new, constant = key.shape[2], [part for part in parts if part.feature_map is not None]
+        while len(self.streams) < (turn + 1) * len(constant):
             self.streams.append(Stream(records=self.is_croppable))
-        stream = self.streams[turn]
-        if self.inherited is not None and not stream.filled:
+        streams = self.streams[turn * len(constant) :][: len(constant)]
+        if self.inherited is not None and not streams[0].filled:
             before = self.inherited[0].shape[2]
             read = None if mask is None or mask.shape[1] != before + new else mask[:, :before]
-            stream.absorb(*self.inherited, read, feature_map, **options)
+            for part, stream in zip(constant, streams, strict=True):
+                keys, values = map(part.of_keys, self.inherited)
+                stream.absorb(keys, values, read, part.feature_map, **options)
+            if len(constant) < len(parts):
+                keys, values = map(parts[-1].of_keys, self.inherited)
+                self._keep(turn, keys, values.to(keys.dtype))
+            if turn == 0 and read is not None:
+                self._note_real(read, before)
         if turn == 0:
             if self.inherited is not None and self.seen > self.inherited[0].shape[2]:
                 self.inherited = None  # every stream has read them in the forward pass before
             if mask is not None:
                 self.check_past(mask, new)
+        mask = None if mask is None else mask[:, -new:]
+        if turn == 0:
+            if len(constant) < len(parts):
+                self._note_real(mask, new)
             self.is_initialized = True
             self.seen += new
-        mask = None if mask is None else mask[:, -new:]
-        return stream.extend(query, key, value, mask, feature_map, **options)
+        outputs = []
+        for part, stream in zip(constant, streams, strict=True):
+            given = part.of_queries(query), part.of_keys(key), part.of_keys(value)
+            outputs.append(stream.extend(*given, mask, part.feature_map, **options))
+        if len(constant) < len(parts):
+            exact = parts[-1]
+            keys, values = self._keep(turn, exact.of_keys(key), exact.of_keys(value))
+            allowed = allowed_keys(self.real, None, new, self.seen, options["is_causal"], query.device)
+            outputs.append(softmax_attention(exact.of_queries(query), keys, values, allowed=allowed, **options))
+        return joined(parts, outputs)
+
+    def _keep(self, turn: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys and values (B, G of the exact heads, T, d) to what is kept; all of them."""
+        if turn == len(self.kept):
+            self.kept.append(self._new_kept(turn))
+        keys, values = self.kept[turn].update(key, value)
+        length = self.kept[turn].get_seq_length()  # a static layer gives all that it has room for
+        return (keys, values) if keys.shape[2] == length else (keys[:, :, :length], values[:, :, :length])
+
+    def _new_kept(self, turn: int) -> Any:
+        """An empty layer of the kind that the cache was made with: dynamic, static, quantized."""
+        original, self.original = self.original, None
+        if turn == 0 and original is not None and not original.is_initialized:
+            return original
+        limit = getattr(original if turn == 0 else self.kept[0], "max_cache_len", None)
+        return DynamicLayer() if limit is None else StaticLayer(max_cache_len=limit)
+
+    def _note_real(self, mask: Tensor | None, new: int) -> None:
+        """Notes which of `new` tokens after those seen are no padding, (B, new) or None for all."""
+        if mask is not None and self.real is None and not traced(mask) and bool(mask.all()):
+            mask = None
+        if mask is None and self.real is None:
+            return
+        known = mask if mask is not None else self.real
+        assert known is not None
+        before = known.new_ones(known.shape[0], self.seen) if self.real is None else self.real
+        self.real = torch.cat([before, known.new_ones(known.shape[0], new) if mask is None else mask], dim=1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -175,13 +230,19 @@ class DarkCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.streams = [Stream(records=self.is_croppable)]
-        self.seen, self.is_initialized, self.inherited = 0, False, None
+        self.seen, self.is_initialized, self.inherited, self.real = 0, False, None, None
+        for layer in self.kept:
+            layer.reset()
 
     def offload(self) -> None:
-        """A few kilobytes per head: not worth moving."""
+        """Moves the keys and values of exact heads; a state is a few kilobytes a head, not worth it."""
+        for layer in self.kept:
+            layer.offload()
 
     def prefetch(self) -> None:
         """See `offload`."""
+        for layer in self.kept:
+            layer.prefetch()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)
@@ -197,6 +258,10 @@ class DarkCacheLayer(CacheLayerMixin):
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         for stream in self.streams:
             stream.select(rows)
+        if self.real is not None:
+            self.real = self.real[rows.to(self.real.device)]
+        for layer in self.kept:
+            layer.reorder_cache(rows)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -232,14 +297,24 @@ class DarkCacheLayer(CacheLayerMixin):
         owner: Any = self.owner() if self.owner else None
         if remove and owner is None:
             raise ConversionError(f"crop({tokens_to_remove}): the model that filled this cache is gone.")
-        for stream in self.streams:
-            stream.take_back(remove, map_of(owner) if remove else None)
+        if stuck := next((layer for layer in self.kept if not layer.is_croppable), None):
+            raise ConversionError(
+                f"crop({tokens_to_remove}): exact heads keep their keys in a {type(stuck).__name__}, which takes none "
+                "back. Use a dynamic cache."
+            )
+        maps = [None] if owner is None else _constant_maps(owner)
+        for i, stream in enumerate(self.streams):
+            stream.take_back(remove, maps[i % len(maps)] if remove else None)
+        for layer in self.kept:
+            layer.crop(-remove)
         self.seen -= remove
+        self.real = None if self.real is None else self.real[:, : self.seen]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state, without what is recorded for `crop`; 0 before the first token."""
-        return sum(stream.nbytes for stream in self.streams)
+        """Bytes of the states and of exact heads' keys and values, without what is recorded for `crop`."""
+        kept = (x for layer in self.kept for x in (layer.keys, layer.values) if x is not None)
+        return sum(stream.nbytes for stream in self.streams) + sum(x.nbytes for x in kept)
 
 
 class DarkHybridLayer(DarkCacheLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
@@ -280,6 +355,12 @@ class DarkHybridLayer(DarkCacheLayer, LinearAttentionAndFullAttentionLayer):  # 
     def crop(self, tokens_to_remove: int) -> None:
         LinearAttentionLayer.crop(self, tokens_to_remove)
         DarkCacheLayer.crop(self, tokens_to_remove)
+
+
+def _constant_maps(module: Any) -> list[Any]:
+    """The feature maps of a converted module's parts with constant state, in their order."""
+    parts = parts_of(module.__dict__["dark_layer"], map_of(module))
+    return [part.feature_map for part in parts if part.feature_map is not None]
 
 
 def identity_of(module: Any, feature_map: Any) -> tuple[str | None, str]:
@@ -324,6 +405,7 @@ def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLa
     if not isinstance(layer, DarkCacheLayer):
         mixer = isinstance(layer, LinearAttentionLayer)
         own = DarkHybridLayer(layer) if mixer else DarkCacheLayer()
+        own.original = None if mixer or getattr(layer, "is_sliding", False) else layer
         if cache.__dict__.get("records_past"):
             own.activate_past_recording()
         if (keys := _keys_of(layer, slot)) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,9 @@ from .layers import Layer, converted_modules, dark_layers, inner_names
 from .plan import Plan, plan_by_structure, plan_conversion, streaming_gap
 from .trial import note_previous, tolerance
 
-__all__ = ["Plan", "convert", "converted_modules", "dark_layers", "observing", "plan_conversion", "revert"]
+__all__ = [
+    "Plan", "convert", "converted_modules", "dark_layers", "drop_features", "observing", "plan_conversion", "revert",
+]  # fmt: skip
 
 _log = logging.getLogger("darkformer")
 
@@ -50,20 +52,79 @@ def _device(module: Any) -> torch.device:
 
 
 def _attach_one(module: Any, layer: Layer, config: DarkConfig) -> None:
+    _set_map(module, layer, config)
+    module.register_forward_pre_hook(enter, with_kwargs=True)
+
+
+def _set_map(module: Any, layer: Layer, config: DarkConfig) -> FeatureMap:
+    """A new feature map for those heads of a module that have one, and the record of what all of them compute."""
+    parts = config.parts_of(layer.layer, layer.num_kv_heads)
+    heads = parts.features or parts.local or parts.exact
     with torch.inference_mode(False):  # whose tensors would never learn
         feature_map = FeatureMap(
-            config.at_layer(layer.layer),
-            num_heads=layer.num_heads,
-            num_kv_heads=layer.num_kv_heads,
+            config.at_layer(layer.layer, layer.num_kv_heads),
+            num_heads=len(heads) * layer.group,
+            num_kv_heads=len(heads),
             head_dim=layer.head_dim,
             layer=layer.layer,
             dtype=offset_dtype(module),
+            heads=heads,
         )
         # On the meta device weights will be loaded, and moved with the model's own.
         building = torch.get_default_device().type == "meta"
         module.dark = feature_map if building else feature_map.to(_device(module))
-    module.__dict__["dark_layer"] = replace(layer, exact=feature_map.config.method == "exact")
-    module.register_forward_pre_hook(enter, with_kwargs=True)
+    module.__dict__["dark_layer"] = replace(
+        layer, exact=heads is parts.exact, exact_heads=parts.exact, local_heads=parts.local
+    )  # fmt: skip
+    return feature_map
+
+
+def drop_features(model: nn.Module, heads: Iterable[tuple[int, int]]) -> None:
+    """Switches features off in some heads of a converted model, in place: window and sinks alone stay there.
+
+    These heads then cost no features, in time or bytes, and what the others have is as it was. Caches filled before
+    are refused, and an optimizer has to be made anew.
+
+    Args:
+        heads: (layer, key/value head) of each.
+
+    Raises:
+        ConversionError: the model is not converted, or an adapter of peft has wrapped its maps. ConfigError: a head
+            that its layer does not have, or whose window is 0.
+    """
+    names = tuple(f"{layer}.{head}" for layer, head in heads)
+    modules = converted_modules(model)
+    if not modules:
+        raise ConversionError(f"{type(model).__name__} has no converted layer whose features could be dropped.")
+    before = DarkConfig.from_dict(dict(modules[0].config.darkformer))
+    config = replace(before, no_features=(*before.no_features, *names))
+    layers = [module.__dict__["dark_layer"] for module in modules]
+    every = [config.parts_of(layer.layer, layer.num_kv_heads) for layer in layers]  # checked before anything changes
+    for module, layer, parts in zip(modules, layers, every, strict=True):
+        old = module.dark
+        if old.config.method in ("local", "exact") or parts.features == old.heads:
+            old.config = config.at_layer(layer.layer, layer.num_kv_heads)
+            continue
+        new = _set_map(module, layer, config)
+        if parts.features:
+            _copy_heads(old, new)
+        module.dark.train(old.training)
+    for own in {id(module.config): module.config for module in modules}.values():
+        own.darkformer = config.to_dict()
+
+
+@torch.no_grad()
+def _copy_heads(old: FeatureMap, new: FeatureMap) -> None:
+    """What `old` has of the heads of `new`."""
+    rows = torch.tensor([old.heads.index(head) for head in new.heads])
+    tables = ((old._buffers, new._buffers), (old._parameters, new._parameters))
+    for theirs, ours in tables:
+        for name, x in ours.items():
+            if x is not None:
+                source = theirs[name]
+                assert source is not None
+                x.copy_(source.index_select(0, rows.to(source.device)))
+                x.requires_grad_(source.requires_grad)
 
 
 def _detach(module: Any) -> None:

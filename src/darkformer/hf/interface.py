@@ -25,9 +25,11 @@ from ..ops.exact import softmax_attention
 from .cache import own_layer
 from .calls import AttentionCall, with_call
 from .masks import AttentionMask, allowed_keys, check_stays, dark_mask, read_mask
+from .parts import Part, joined, parts_of
 
 NAME = "darkformer"
-#: What a capture receives: the layer's feature map, q (B, H, L, d), k, v (B, G, L, d), the mask (B, L), s, the output.
+#: What a capture receives: the layer's feature map, q (B, H, L, d), k, v (B, G, L, d), the mask (B, L), s, the output;
+#: of a layer whose heads compute different things, the heads of its feature map alone.
 Observer = Callable[[FeatureMap, Tensor, Tensor, Tensor, Tensor | None, float, Tensor], None]
 
 
@@ -134,11 +136,13 @@ def _is_causal(module: Any, by_mask: bool, mask: AttentionMask | Tensor | None, 
 
 def softmax_of(received: Received) -> tuple[Tensor, Tensor | None]:
     """Softmax attention under a mask that a converted layer can read: output (B, H, L, d_v) and padding (B, K)."""
-    query, key = received.query, received.key
+    query, key, value = received.query, received.key, received.value
+    if isinstance(received.mask, AttentionMask) and (filled := received.mask.filled(key.shape[2])) < key.shape[2]:
+        key, value = key[:, :, :filled], value[:, :, :filled]
     padding, documents = read_mask(received.mask, received.kwargs, query.shape[0], query.shape[2], cached=False)
     allowed = allowed_keys(padding, documents, query.shape[2], key.shape[2], received.is_causal, query.device)
     output = softmax_attention(
-        query, key, received.value, scaling=received.scaling, allowed=allowed, is_causal=received.is_causal,
+        query, key, value, scaling=received.scaling, allowed=allowed, is_causal=received.is_causal,
         softcap=received.softcap,
     )  # fmt: skip
     return output, padding
@@ -173,8 +177,8 @@ def _naming(feature_map: FeatureMap) -> Iterator[None]:
         raise NonFiniteError(f"layer {feature_map.layer}: {error}") from error
 
 
-def _show_softmax(observer: Observer, feature_map: FeatureMap, received: Received) -> Tensor:
-    """Softmax attention of one call, shown to an observer."""
+def _show_softmax(observer: Observer, feature_map: FeatureMap, received: Received, part: Part) -> Tensor:
+    """Softmax attention of one call, of which `part`, the heads of the feature map, is shown to an observer."""
     output, padding = softmax_of(received)
     if isinstance(received.mask, AttentionMask) and received.mask.documents is not None:
         raise ConversionError("statistics are taken from rows of one document each: give no packed documents.")
@@ -186,7 +190,8 @@ def _show_softmax(observer: Observer, feature_map: FeatureMap, received: Receive
         )
     with _naming(feature_map):  # statistics of NaN would be refused later, without the layer's name
         check_finite(query=received.query, key=received.key, value=received.value)
-    observer(feature_map, received.query, received.key, received.value, padding, received.scaling, output)
+    shown = part.of_queries(received.query), part.of_keys(received.key), part.of_keys(received.value)
+    observer(feature_map, *shown, padding, received.scaling, part.of_queries(output))
     return output
 
 
@@ -202,8 +207,9 @@ def _converted(
     """What a converted layer computes, within the forward pass of its feature map: output (B, H, L, d_v)."""
     received = replace(received, query=query, key=key, value=value)
     observation = _observation(feature_map)
+    parts = parts_of(module.__dict__["dark_layer"], feature_map)
     if observation is not None and observation.softmax:
-        return _show_softmax(observation.observer, feature_map, received)
+        return _show_softmax(observation.observer, feature_map, received, parts[0])
     if feature_map.config.method == "exact":
         return softmax_of(received)[0]
     length = query.shape[2]
@@ -214,22 +220,37 @@ def _converted(
     with _naming(feature_map):
         if call is not None:
             output = own_layer(call, module, feature_map).extend(
-                call.turn(), query, key, value, mask, feature_map, **options
-            )
+                call.turn(), query, key, value, mask, parts, **options
+            )  # fmt: skip
         else:
             if key.shape[2] != length:
                 raise ConversionError(
                     f"layer {feature_map.layer} is given {key.shape[2]} keys for {length} queries, and no cache: keys "
                     "of another layer or another sequence cannot be followed."
                 )
-            alone = attention(
-                query, key, value, feature_map, key_mask=mask, documents=documents, **options
-            )  # fmt: skip
-            assert isinstance(alone, Tensor)
-            output = alone
+            outputs = [
+                _alone(part, query, key, value, mask=mask, documents=documents, **options) for part in parts
+            ]  # fmt: skip
+            output = joined(parts, outputs)
     if observation is not None:
-        mask = None if mask is None else mask[:, -length:]
-        observation.observer(feature_map, query, key, value, mask, received.scaling, output)
+        mask, own = None if mask is None else mask[:, -length:], parts[0]
+        shown = own.of_queries(query), own.of_keys(key), own.of_keys(value)
+        observation.observer(feature_map, *shown, mask, received.scaling, own.of_queries(output))
+    return output
+
+
+def _alone(
+    part: Part, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, documents: Tensor | None,
+    scaling: float, is_causal: bool, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """A whole sequence of a layer without a cache: (B, H, L, d_v) of the heads of one part."""
+    query, key, value = part.of_queries(query), part.of_keys(key), part.of_keys(value)
+    options: dict[str, Any] = dict(scaling=scaling, is_causal=is_causal, softcap=softcap)
+    if part.feature_map is None:
+        allowed = allowed_keys(mask, documents, query.shape[2], key.shape[2], is_causal, query.device)
+        return softmax_attention(query, key, value, allowed=allowed, **options)
+    output = attention(query, key, value, part.feature_map, key_mask=mask, documents=documents, **options)
+    assert isinstance(output, Tensor)
     return output
 
 

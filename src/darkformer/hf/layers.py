@@ -24,9 +24,11 @@ class Layer:
         num_heads, num_kv_heads, head_dim: of the queries and keys that reach the attention function.
         calls: how often one forward pass of the module attends (twice in differential attention).
         local: whether the softmax it replaces sees near keys only (`convert_sliding`).
-        exact: whether it computes softmax attention (`keep_exact`, method `exact`), with the cache it had.
+        exact: whether all its heads compute softmax attention (`keep_exact`, method `exact`), with the cache it had.
         causal_by_mask: causality follows the mask function even without padding, as in eager attention; False: then
             the module's flag decides, as in torch's and flash attention.
+        exact_heads, local_heads: key/value heads that keep softmax, and those with window and sinks alone; they follow
+            from the configuration.
     """
 
     name: str
@@ -39,10 +41,18 @@ class Layer:
     local: bool = False
     exact: bool = False
     causal_by_mask: bool = False
+    exact_heads: tuple[int, ...] = ()
+    local_heads: tuple[int, ...] = ()
+
+    @property
+    def group(self) -> int:
+        """Query heads of each key/value head."""
+        return self.num_heads // self.num_kv_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**dataclasses.asdict(self), "slots": list(self.slots)}
+        """Plain values, for JSON, without what the configuration says."""
+        values = {**dataclasses.asdict(self), "slots": list(self.slots)}
+        return {name: x for name, x in values.items() if name not in ("exact_heads", "local_heads")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layer:

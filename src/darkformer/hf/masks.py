@@ -114,6 +114,8 @@ class AttentionMask:
     ndim = 4  # transformers asks whether a mask is a finished one
 
     def __init__(self, arguments: dict[str, Any]) -> None:
+        if isinstance(offset := arguments["q_offset"], Tensor):  # a static cache's own count, which it adds to in place
+            arguments = {**arguments, "q_offset": offset.clone()}
         self._arguments = arguments
         self._dense: dict[str, Tensor | None] = {}
         function, padding = arguments["mask_function"], arguments["attention_mask"]
@@ -134,6 +136,11 @@ class AttentionMask:
             looks = not (transformed() or traced(padding))  # else its numbers may not decide anything
             everything = looks and padding.shape[1] == self.shape[3] and bool(padding.all())
             self.padding = None if everything else padding
+
+    def filled(self, keys: int) -> int:
+        """How many of `keys` keys that a cache gives hold a token: a static cache gives all that it has room for."""
+        end = self._arguments["q_offset"] + self.shape[2] - self._arguments["kv_offset"]
+        return keys if traced() or not self.is_causal else min(keys, max(int(end), self.shape[2]))
 
     def contiguous(self) -> AttentionMask:
         """Itself: `generate` asks for it before it passes a mask on."""
@@ -279,7 +286,7 @@ def allowed_keys(
     mask: Tensor | None, documents: Tensor | None, length: int, keys: int, is_causal: bool, device: torch.device
 ) -> Tensor | None:
     """(B or 1, L, K) for exact attention over `keys` keys of which the last `length` are the queries' own."""
-    if mask is None and documents is None and (length == keys or not is_causal):
+    if mask is None and documents is None and (length in (1, keys) or not is_causal):
         return None
     allowed = torch.ones(1, length, keys, dtype=torch.bool, device=device)
     if is_causal:

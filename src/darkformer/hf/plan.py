@@ -149,13 +149,34 @@ def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping
         )  # fmt: skip
     looked = has_weights(model)
     plan = _plan_by_trial(model, config, modules, example) if looked else plan_by_structure(model, config)
-    present = sorted({layer.layer for *_, layer in plan.layers})
-    if unknown := sorted(set(config.keep_exact) - set(present)):
-        raise ConversionError(
-            f"keep_exact names layer {', '.join(map(str, unknown))}, which this configuration does not convert: "
-            f"choose from {', '.join(map(str, present))}."
-        )
+    _check_names(config, plan)
     return plan
+
+
+def _check_names(config: DarkConfig, plan: Plan) -> None:
+    """Refuses options that name layers or heads which the configuration does not convert.
+
+    Raises:
+        ConversionError: a layer that is not converted, or whose softmax sees near keys only. ConfigError: a head that a
+            layer does not have.
+    """
+    known = {layer.layer: layer for *_, layer in plan.layers}
+    sliding = sorted(name for name, reason in plan.left.items() if "within a" in reason)
+    for field_name in ("keep_exact", "no_features", "layer_windows"):
+        if unknown := sorted(config.layers_named(field_name) - set(known)):
+            stay = f" ({len(sliding)} layers attend within a window already and stay as they are)" if sliding else ""
+            raise ConversionError(
+                f"{field_name} names layer {', '.join(map(str, unknown))}, which this configuration does not convert"
+                f"{stay}: choose from {_ranges(list(known))}."
+            )
+    for number in sorted(config.layers_named("keep_exact")):
+        if known[number].local:
+            raise ConversionError(
+                f"keep_exact names layer {number}, whose softmax sees near keys only: there is no far field to keep. "
+                "Leave convert_sliding off, and it stays as it is."
+            )
+    for layer in known.values():
+        config.parts_of(layer.layer, layer.num_kv_heads)
 
 
 def _run_as_it_is(

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 from .._version import __version__
 from ..config import ConversionError, DarkConfig, InputError
@@ -19,7 +19,8 @@ from ..ops.problem import AttentionState
 from .added import added_values
 from .cache import DarkCacheLayer, Stream
 from .fingerprint import digest, digest_own
-from .layers import converted_modules
+from .layers import converted_modules, map_of
+from .parts import parts_of
 from .sealed import checksum, read_sealed, write_sealed
 
 #: Version of the file's layout. A reader refuses higher ones.
@@ -32,15 +33,17 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
     modules = converted_modules(model)
     if not modules:
         raise ConversionError(f"{type(model).__name__} is not converted: its cache is transformers' own.")
-    config, weights = modules[0].dark.config.to_dict(), digest_own(model)
+    config = DarkConfig.from_dict(dict(modules[0].config.darkformer)).to_dict()
+    weights = digest_own(model)
     if weights is None:
         raise InputError("the model's weights are out of reach (meta device), and a cache belongs to its weights.")
     return {"configuration": config, "features": digest(added_values(model)), "weights": weights}
 
 
 def _slots(model: PreTrainedModel) -> dict[int, Any]:
-    """Converted modules by the layers of the cache that they fill."""
-    return {slot: module for module in converted_modules(model) for slot in module.__dict__["dark_layer"].slots}
+    """Converted modules with a state, by the layers of the cache that they fill."""
+    layers = ((module, module.__dict__["dark_layer"]) for module in converted_modules(model))
+    return {slot: module for module, layer in layers if not layer.exact for slot in layer.slots}
 
 
 def cache_of(model: PreTrainedModel, states: Mapping[int, AttentionState], seen: int) -> DynamicCache:
@@ -50,6 +53,8 @@ def cache_of(model: PreTrainedModel, states: Mapping[int, AttentionState], seen:
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for slot, module in _slots(model).items():
+        if len(parts := parts_of(module.__dict__["dark_layer"], map_of(module))) > 1 or parts[0].feature_map is None:
+            raise ConversionError(f"layer {slot} has exact heads or heads of several kinds: one state does not do.")
         own = DarkCacheLayer().bind(module)
         own.state, own.seen, own.is_initialized = states[slot], seen, True
         cache.layers[slot] = own
@@ -71,16 +76,27 @@ def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if stream.filled
             for name in FIELDS
         }
-        return {"kind": "state", "seen": layer.seen, "streams": len(layer.streams)}, tensors
-    tensors = {} if layer.get_seq_length() == 0 else {"keys": layer.keys, "values": layer.values}
-    if getattr(layer, "cumulative_length", None) is not None:
-        return {"kind": "sliding", "seen": layer.get_seq_length()}, tensors
-    return {"kind": "softmax", "seen": layer.get_seq_length()}, tensors
+        for prefix, kept in zip(_prefixes(len(layer.kept)), layer.kept, strict=True):
+            length = int(kept.get_seq_length())
+            tensors |= {f"{prefix}keys": kept.keys[:, :, :length], f"{prefix}values": kept.values[:, :, :length]}
+        if layer.real is not None:
+            tensors["real"] = layer.real
+        streams, exact = len(layer.streams), len(layer.kept)
+        return {"kind": "state", "seen": layer.seen, "streams": streams, "exact": exact}, tensors
+    seen = int(layer.get_seq_length())
+    if layer.is_sliding:
+        if isinstance(layer, StaticLayer):
+            raise ConversionError("a static cache of sliding-window layers is not saved: use a dynamic one.")
+        tensors = {} if seen == 0 else {"keys": layer.keys, "values": layer.values}
+        return {"kind": "sliding", "seen": seen}, tensors
+    # A static layer has room for more than it has read.
+    tensors = {} if seen == 0 else {"keys": layer.keys[:, :, :seen], "values": layer.values[:, :, :seen]}
+    return {"kind": "softmax", "seen": seen}, tensors
 
 
 def _prefixes(streams: int) -> list[str]:
     """What stands before the names of each stream's tensors; nothing for the first, as in files of one stream."""
-    return ["", *(f"stream{i}." for i in range(1, streams))]
+    return ["", *(f"stream{i}." for i in range(1, streams))][:streams]
 
 
 def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
@@ -140,8 +156,10 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
     identity = _identity(model)
     # What an earlier version wrote lacks the fields that came later: they have their defaults.
     header["configuration"] = DarkConfig.from_dict(header["configuration"]).to_dict()
+    there, here = header["configuration"], identity["configuration"]
+    fields = ", ".join(f"{k}: {there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k])
     meaning = {
-        "configuration": "its configuration is another one",
+        "configuration": f"its configuration is another one, {fields}",
         "features": "its draws or what calibration and training made of its features are others",
         "weights": "its weights are others",
     }
@@ -158,6 +176,10 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
             for prefix, stream in zip(_prefixes(len(own.streams)), own.streams, strict=True):
                 if f"{prefix}count" in given:
                     stream.hold(AttentionState(**{name: given[f"{prefix}{name}"] for name in FIELDS}))
+            for prefix in _prefixes(described.get("exact", 0)):
+                own.kept.append(DynamicLayer())
+                own.kept[-1].update(given[f"{prefix}keys"], given[f"{prefix}values"])
+            own.real = given.get("real")
             own.seen, own.is_initialized = described["seen"], own.filled
             cache.layers[i] = own
         elif given:

@@ -26,7 +26,7 @@ def softmax_attention(
     Args:
         query: (B, H, L, d); key (B, G, K, d); value (B, G, K, d_v), any dtype.
         allowed: (B or 1, L, K) bool, which keys a query sees; None: all, or a causal triangle if `is_causal`.
-        is_causal: only looked at when `allowed` is None; then K must equal L.
+        is_causal: only looked at when `allowed` is None; then K must equal L, or L be 1: a last query sees every key.
         softcap: c of the logits c·tanh(logit / c).
 
     Returns:
@@ -36,6 +36,7 @@ def softmax_attention(
         return _capped_attention(query, key, value, scaling, allowed, is_causal, softcap)
     grouped = query.shape[1] != key.shape[1]
     if allowed is None:
+        is_causal = is_causal and query.shape[2] > 1
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=grouped)
     nothing = ~allowed.any(-1)
     mask = (allowed | nothing[..., None])[:, None]
@@ -48,7 +49,7 @@ def _capped_attention(
 ) -> Tensor:
     heads = query.shape[1] // key.shape[1]
     logits = capped(query.unflatten(1, (-1, heads)) @ key[:, :, None].mT * scaling, softcap)
-    if allowed is None and is_causal:
+    if allowed is None and is_causal and query.shape[2] > 1:
         allowed = torch.ones(1, *logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if allowed is None:
         allowed = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
