@@ -29,6 +29,7 @@ from .ops.attention import attention
 from .ops.problem import AttentionState
 
 if TYPE_CHECKING:
+    from .calibration.sensitivity import Sensitivity, sensitivity
     from .hf.convert import convert, dark_layers, revert
     from .hf.light import load_light, save_light
     from .hf.load import load_model
@@ -46,6 +47,8 @@ _LAZY = {
     "load_light": "hf.light",
     "load_model": "hf.load",
     "save_light": "hf.light",
+    "Sensitivity": "calibration.sensitivity",
+    "sensitivity": "calibration.sensitivity",
     "calibrate": "train.calibrate",
     "finetune": "train.finetune",
     "Redraw": "train.redraw",
@@ -66,6 +69,7 @@ __all__ = [
     "NonFiniteError",
     "Redraw",
     "RunFolderError",
+    "Sensitivity",
     "TrainConfig",
     "__version__",
     "attention",
@@ -81,6 +85,7 @@ __all__ = [
     "revert",
     "save_cache",
     "save_light",
+    "sensitivity",
 ]
 
 

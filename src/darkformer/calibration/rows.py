@@ -1,0 +1,182 @@
+"""What heads are judged on: rows of tokens with labels, from text, and from numbers to be recalled."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import InputError
+
+#: The label of a token that is not scored, as in torch's cross-entropy.
+IGNORED = -100
+#: (how a number is told, how it is asked for); the number follows the question.
+WORDINGS: tuple[tuple[str, str], ...] = (
+    ("The access code of the {name} is {number}.", "Question: what is the access code of the {name}?\nAnswer:"),
+    ("Note: {name} has the number {number}.", "As noted above, {name} has the number"),
+    ("Please remember that the {name} weighs {number} grams.", "We were told that the {name} weighs"),
+    ("{name} = {number}", "{name} ="),
+)
+#: What the numbers belong to.
+NAMES = (
+    "harbor", "library", "garden", "station", "museum", "bridge", "castle", "market", "forest", "river", "school",
+    "hotel", "temple", "factory", "island", "mountain", "theater", "hospital", "airport", "village", "bakery", "tower",
+    "stadium", "church", "office", "farm", "prison", "palace", "tunnel", "canal",
+)  # fmt: skip
+DIGITS = 5
+#: Numbers told in one row.
+FACTS = 6
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens of which some are scored.
+
+    Attributes:
+        ids: (N, L).
+        mask: (N, L) booleans, True for real tokens; None where all are.
+        labels: (N, L), the token itself where its loss counts, else IGNORED.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    labels: Tensor
+
+    @property
+    def count(self) -> int:
+        """Tokens whose loss counts."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def __getitem__(self, chosen: slice) -> Rows:
+        return Rows(self.ids[chosen], None if self.mask is None else self.mask[chosen], self.labels[chosen])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def text_rows(batches: Iterable[Any]) -> Rows:
+    """All rows of the batches: token ids (B, L), or dicts with input_ids and attention_mask; of one length.
+
+    Raises:
+        InputError: no batch, something else than a batch, or batches of several lengths.
+    """
+    ids: list[Tensor] = []
+    masks: list[Tensor] = []
+    for batch in batches:
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        if not isinstance(given, Mapping) and not hasattr(given, "keys"):
+            raise InputError(f"a batch is a {type(batch).__name__}: give input_ids (B, L) or a dict with them.")
+        if "input_ids" not in given or given["input_ids"].dim() != 2:
+            raise InputError("a batch has no input_ids of shape (B, L): give token ids, or a dict with them.")
+        ids.append(given["input_ids"].cpu())
+        mask = given.get("attention_mask")
+        masks.append(torch.ones_like(ids[-1], dtype=torch.bool) if mask is None else mask.cpu().bool())
+    if not ids:
+        raise InputError("no batches: give at least one of token ids (B, L).")
+    if len(lengths := {x.shape[1] for x in ids}) > 1:
+        raise InputError(f"batches of {sorted(lengths)} tokens: give all of them one length, padded with a mask.")
+    every, mask = torch.cat(ids), torch.cat(masks)
+    labels = every.masked_fill(~mask, IGNORED)
+    labels[:, 1:][~mask[:, :-1]] = IGNORED  # nothing predicts the first token behind padding
+    return Rows(every, None if bool(mask.all()) else mask, labels)
+
+
+def recall_rows(
+    tokenizer: Any, text: Rows, context: int, count: int, *, seed: int = 0, facts: int = FACTS,
+    wordings: tuple[tuple[str, str], ...] = WORDINGS, names: tuple[str, ...] = NAMES,
+) -> Rows:  # fmt: skip
+    """Prompts that fill the context: numbers told at different places of the text, all asked for at the end.
+
+    The facts of a row are spread over it, the first right behind the sinks, so that the distances between a number and
+    its question reach from the questions' own length to nearly the context. Their order, names, wordings and digits
+    follow from the seed.
+
+    Args:
+        text: where the filler comes from, contiguous pieces of its real tokens.
+        context: L, tokens of a row. count: N, rows. facts: numbers in a row.
+
+    Returns:
+        Rows whose labels are the numbers' tokens where they are asked for.
+
+    Raises:
+        InputError: the text is shorter than the context, or the context too short for a number and its question.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(limit: int) -> int:
+        return int(torch.randint(limit, (1,), generator=generator))
+
+    def ids_of(string: str) -> list[int]:
+        return list(tokenizer(string, add_special_tokens=False).input_ids)
+
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    stream = text.ids.flatten() if text.mask is None else text.ids[text.mask]
+    if len(stream) < context:
+        raise InputError(
+            f"the text has {len(stream)} tokens, prompts of {context} are to be made of it: give more text or a "
+            "smaller context."
+        )
+    rows, labels = [], []
+    for _ in range(count):
+        told: list[list[int]] = []
+        asked: list[tuple[list[int], list[int]]] = []
+        chosen = torch.randperm(len(names), generator=generator).tolist()
+        for name in [names[i] for i in chosen[:facts]]:
+            telling, asking = wordings[draw(len(wordings))]
+            number = ids_of(" " + "".join(str(draw(10)) for _ in range(DIGITS)))
+            before, after = telling.format(name=name, number="\0").split(" \0")
+            question, full = ids_of("\n\n" + asking.format(name=name)), [*ids_of("\n\n" + before), *number]
+            fact, question_and_answer = [*full, *ids_of(after + "\n\n")], len(question) + len(number)
+            used = len(start) + sum(map(len, told)) + sum(len(q) + len(n) for q, n in asked)
+            if used + len(fact) + question_and_answer > context * 3 // 4 and told:
+                break  # a short context has fewer facts
+            told.append(fact)
+            asked.append((question, number))
+        room = context - len(start) - sum(map(len, told)) - sum(len(q) + len(n) for q, n in asked)
+        if room < len(told):
+            raise InputError(f"context={context}: a number and its question do not fit, give at least {context * 4}.")
+        filler = stream[(first := draw(len(stream) - room + 1)) : first + room].tolist()
+        row, label = list(start), [IGNORED] * len(start)
+        cuts = [room * i // len(told) for i in range(len(told) + 1)]
+        for i, fact in enumerate(told):
+            lead = min(16, cuts[1] // 2) if i == 0 else 0  # the first number is no sink
+            row += [*filler[cuts[i] : cuts[i] + lead], *fact, *filler[cuts[i] + lead : cuts[i + 1]]]
+        label += [IGNORED] * (len(row) - len(label))
+        for i in torch.randperm(len(asked), generator=generator).tolist():
+            question, number = asked[i]
+            row += question + number
+            label += [IGNORED] * len(question) + number
+        rows.append(row)
+        labels.append(label)
+    return Rows(torch.tensor(rows), None, torch.tensor(labels))
+
+
+def row_losses(model: Any, rows: Rows, dtype: str) -> Tensor:
+    """The summed loss of each row's labels (N,), in nats; differentiable."""
+    device = next(model.parameters()).device
+    arguments: dict[str, Any] = {"input_ids": rows.ids.to(device), "use_cache": False}
+    if rows.mask is not None:
+        mask = rows.mask.to(device)
+        arguments |= {"attention_mask": mask.long(), "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    accepted = inspect.signature(model.forward).parameters
+    scored = (rows.labels[:, 1:] != IGNORED).any(0).nonzero()
+    first = int(scored[0]) if len(scored) else 0
+    if "logits_to_keep" in accepted:  # the head's product is made for what is scored only
+        arguments["logits_to_keep"] = rows.ids.shape[1] - first
+    arguments = {name: x for name, x in arguments.items() if name in accepted or "kwargs" in accepted}
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = model(**arguments).logits
+    logits = logits[:, -(rows.ids.shape[1] - first) : -1]
+    labels = rows.labels[:, first + 1 :].to(device)
+    losses = []
+    for row, label in zip(logits, labels, strict=True):  # one row at a time: float32 logits are large
+        kept = label != IGNORED
+        some = row if bool(kept.all()) else row[kept]
+        wide = some.float() if some.dtype.itemsize < 4 else some
+        losses.append(F.cross_entropy(wide, label[kept], reduction="sum"))
+    return torch.stack(losses)
