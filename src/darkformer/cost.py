@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .config import DarkConfig
@@ -48,6 +48,39 @@ def kv_cache_bytes(
     """Bytes of one softmax layer's keys and values for one sequence of `seq_len` tokens."""
     d_v = head_dim if value_dim is None else value_dim
     return element_bytes * seq_len * num_kv_heads * (head_dim + d_v)
+
+
+def model_bytes(
+    settings: Any, layers: Iterable[Any], config: DarkConfig | None, seq_len: int, *, element_bytes: int = 4
+) -> int:
+    """Bytes one sequence of `seq_len` tokens keeps in a whole model, converted by `config`; softmax with None.
+
+    Layers that stay as they are keep their keys and values, sliding ones those of their window.
+
+    Args:
+        settings: transformers' configuration of the language model.
+        layers: what a conversion knows of each layer that it takes (`darkformer.hf.layers.Layer`).
+    """
+    heads = settings.num_attention_heads
+    usual: dict[str, Any] = {
+        "num_kv_heads": getattr(settings, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(settings, "head_dim", None) or settings.hidden_size // heads,
+        "element_bytes": element_bytes,
+    }
+    kinds = getattr(settings, "layer_types", None) or ["full_attention"] * settings.num_hidden_layers
+    taken = {slot: layer for layer in layers for slot in layer.slots}
+    total = 0
+    for slot, kind in enumerate(kinds):
+        if (layer := taken.get(slot)) is not None:
+            shape = {"num_kv_heads": layer.num_kv_heads, "head_dim": layer.head_dim, "element_bytes": element_bytes}
+            one = kv_cache_bytes(seq_len, **shape) if config is None else layer_bytes(
+                config, layer.layer, seq_len, **shape
+            )  # fmt: skip
+            total += layer.calls * one
+        elif kind in ("full_attention", "sliding_attention", "chunked_attention"):
+            near = None if kind == "full_attention" else getattr(settings, "sliding_window", None)
+            total += kv_cache_bytes(min(seq_len, near or seq_len), **usual)
+    return total
 
 
 class Work(NamedTuple):

@@ -89,7 +89,7 @@ class Sensitivity:
 
 
 @contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Evaluation mode, and no gradients of weights: the backward pass then costs no more than a forward pass."""
     training = model.training
     learning = [x for x in model.parameters() if x.requires_grad]
@@ -310,7 +310,7 @@ def sensitivity(
     store = _Store(None if folder is None else Path(folder) / FILE, settings)
     if "result" in store.content:
         return Sensitivity.from_dict(store.content["result"])
-    with _frozen(model):
+    with frozen(model):
         result = _Run(measure, window, store, progress).run(method, max(x.ids.shape[1] for x in measure.rows.values()))
     store.put("result", result.to_dict())
     return result

@@ -1,0 +1,251 @@
+"""Which heads keep softmax, and how wide the windows of the others are, for a number of bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError, DarkConfig, native_dtype
+from ..cost import model_bytes
+from ..train.evaluate import Progress
+from .mixed import EXACT
+from .sensitivity import SMALLEST_GAP, Measure, Sensitivity, frozen, measurement, sensitivity
+
+#: Windows that a budget chooses from; constant state alone (budget 0) has `CONSTANT_WINDOW`.
+WINDOWS = (64, 128, 256, 512)
+CONSTANT_WINDOW = 256
+#: Length that budgets count bytes at, where the model does not say how many tokens it reads.
+USUAL_LENGTH = 8192
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a model may keep for one sequence.
+
+    Attributes:
+        share: of the softmax model's cache at `length` tokens, or None where `size` is given.
+        size: bytes, or None.
+        length: tokens.
+    """
+
+    share: float | None
+    size: int | None
+    length: int
+
+    @classmethod
+    def parse(cls, text: str, length: int) -> Budget:
+        """From `10%`, `64MB` (or kB, GB; MiB and its kin by 1,024) or `0`, at a length in tokens.
+
+        Raises:
+            ConfigError: none of these, or a share above 100 %.
+
+        >>> Budget.parse("10%", 8192).share
+        0.1
+        """
+        if text.strip() in ("0", "0%"):
+            return cls(0.0, None, length)
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kKMG]?i?B)\s*", text)
+        if found is None:
+            raise ConfigError(f"budget={text!r}: give a share of the softmax cache (10%), bytes (64MB), or 0.")
+        number, unit = float(found[1]), found[2]
+        if unit == "%":
+            if number > 100:
+                raise ConfigError(f"budget={text!r}: the whole softmax cache is 100%.")
+            return cls(number / 100, None, length)
+        power = "BKMG".index(unit[0].upper())
+        return cls(None, int(number * (1024 if "i" in unit else 1000) ** power), length)
+
+    def bytes_of(self, softmax: int) -> int:
+        """The budget in bytes, given what softmax keeps."""
+        return self.size if self.size is not None else int((self.share or 0.0) * softmax)
+
+    def __str__(self) -> str:
+        kept = f"{self.size / 1e6:g} MB" if self.size is not None else f"{100 * (self.share or 0.0):g}%"
+        return f"{kept} at {self.length:,} tokens"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a budget buys.
+
+    Attributes:
+        config: the configuration to convert with.
+        size, softmax: bytes one sequence keeps with it and with softmax, at `length` tokens.
+        tried: the candidates, one a row: window, heads (exact ones), size, text, recall (losses in nats per token of
+            window and sinks beside the exact heads, no features), score (share of what is lost without any far field).
+    """
+
+    config: DarkConfig
+    size: int
+    softmax: int
+    length: int
+    tried: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Of the softmax cache."""
+        return self.size / self.softmax
+
+    def __str__(self) -> str:
+        """What is kept, in a line or two."""
+        config = self.config
+        if config.method == "exact":
+            return f"softmax everywhere: {self.softmax / 1e6:.1f} MB at {self.length:,} tokens."
+        names = ", ".join(map(str, config.keep_exact)) or "none"
+        windows = f"window {config.window}" + (" (some layers differ)" if config.layer_windows else "")
+        return (
+            f"exact heads: {names} ({len(config.keep_exact)}); the others: {windows}, {config.sinks} sinks, "
+            f"{config.feature_count} features. At most {self.size / 1e6:.1f} MB at {self.length:,} tokens, "
+            f"{self.share:.1%} of softmax's {self.softmax / 1e6:.1f} MB."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**dataclasses.asdict(self), "config": self.config.to_dict(), "tried": list(self.tried)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Choice:
+        """Inverse of `to_dict`."""
+        return cls(**{**values, "config": DarkConfig.from_dict(values["config"]), "tried": tuple(values["tried"])})
+
+
+def full_context(model: Any) -> int:
+    """The most tokens that the model reads, as its configuration says, in tokens."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or USUAL_LENGTH
+
+
+class _Chooser:
+    """Candidates for a budget: their bytes, and what they lose."""
+
+    def __init__(self, measure: Measure, found: Sensitivity, config: DarkConfig, element_bytes: int) -> None:
+        self.measure, self.order, self.config = measure, found.order, config
+        self.layers, self.element_bytes = measure.mixed.layers, element_bytes
+        self.settings = measure.model.config.get_text_config(decoder=True)
+        self.gaps = {name: max(found.cut[name] - found.exact[name], SMALLEST_GAP) for name in found.exact}
+        self.exact = found.exact
+        self._known: dict[DarkConfig, dict[str, Any]] = {}
+
+    def bytes_of(self, config: DarkConfig | None, length: int) -> int:
+        """Bytes one sequence of `length` tokens keeps, by a configuration or by softmax (None)."""
+        return model_bytes(self.settings, self.layers, config, length, element_bytes=self.element_bytes)
+
+    def candidate(self, window: int, heads: int) -> DarkConfig:
+        """The first `heads` heads of the order exact, one window for the others."""
+        names = tuple(f"{layer}.{head}" for layer, head in self.order[:heads])
+        return dataclasses.replace(self.config, window=window, keep_exact=names)
+
+    def filled(self, window: int, size: int, length: int) -> DarkConfig | None:
+        """As many exact heads as `size` bytes allow beside this window; None if not even the windows fit."""
+        if self.bytes_of(self.candidate(window, 0), length) > size:
+            return None
+        low, high = 0, len(self.order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (
+                (middle, high) if self.bytes_of(self.candidate(window, middle), length) <= size else (low, middle - 1)
+            )
+        return self.candidate(window, low)
+
+    def windows_of(self, config: DarkConfig) -> list[list[int]]:
+        """The window of each kv head, layer by layer; EXACT for softmax."""
+        rows = []
+        for layer in self.layers:
+            exact = config.parts_of(layer.layer, layer.num_kv_heads).exact
+            rows.append([EXACT if g in exact else config.window_of(layer.layer) for g in range(layer.num_kv_heads)])
+        return rows
+
+    def row(self, config: DarkConfig, length: int) -> dict[str, Any]:
+        """A candidate with what it loses."""
+        if config not in self._known:
+            losses = self.measure.losses(self.windows_of(config))
+            score = sum((losses[name] - self.exact[name]) / self.gaps[name] for name in losses)
+            self._known[config] = {
+                "window": config.window, "heads": len(config.keep_exact), "layer_windows": len(config.layer_windows),
+                "size": self.bytes_of(config, length), **losses, "score": score,
+            }  # fmt: skip
+        return self._known[config]
+
+
+def choose_budget(
+    model: Any,
+    batches: Iterable[Any],
+    budgets: Sequence[Budget],
+    *,
+    tokenizer: Any = None,
+    config: DarkConfig | None = None,
+    found: Sensitivity | None = None,
+    dtype: str = "auto",
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Choice]:
+    """Exact heads and windows that lose least for each budget.
+
+    Heads come in the order of their sensitivity; for each window the budget pays for as many as fit, and what such a
+    model loses (window and sinks elsewhere) is measured on the text and on numbers to be recalled. The candidate that
+    loses least is taken.
+
+    Args:
+        model: the softmax model, not converted; it stays as it is.
+        batches: token ids (B, L) or dicts, as for `sensitivity`; L is the context it is chosen at.
+        budgets: see `Budget.parse`. A share of 0 is constant state: no exact head.
+        tokenizer: the model's own, for recall.
+        config: everything but heads and windows; the default's features count against the budget.
+        found: an earlier `sensitivity`; measured without.
+        folder, seed, dtype, progress: as for `sensitivity`.
+
+    Returns:
+        One `Choice` a budget, in their order.
+
+    Raises:
+        ConfigError: a budget that not even the smallest windows fit in (says the least).
+        ConversionError, InputError: as `sensitivity`.
+    """
+    config, batches = config or DarkConfig(), list(batches)
+    if found is None:
+        found = sensitivity(
+            model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, folder=folder, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+    dtype = native_dtype() if dtype == "auto" else dtype
+    measure = measurement(
+        model, batches, tokenizer=tokenizer, sinks=config.sinks, longest=WINDOWS[0], context=None, prompts=4, seed=seed,
+        dtype=dtype,
+    )  # fmt: skip
+    context = max(rows.ids.shape[1] for rows in measure.rows.values())
+    chooser = _Chooser(measure, found, config, next(model.parameters()).element_size())
+    windows = [w for w in WINDOWS if w + config.sinks < context // 2] or [WINDOWS[0]]
+    with frozen(model):
+        return [_choose(chooser, budget, windows) for budget in budgets]
+
+
+def _choose(chooser: _Chooser, budget: Budget, windows: Sequence[int]) -> Choice:
+    length, softmax = budget.length, chooser.bytes_of(None, budget.length)
+    size = budget.bytes_of(softmax)
+    if size >= softmax:
+        return Choice(dataclasses.replace(chooser.config, method="exact"), softmax, softmax, length)
+    if budget.share == 0.0:
+        constant = chooser.candidate(min(CONSTANT_WINDOW, max(windows)), 0)
+        return Choice(constant, chooser.bytes_of(constant, length), softmax, length)
+    candidates = [x for x in (chooser.filled(window, size, length) for window in windows) if x is not None]
+    if not candidates:
+        least = chooser.bytes_of(chooser.candidate(windows[0], 0), length)
+        raise ConfigError(
+            f"a budget of {budget} is {size / 1e6:.2f} MB, and windows of {windows[0]}, sinks and "
+            f"{chooser.config.feature_count} features everywhere take {least / 1e6:.2f} MB ({least / softmax:.1%}) "
+            "without any exact head: give at least that, or fewer features."
+        )
+    best, tried = None, []
+    for candidate in candidates:
+        row = chooser.row(candidate, length)
+        tried.append(row)
+        if best is None or row["score"] < chooser.row(best, length)["score"]:
+            best = candidate
+        elif row["score"] > 1.5 * chooser.row(best, length)["score"]:
+            break  # wider windows take more and more heads away
+    assert best is not None
+    return Choice(best, chooser.bytes_of(best, length), softmax, length, tuple(tried))
