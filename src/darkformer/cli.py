@@ -141,6 +141,7 @@ def linearize(
     Example: darkformer linearize HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --steps 500 --out runs/smol
     """
     from .experiments.console import RichReporter
+    from .experiments.evaluation import print_scores
     from .train.linearize import linearize as run
 
     if paper:
@@ -161,18 +162,8 @@ def linearize(
         model, out, data=data, held_out=held_out, config=config, budget=budget, resume=resume, overwrite=overwrite,
         reporter=RichReporter(),
     )  # fmt: skip
-    _print_scores(record["scores"])
+    print_scores(record["scores"], console)
     console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'", markup=False)
-
-
-def _print_scores(scores: dict[str, dict[str, Any]]) -> None:
-    table = Table()
-    for name in ("", "loss", "perplexity", "accuracy", "tokens"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, score in scores.items():
-        cells = (f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", f"{score['accuracy']:.2%}", str(score["tokens"]))
-        table.add_row(name, *cells)
-    console.print(table)
 
 
 def _model_folder(folder: str) -> str:
@@ -186,7 +177,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a run or model, hub id, or .gguf file.", metavar="DIR")],
     against: Annotated[str, typer.Option("--against", help="A second model to score on the same text.")] = "",
     data: Data = ["pydoc"],  # noqa: B006
-    seq_len: SeqLen = TRAIN.seq_len,
+    context: Annotated[int, typer.Option("--context", "--seq-len", help="Tokens of a scored sequence.", min=2)] = 2048,
     max_tokens: Annotated[int, typer.Option(help="Tokens to score at most; 0 takes all there are.", min=0)] = 8192,
     whole: Annotated[bool, typer.Option("--whole", help="Score all of --data, not its held-out eighth only.")] = False,
     dtype: Dtype = TrainConfig.dtype,
@@ -197,11 +188,12 @@ def evaluate(
     distances: Annotated[list[int], _bench("--distance", "Tokens from the number to its question. Repeat.")] = [],  # noqa: B006
     trials: Annotated[int, _bench("--trials", "Numbers asked for at each distance.", min=1)] = 20,
     batch_size: Annotated[int, _bench("--batch-size", "Prompts in one forward pass.", min=1)] = 4,
-    out: Annotated[Path, _bench("--out", "Folder of evaluation.json and recall.png.")] = Path("runs/evaluate"),
+    out: Annotated[Path, _bench("--out", "Folder of evaluation.json and the plot.")] = Path("runs/evaluate"),
 ) -> None:
     """Loss, perplexity and next-token accuracy on text that linearize held out (every eighth document of --data).
 
-    With --tasks or --recall: those benchmarks instead, as a table and a record in --out.
+    In all and by the token's position in its sequence, as tables, a plot and a record in --out. With --tasks or
+    --recall: those benchmarks instead.
     """
     from .experiments import evaluation
     from .experiments.console import RichReporter
@@ -209,8 +201,12 @@ def evaluate(
 
     reporter, names = RichReporter(), [_model_folder(name) for name in (model, against) if name]
     if not tasks and not passkey:
-        budget = TrainConfig(seq_len=seq_len, dtype=dtype)
-        _print_scores(evaluation.text_scores(names, data, budget, reporter, max_tokens=max_tokens, whole=whole))
+        record = evaluation.text_scores(
+            names, data, out, reporter, context=context, dtype=dtype, max_tokens=max_tokens, whole=whole
+        )
+        scores = {name: row["text"] for name, row in record["models"].items()}
+        evaluation.print_scores(scores, console, positions=True)
+        console.print(f"Record: {out / evaluation.RECORD}", markup=False)
         return
     chosen = {"tasks": tasks, "include_path": include_path, "batch_size": batch_size, "limit": limit}
     asked = RecallTask(tuple(distances) or DISTANCES, trials, batch_size=batch_size) if passkey else None

@@ -83,11 +83,42 @@ def test_overwrite_starts_afresh(model_folder: Path, text_glob: str, tmp_path: P
     assert record["config"] == DarkConfig.paper(16).to_dict()
 
 
-def test_evaluate_accepts_a_run_folder_and_compares(linearized: Path, model_folder: Path, text_glob: str) -> None:
-    words = ("--data", text_glob, "--seq-len", "64", "--dtype", "float32")
+def test_evaluate_accepts_a_run_folder_and_compares(
+    linearized: Path, model_folder: Path, text_glob: str, tmp_path: Path
+) -> None:
+    words = ("--data", text_glob, "--context", "64", "--dtype", "float32", "--out", str(tmp_path))
     output = run("evaluate", str(linearized), "--against", str(model_folder), *words)
     losses = json.loads((linearized / "record.json").read_text())["scores"]
     assert f"{losses['finetuned']['loss']:.4f}" in output and f"{losses['softmax']['loss']:.4f}" in output
+
+
+def test_evaluate_scores_by_position_at_the_context(model_folder: Path, text_glob: str, tmp_path: Path) -> None:
+    words = ("--data", text_glob, "--dtype", "float32", "--max-tokens", "1", "--out", str(tmp_path))
+    output = run("evaluate", str(model_folder), "--context", "300", *words)
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["context"] == 300 and record["data"] == [text_glob]
+    (row,) = record["models"].values()
+    buckets = row["text"]["by_position"]
+    assert [(b["start"], b["stop"]) for b in buckets] == [(1, 64), (64, 128), (128, 256), (256, 300)]
+    assert row["text"]["tokens"] == 299 and row["window"] is None
+    assert "256-299" in output and f"{buckets[-1]['loss']:.4f}" in output
+    assert (tmp_path / "loss-by-position.png").read_bytes().startswith(b"\x89PNG")
+    run("evaluate", str(model_folder), "--seq-len", "300", *words)  # the name it had before
+    assert json.loads((tmp_path / "evaluation.json").read_text())["context"] == 300
+
+
+def test_evaluate_refuses_text_shorter_than_the_context(model_folder: Path, tmp_path: Path) -> None:
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text("one two three " * (i + 1))
+    words = ["evaluate", str(model_folder), "--data", str(tmp_path / "*.txt"), "--out", str(tmp_path / "out")]
+    expected = {
+        (): r"the held-out text has \d+ tokens, one sequence needs 2048: give more text, --whole to score all of --data",
+        ("--whole",): r"the text has \d+ tokens, one sequence needs 2048: give more text or a smaller --context",
+    }
+    for more, message in expected.items():
+        with pytest.raises(darkformer.InputError, match=message):
+            CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_generate_streams_and_reports_its_state(linearized: Path) -> None:

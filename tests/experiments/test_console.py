@@ -208,9 +208,11 @@ def test_the_library_stays_silent(model_folder: Path, tmp_path: Path, capfd: pyt
     assert capfd.readouterr() == ("", "")
 
 
-def test_results_go_to_standard_output_and_progress_does_not(model_folder: Path, text_glob: str) -> None:
-    words = ["evaluate", str(model_folder), "--data", text_glob, "--seq-len", "64", "--dtype", "float32"]
-    result = CliRunner().invoke(app, words, catch_exceptions=False)
+def test_results_go_to_standard_output_and_progress_does_not(
+    model_folder: Path, text_glob: str, tmp_path: Path
+) -> None:
+    words = ["evaluate", str(model_folder), "--data", text_glob, "--context", "64", "--dtype", "float32"]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path)], catch_exceptions=False)
     name = model_folder.name
     assert "perplexity" in result.stdout and "elapsed" not in result.stdout
     began = [line for line in result.stderr.splitlines() if "started" in line]

@@ -1,5 +1,6 @@
 """Scores against a plain computation."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from hf.families import linear, tiny, tokens
 
 from darkformer import InputError, NonFiniteError
-from darkformer.train.evaluate import Score, evaluate
+from darkformer.train.evaluate import PositionScore, Score, evaluate, position_buckets
 
 BLOCKS = tokens(7, 24)
 
@@ -102,4 +103,43 @@ def test_nothing_to_predict(shape: tuple[int, int]) -> None:
 
 
 def test_a_record_of_plain_values() -> None:
-    assert Score(1.0, math.e, 0.5, 8).to_dict() == {"loss": 1.0, "perplexity": math.e, "accuracy": 0.5, "tokens": 8}
+    score = Score(1.0, math.e, 0.5, 8, (PositionScore(1, 9, 1.0, 0.5, 8),))
+    bucket = {"start": 1, "stop": 9, "loss": 1.0, "accuracy": 0.5, "tokens": 8}
+    whole = {"loss": 1.0, "perplexity": math.e, "accuracy": 0.5, "tokens": 8}
+    assert score.to_dict() == {**whole, "by_position": [bucket]} == json.loads(json.dumps(score.to_dict()))
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(2, [(1, 2)]), (64, [(1, 64)]), (65, [(1, 64), (64, 65)]), (256, [(1, 64), (64, 128), (128, 256)])],
+)
+def test_buckets_of_positions(length: int, expected: list[tuple[int, int]]) -> None:
+    assert position_buckets(length) == expected
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@torch.no_grad()
+def test_positions_against_a_plain_computation(batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("darkformer.train.evaluate.LOGITS_AT_ONCE", 37)  # a row is computed in parts
+    model, blocks = linear("llama"), tokens(3, 150)
+    score = evaluate(model, blocks, batch_size=batch_size)
+    logits, target = model(blocks).logits[:, :-1], blocks[:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+    right = (logits.argmax(-1) == target).float()
+    assert [(bucket.start, bucket.stop) for bucket in score.by_position] == [(1, 64), (64, 128), (128, 150)]
+    for start, stop, loss, accuracy, count in score.by_position:
+        places = slice(start - 1, stop - 1)  # logits of position t predict token t + 1
+        assert loss == pytest.approx(float(losses[:, places].mean()), rel=1e-5)
+        assert accuracy == pytest.approx(float(right[:, places].mean()), abs=1e-6) and count == 3 * (stop - start)
+    assert sum(bucket.tokens for bucket in score.by_position) == score.tokens
+    means = sum(bucket.loss * bucket.tokens for bucket in score.by_position) / score.tokens
+    assert means == pytest.approx(score.loss, rel=1e-12)
+
+
+def test_batches_are_bounded_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("darkformer.train.evaluate.TOKENS_AT_ONCE", 50)
+    seen: list[tuple[int, int]] = []
+    evaluate(tiny("llama"), BLOCKS, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (4, 4)  # two blocks of 24 at a time
+    evaluate(tiny("llama"), tokens(2, 60), progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (2, 2)  # a block is never cut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,29 @@ def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path)
     axes.set_xlabel("tokens between the number and the question's end")
     axes.set_ylabel("numbers recalled whole, %")
     axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, path)
+
+
+def loss_by_position(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """One line a model: loss against the predicted token's position in its sequence, on a logarithmic axis.
+
+    Args:
+        models: name → buckets with `start`, `stop` and `loss`, as evaluation scores them.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    styles = zip(COLORS[::4] + COLORS[2::4], "osD^", ("-", "--", "-.", ":"), strict=True)
+    for (color, marker, line), (name, buckets) in zip(cycle(styles), models.items(), strict=False):
+        places = [(bucket["start"] * (bucket["stop"] - 1)) ** 0.5 for bucket in buckets]  # the middle of a bucket
+        values = [bucket["loss"] for bucket in buckets]
+        axes.plot(places, values, marker=marker, linestyle=line, color=color, label=Path(name).name)
+        edges = [bucket["start"] for bucket in buckets] + [buckets[-1]["stop"]]
+        axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
+    axes.set_xlabel("position of the predicted token")
+    axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _save(figure, path)

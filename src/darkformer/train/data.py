@@ -113,8 +113,14 @@ def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     return [d for i, d in enumerate(documents) if i not in held], [documents[i] for i in held]
 
 
-def token_blocks(tokenizer: Any, documents: Iterable[str], seq_len: int, part: str = "the") -> Tensor:
+def token_blocks(
+    tokenizer: Any, documents: Iterable[str], seq_len: int, part: str = "the",
+    advice: str = "give more text or a smaller --seq-len",
+) -> Tensor:  # fmt: skip
     """Tokens of all documents, an end-of-text token after each, cut into blocks.
+
+    Args:
+        part, advice: for the error: which text this is, and what to do where it is too short.
 
     Returns:
         (blocks, seq_len) int64; the rest that does not fill a block is dropped.
@@ -129,6 +135,6 @@ def token_blocks(tokenizer: Any, documents: Iterable[str], seq_len: int, part: s
             ids.append(tokenizer.eos_token_id)
     if len(ids) < seq_len:
         raise InputError(
-            f"{part} text has {len(ids)} tokens, one sequence needs {seq_len}: give more text or a smaller --seq-len."
+            f"{part} text has {len(ids)} tokens, one sequence needs {seq_len}: {advice}."
         )
     return torch.tensor(ids[: len(ids) // seq_len * seq_len]).view(-1, seq_len)

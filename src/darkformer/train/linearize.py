@@ -17,7 +17,7 @@ from ..hf.load import load_model, load_tokenizer, save_model
 from .calibrate import calibrate
 from .card import model_card
 from .data import load_documents, split_documents, token_blocks
-from .evaluate import evaluate
+from .evaluate import TOKENS_AT_ONCE, evaluate
 from .finetune import finetune
 from .record import RUN_FILE, environment, open_run, read_json, write_json
 from .report import Reporter, Silent
@@ -41,7 +41,7 @@ def calibrated(model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporte
 
 def scored(model: nn.Module, blocks: Tensor, budget: TrainConfig, reporter: Reporter, title: str) -> dict[str, Any]:
     """`evaluate` as a stage; plain values."""
-    batch = max(1, 2048 // blocks.shape[1])
+    batch = max(1, TOKENS_AT_ONCE // blocks.shape[1])
     with reporter.stage(f"{title}: evaluate", -(-len(blocks) // batch)) as advance:
         return evaluate(model, blocks, batch_size=batch, dtype=budget.dtype, progress=advance).to_dict()
 
