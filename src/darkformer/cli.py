@@ -6,12 +6,20 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from .config import DarkConfig, DarkformerError, DemoConfig, TrainConfig, field_help, import_problem
+from .config import (
+    ConfigError,
+    DarkConfig,
+    DarkformerError,
+    DemoConfig,
+    TrainConfig,
+    field_help,
+    import_problem,
+    layer_windows_of,
+)  # fmt: skip
 
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
     from typer.core import TyperGroup
 
     from .cli_native import app as native_app
@@ -77,7 +85,21 @@ ProposalWeights = Annotated[bool, _dark("proposal_weights", "--proposal-weights/
 ColdStart = Annotated[bool, _dark("cold_start", "--cold-start/--no-cold-start")]
 FarBias = Annotated[bool, _dark("far_bias", "--far-bias/--no-far-bias")]
 ConvertSliding = Annotated[bool, _dark("convert_sliding", "--convert-sliding/--keep-sliding")]
-KeepExact = Annotated[list[int], _dark("keep_exact", "--keep-exact")]
+KeepExact = Annotated[list[str], _dark("keep_exact", "--keep-exact")]
+NoFeatures = Annotated[list[str], _dark("no_features", "--no-features")]
+LayerWindows = Annotated[list[str], _dark("layer_windows", "--layer-window")]
+DropFeatures = Annotated[bool, _dark("drop_features", "--drop-features/--keep-features")]
+BUDGET_HELP = (
+    "Bytes one sequence may keep: a share of the softmax cache (10%), a size (64MB), or 0 for constant state. Which "
+    "heads keep softmax, and the windows of the others, are chosen to lose least; --window does not count then."
+)
+Context = Annotated[
+    int,
+    typer.Option("--context", help="Tokens of the sequences that calibration, choice of heads and scores use.", min=2),
+]
+BudgetAt = Annotated[
+    int, typer.Option("--budget-at", help="Tokens that a budget is counted at; 0: the most the model reads.", min=0)
+]
 Train = Annotated[str, _train("train", "--train")]
 Steps = Annotated[int, _train("steps", "--steps")]
 Lr = Annotated[float, _train("lr", "--lr")]
@@ -123,6 +145,12 @@ def linearize(
     far_bias: FarBias = DARK.far_bias,
     convert_sliding: ConvertSliding = DARK.convert_sliding,
     keep_exact: KeepExact = [],  # noqa: B006
+    no_features: NoFeatures = [],  # noqa: B006
+    layer_windows: LayerWindows = [],  # noqa: B006
+    drop_features: DropFeatures = DARK.drop_features,
+    memory: Annotated[str, typer.Option("--budget", help=BUDGET_HELP, rich_help_panel="Attention")] = "",
+    budget_at: BudgetAt = 0,
+    context: Context = 2048,
     train: Train = TRAIN.train,
     steps: Steps = TRAIN.steps,
     lr: Lr = TRAIN.lr,
@@ -144,6 +172,8 @@ def linearize(
     from .experiments.evaluation import print_scores
     from .train.linearize import linearize as run
 
+    if paper and memory:
+        raise ConfigError("--paper with --budget: the paper's form has no exact part that a budget could choose.")
     if paper:
         config = DarkConfig.paper(
             features, method=method, draw=draw, seed=seed, convert_sliding=convert_sliding, keep_exact=tuple(keep_exact)
@@ -152,15 +182,16 @@ def linearize(
         config = DarkConfig(
             method=method, num_features=features, window=window, sinks=sinks, center=center, balance=balance, tied=tied,
             draw=draw, proposal=proposal, proposal_weights=proposal_weights, cold_start=cold_start, far_bias=far_bias,
-            convert_sliding=convert_sliding, keep_exact=tuple(keep_exact), seed=seed,
+            convert_sliding=convert_sliding, keep_exact=tuple(keep_exact), no_features=tuple(no_features),
+            layer_windows=layer_windows_of(layer_windows), drop_features=drop_features, seed=seed,
         )  # fmt: skip
     budget = TrainConfig(
         train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size,
         save_every=save_every, dtype=dtype, redraw_every=redraw_every, seed=seed,
     )  # fmt: skip
     record = run(
-        model, out, data=data, held_out=held_out, config=config, budget=budget, resume=resume, overwrite=overwrite,
-        reporter=RichReporter(),
+        model, out, data=data, held_out=held_out, config=config, budget=budget, context=context, memory=memory or None,
+        memory_at=budget_at or None, resume=resume, overwrite=overwrite, reporter=RichReporter(),
     )  # fmt: skip
     print_scores(record["scores"], console)
     console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'", markup=False)

@@ -186,7 +186,7 @@ def _head_names(name: str, values: Iterable[object]) -> tuple[HeadName, ...]:
     return tuple(a if b < 0 else f"{a}.{b}" for a, b in kept)
 
 
-def _layer_windows(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
+def layer_windows_of(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
     """Pairs (layer, window), in order, from pairs or `LAYER=WINDOW`."""
     windows: dict[int, int] = {}
     for value in values:
@@ -294,7 +294,7 @@ class DarkConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False.")
         for name in ("keep_exact", "no_features"):  # JSON gives lists
             object.__setattr__(self, name, _head_names(name, getattr(self, name)))
-        object.__setattr__(self, "layer_windows", _layer_windows(self.layer_windows))
+        object.__setattr__(self, "layer_windows", layer_windows_of(self.layer_windows))
         if self.method == "local" and not all((self.window, *dict(self.layer_windows).values())):
             raise ConfigError("method='local' with window=0 leaves nothing to attend to: give window >= 1.")
 

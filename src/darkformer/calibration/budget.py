@@ -219,8 +219,13 @@ def choose_budget(
     context = max(rows.ids.shape[1] for rows in measure.rows.values())
     chooser = _Chooser(measure, found, config, next(model.parameters()).element_size())
     windows = [w for w in WINDOWS if w + config.sinks < context // 2] or [WINDOWS[0]]
+    choices = []
     with frozen(model):
-        return [_choose(chooser, budget, windows) for budget in budgets]
+        for i, budget in enumerate(budgets):
+            choices.append(_choose(chooser, budget, windows))
+            if progress:
+                progress(i + 1, len(budgets))
+    return choices
 
 
 def _choose(chooser: _Chooser, budget: Budget, windows: Sequence[int]) -> Choice:

@@ -79,7 +79,9 @@ class RecallTask:
                 "give at least one trial, and distances of at least one token."
             )
         if not 0 <= self.numbers <= len(NAMES):
-            raise InputError(f"numbers={self.numbers}: a prompt tells up to {len(NAMES)} numbers, or 0 for one pass key.")
+            raise InputError(
+                f"numbers={self.numbers}: a prompt tells up to {len(NAMES)} numbers, or 0 for one pass key."
+            )
 
 
 class Asked(NamedTuple):
@@ -193,9 +195,7 @@ class _ManyNumbers(_Prompts):
         return self.start + text + block, asked
 
 
-def many_numbers(
-    tokenizer: Any, task: RecallTask, filler: Tensor | None = None
-) -> list[tuple[list[int], list[Asked]]]:
+def many_numbers(tokenizer: Any, task: RecallTask, filler: Tensor | None = None) -> list[tuple[list[int], list[Asked]]]:
     """The prompts of a task with `numbers`, and what each asks: `trials` numbers at every distance, in turns.
 
     Args:

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import DarkConfig, RunFolderError, TrainConfig
-from ..hf.convert import convert, plan_conversion
+from ..calibration.budget import Budget, Choice, choose_budget, full_context
+from ..calibration.sensitivity import sensitivity
+from ..config import ConfigError, DarkConfig, RunFolderError, TrainConfig
+from ..hf.convert import convert, converted_modules, plan_conversion
 from ..hf.load import load_model, load_tokenizer, save_model
 from .calibrate import calibrate
 from .card import model_card
@@ -23,12 +25,15 @@ from .record import RUN_FILE, environment, open_run, read_json, write_json
 from .report import Reporter, Silent
 
 #: Tokens of the calibration pass, and of the held-out text that scores are measured on.
-CALIBRATION_TOKENS, EVALUATION_TOKENS = 4096, 8192
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 8192, 8192
+#: Tokens of a sequence that a model is calibrated, chosen and scored at.
+CONTEXT = 2048
 
 
 def calibration_batches(blocks: Tensor) -> list[Tensor]:
-    """The first `CALIBRATION_TOKENS` of the training text, in batches of two blocks."""
-    return list(blocks[: max(2, CALIBRATION_TOKENS // blocks.shape[1])].split(2))
+    """The first `CALIBRATION_TOKENS` of the training text, in batches of two blocks, or of one long one."""
+    chosen = blocks[: max(2, CALIBRATION_TOKENS // blocks.shape[1])]
+    return list(chosen.split(2 if blocks.shape[1] <= CONTEXT // 2 else 1))
 
 
 def calibrated(model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporter, title: str) -> list[dict[str, Any]]:
@@ -61,14 +66,59 @@ def trained(
 
 def load_text(sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, seq_len: int) -> tuple[Tensor, Tensor]:
     """Training and validation blocks (N, seq_len); without `held_out` sources, every eighth document is held out."""
-    if held_out:
-        train, validation = load_documents(sources), load_documents(held_out)
-    else:
-        train, validation = split_documents(load_documents(sources))
+    train, validation = _documents(sources, held_out)
     return (
         token_blocks(tokenizer, train, seq_len, "the training"),
         token_blocks(tokenizer, validation, seq_len, "the held-out"),
     )
+
+
+def _documents(sources: Sequence[str], held_out: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Documents to train on, and others to validate on."""
+    if held_out:
+        return load_documents(sources), load_documents(held_out)
+    return split_documents(load_documents(sources))
+
+
+def load_context_text(
+    sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, context: int
+) -> tuple[Tensor, Tensor]:
+    """`load_text` in blocks of the context a model is used at.
+
+    Raises:
+        InputError: less text than one such block (says how much there is).
+    """
+    advice = "give more text, or a smaller --context"
+    train, validation = _documents(sources, held_out)
+    return (
+        token_blocks(tokenizer, train, context, "the calibration", advice),
+        token_blocks(tokenizer, validation, context, "the held-out", advice),
+    )
+
+
+def chosen(
+    model: Any, tokenizer: Any, blocks: Tensor, limit: Budget, config: DarkConfig, reporter: Reporter, folder: Path,
+    dtype: str,
+) -> Choice:  # fmt: skip
+    """Exact heads and windows for one budget, from the first blocks (N, context) of the training text."""
+    batches, file = calibration_batches(blocks), folder / "choice.json"
+    if file.is_file():  # of a run that goes on
+        return Choice.from_dict(read_json(file))
+    with reporter.stage("which heads need softmax", 1) as advance:
+        found = sensitivity(
+            model, batches, tokenizer=tokenizer, sinks=config.sinks, folder=folder, dtype=dtype, progress=advance
+        )  # fmt: skip
+    with reporter.stage("heads and windows for the budget", 1) as advance:
+        (choice,) = choose_budget(
+            model, batches, [limit], tokenizer=tokenizer, config=config, found=found, dtype=dtype, progress=advance
+        )  # fmt: skip
+    write_json(file, choice.to_dict())
+    return choice
+
+
+def _configuration(model: Any) -> DarkConfig:
+    """What a converted model is converted to, with what calibration has changed."""
+    return DarkConfig.from_dict(dict(converted_modules(model)[0].config.darkformer))
 
 
 def linearize(
@@ -79,6 +129,9 @@ def linearize(
     held_out: Sequence[str] = (),
     config: DarkConfig,
     budget: TrainConfig,
+    context: int = CONTEXT,
+    memory: str | None = None,
+    memory_at: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
@@ -90,6 +143,11 @@ def linearize(
         out: run folder: `model/` (weights, tokenizer and card, loadable by transformers after `import darkformer`),
             `record.json`, `checkpoints/` while training.
         data, held_out: text files, globs, `pydoc`, or dataset names.
+        context: tokens of the sequences that calibration, the choice of heads and scores use; training has its own
+            (`budget.seq_len`).
+        memory: bytes a sequence may keep, as `calibration.budget.Budget.parse` reads them (`10%`, `64MB`, `0`): exact
+            heads and windows are chosen for it, in place of those of `config`. None: `config` as it is.
+        memory_at: tokens it is counted at; the most that the model reads without.
 
     Returns:
         The record, as written to `record.json`.
@@ -100,22 +158,32 @@ def linearize(
     out, reporter = Path(out), reporter or Silent()
     if resume and overwrite:
         raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
+    if memory is not None and config.keep_exact:
+        raise ConfigError("--keep-exact beside --budget: a budget chooses the exact heads itself. Give one of them.")
     started = time.perf_counter()
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
-        "config": config.to_dict(), "budget": asdict(budget),
+        "config": config.to_dict(), "budget": asdict(budget), "context": context, "memory": memory,
+        "memory_at": memory_at,
     }  # fmt: skip
     with reporter.stage("load text and model", 1):
         tokenizer = load_tokenizer(model_name)
-        blocks, validation = load_text(data, held_out, tokenizer, budget.seq_len)
-        validation = validation[: max(1, EVALUATION_TOKENS // budget.seq_len)]
+        long_blocks, validation = load_context_text(data, held_out, tokenizer, context)
+        validation = validation[: max(1, EVALUATION_TOKENS // context)]
+        blocks, _ = load_text(data, held_out, tokenizer, budget.seq_len)
         model = load_model(model_name)
+    limit = None if memory is None else Budget.parse(memory, memory_at or full_context(model))
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
         reporter.say(f"{out} is finished: nothing left to do.")
         return read_json(out / "record.json")
     scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
-    choices = calibrated(model, config, blocks, reporter, config.method)
+    choice = None
+    if limit is not None:
+        choice = chosen(model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype)
+        reporter.say(f"a budget of {limit}: {choice}")
+        config = choice.config
+    choices = calibrated(model, config, long_blocks, reporter, config.method)
     scores["converted"] = scored(model, validation, budget, reporter, "converted")
     losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
     if budget.steps and budget.train != "none":
@@ -125,6 +193,7 @@ def linearize(
     record = {
         **settings, "environment": environment(), "scores": scores, "losses": losses, "calibration": choices,
         "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),
+        "choice": None if choice is None else choice.to_dict(), "converted_config": _configuration(model).to_dict(),
     }  # fmt: skip
     write_json(out / "record.json", record)
     model_card(record).save(out / "model" / "README.md")
