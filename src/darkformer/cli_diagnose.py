@@ -34,12 +34,19 @@ def register(app: typer.Typer, console: Console) -> None:
         exact_share: Annotated[
             float, typer.Option("--exact-share", help="Share of the layers that may stay exact.", min=0.0, max=1.0)
         ] = 0.1,
+        context: Annotated[
+            int,
+            typer.Option("--context", help="Tokens of the text on which heads lose their far field; 0: none.", min=0),
+        ] = 2048,
+        budget: Annotated[
+            str, typer.Option("--budget", help="Bytes to say exact heads for: a share of the softmax cache, or a size.")
+        ] = "10%",
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
     ) -> None:
         """See why linear attention works or fails in each head of a softmax model, before converting it.
 
-        One pass over real text: anisotropy, where attention goes, predicted and measured noise of every estimator,
-        what to choose. SmolLM2-135M takes a few minutes on two cores.
+        Real text, no training: anisotropy, where attention goes, predicted and measured noise of every estimator, what
+        text and recall lose without a head's far field, what to choose. SmolLM2-135M takes minutes on two cores.
         """
         from .diagnostics.layer import COUNTS, Effort
         from .experiments.console import RichReporter
@@ -50,7 +57,7 @@ def register(app: typer.Typer, console: Console) -> None:
         effort = Effort(counts=tuple(sorted({*COUNTS, features})), tokens=tokens)
         record = run_diagnosis(
             model, out, data=data, config=config, effort=effort, layers=layer, exact_share=exact_share,
-            overwrite=overwrite, reporter=RichReporter(),
+            context=context, budget=budget, overwrite=overwrite, reporter=RichReporter(),
         )  # fmt: skip
         print_diagnosis(record, console)
         console.print(f"Report: {out / 'report.html'}   record: {out / 'record.json'}", markup=False)

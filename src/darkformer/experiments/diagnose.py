@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.budget import Budget, choose_budget, full_context
+from ..calibration.sensitivity import sensitivity
 from ..config import ConfigError, DarkConfig, InputError, NonFiniteError, RunFolderError
 from ..diagnostics.estimators import ESTIMATORS
 from ..diagnostics.layer import Effort, Layer, diagnose_layer
@@ -21,6 +23,7 @@ from ..features.moments import Moments, tokens_needed
 from ..hf.convert import convert, dark_layers, observing, revert
 from ..hf.load import load_model, load_tokenizer
 from ..train.data import load_documents, token_blocks
+from ..train.linearize import CONTEXT, calibration_batches
 from ..train.record import environment, write_json
 from ..train.report import Reporter, Silent
 from .diagnosis_report import write_diagnosis
@@ -174,6 +177,25 @@ def diagnose(
     return result
 
 
+def needs(
+    model: Any, tokenizer: Any, blocks: Tensor, budget: str, config: DarkConfig, reporter: Reporter
+) -> dict[str, Any]:
+    """What each head of a softmax model loses without its far field, and what a budget would keep exact.
+
+    Args:
+        blocks: (N, context) tokens.
+    """
+    batches = calibration_batches(blocks)
+    with reporter.stage("which heads need softmax", 1) as advance:
+        found = sensitivity(model, batches, tokenizer=tokenizer, sinks=config.sinks, progress=advance)
+    with reporter.stage("what a budget would keep", 1) as advance:
+        limit = Budget.parse(budget, full_context(model))
+        (choice,) = choose_budget(
+            model, batches, [limit], tokenizer=tokenizer, config=config, found=found, progress=advance
+        )  # fmt: skip
+    return {"sensitivity": found.to_dict(), "asked": budget, "budget": str(limit), "choice": choice.to_dict()}
+
+
 def _forward(model: Any, batch: Tensor) -> list[str]:
     """One softmax pass; what went wrong, instead of an error: the layers before it are still worth showing."""
     try:
@@ -201,10 +223,16 @@ def run_diagnosis(
     effort: Effort,
     layers: Sequence[int] = (),
     exact_share: float = 0.1,
+    context: int = CONTEXT,
+    budget: str = "10%",
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Loads, diagnoses, writes `record.json`, `plots/` and `report.html` to `out`. Returns the record.
+
+    Args:
+        context: tokens of the sequences on which each head's far field is cut (`needs`); 0: not done.
+        budget: what `needs` says the exact heads for, as `Budget.parse` reads it.
 
     Raises:
         DarkformerError: bad input, or a folder that is not empty.
@@ -213,10 +241,18 @@ def run_diagnosis(
         raise RunFolderError(f"{out} is not empty: --overwrite replaces what a diagnosis wrote, --out avoids it.")
     started, reporter = time.perf_counter(), reporter or Silent()
     with reporter.stage("load text and model", 1):
-        blocks = token_blocks(load_tokenizer(model_name), load_documents(data), effort.tokens)
+        tokenizer, documents = load_tokenizer(model_name), load_documents(data)
+        blocks = token_blocks(tokenizer, documents, effort.tokens)
         blocks = blocks[: MOMENT_TOKENS // effort.tokens + 1]
         model = load_model(model_name)
     result = diagnose(model, blocks, config, effort, layers=layers, exact_share=exact_share, reporter=reporter)
+    if context:
+        try:
+            advice = "give more text, or a smaller --context (0 leaves the sensitivity of heads out)"
+            long_blocks = token_blocks(tokenizer, documents, context, "the", advice)
+            result["needs"] = needs(model, tokenizer, long_blocks, budget, config, reporter)
+        except (InputError, ConfigError) as error:
+            result["problems"].append(f"sensitivity of heads: {error}")
     record = {
         "command": "diagnose", "model": Path(model_name).name, "data": list(data), "config": config.to_dict(),
         "effort": asdict(effort), "tokens": int(blocks.numel()), "environment": environment(),

@@ -26,7 +26,8 @@ PICTURES = (
     ("heads", plots.head_maps, "Every head",
      "One square a head. An effective rank far below the head's dimension is anisotropy. Log second moments say how "
      "many draws a pair needs (e to that power): beyond about 10 no affordable number is accurate. The error is the "
-     "distance from softmax's output: 0 is exact, 1 as wrong as no answer. Grey: could not be measured."),
+     "distance from softmax's output: 0 is exact, 1 as wrong as no answer. Grey: could not be measured. Text and "
+     "recall (where measured): what is lost when only this head sees the window and the sinks; few heads matter."),
     ("spectra", plots.spectra, "Spectra",
      "Isotropic inputs would be flat lines. Centring and balancing turn the two coloured bands into the green one."),
     ("error", plots.error_against_features, "Error against the number of features",
@@ -71,6 +72,7 @@ def advice(record: Mapping[str, Any]) -> list[str]:
     best = told["estimator"]["choice"]
     rho = record["agreement"]
     return [
+        *_needed(record),
         f"Try {flags}: with m = {m['choice']} the mean error is within 5 % of that with "
         f"{max(map(int, m['mean_error']))}; mean error by window {errors} "
         f"(on {record['effort']['tokens']} tokens; longer texts have more beyond a window).",
@@ -81,6 +83,30 @@ def advice(record: Mapping[str, Any]) -> list[str]:
         f"Rank correlation over heads, predicted with measured error: default {rho['default']['rank']['best']:.2f}, "
         f"features alone {rho['features']['rank']['best']:.2f} at each head's best scale and {rho['output']:.2f} at "
         f"scale 1. Taking the predicted scale costs {rho['default']['cost'] - 1:.1%} of the error.",
+    ]
+
+
+def _needed(record: Mapping[str, Any]) -> list[str]:
+    """What a budget would keep exact, and why."""
+    if "needs" not in record:
+        return []
+    found, choice = record["needs"]["sensitivity"], record["needs"]["choice"]
+    rows = {f"{row['layer']}.{row['head']}": row for row in found["rows"]}
+    names = [f"{layer}.{head}" for layer, head in found["order"]]
+    kept = [name for name in names if name in choice["config"]["keep_exact"]]
+    told = []
+    for name in kept[:SHOWN]:
+        recall = "" if rows[name]["recall"] is None else f", recall {rows[name]['recall']:.2f}"
+        told.append(f"{name} (text {rows[name]['text']:.3f}{recall})")
+    more = f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else ""
+    rest = [rows[name]["text"] for name in names if name not in kept]
+    return [
+        f"A budget of {record['needs']['budget']} keeps softmax in {len(kept)} of {len(names)} heads, window "
+        f"{choice['config']['window']} in the others: {', '.join(told) or 'none'}{more}. Numbers are nats a token lost "
+        f"when the head sees {found['window']} keys and {found['sinks']} sinks at {found['context']:,} tokens; the "
+        f"other heads' median is {median(rest) if rest else 0.0:.4f}. "
+        f"`darkformer linearize --budget {record['needs']['asked']}` does that; `darkformer budget` shows what other "
+        "budgets buy."
     ]
 
 

@@ -37,11 +37,20 @@ def head_maps(record: Mapping[str, Any], path: Path) -> Path:
         (f"error, features alone, m = {m}", "relative", lambda r: r["error"]["balanced"][m]),
         (f"error, window {window} + sinks + features, m = {m}", "relative", lambda r: r["default_error"][window][m]),
     ]  # fmt: skip
+    if "needs" in record:
+        found = {(row["layer"], row["head"]): row for row in record["needs"]["sensitivity"]["rows"]}
+        for name, what in (("text", "text"), ("recall", "numbers told long ago")):
+            if any(row[name] is not None for row in found.values()):
+                value = lambda r, name=name: found.get((r["layer"], r["head"]), {}).get(name, np.nan)  # noqa: E731
+                panels.append((f"lost without its far field: {what}", "nats a token", value))
     grids = [_grid(record["rows"], value) for *_, value in panels]
     layers = grids[0][1]
-    height = 1.0 + 0.16 * grids[0][0].shape[0]
-    figure, axes = plt.subplots(3, 2, figsize=(max(10.0, 0.5 * len(layers)), 3 * height + 1.5), constrained_layout=True)
-    for ax, (title, unit, _), (grid, _) in zip(axes.flat, panels, grids, strict=True):
+    height, lines = 1.0 + 0.16 * grids[0][0].shape[0], (len(panels) + 1) // 2
+    size = (max(10.0, 0.5 * len(layers)), lines * height + 1.5)
+    figure, axes = plt.subplots(lines, 2, figsize=size, constrained_layout=True)
+    for unused in axes.flat[len(panels) :]:
+        unused.set_axis_off()
+    for ax, (title, unit, _), (grid, _) in zip(axes.flat, panels, grids, strict=False):
         colors = plt.get_cmap("viridis").with_extremes(bad="lightgray")
         image = ax.imshow(grid, aspect="auto", cmap=colors, vmin=0)
         ax.set_title(title, fontsize=10)
