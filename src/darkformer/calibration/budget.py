@@ -196,7 +196,9 @@ def choose_budget(
         tokenizer: the model's own, for recall.
         config: everything but heads and windows; the default's features count against the budget.
         found: an earlier `sensitivity`; measured without.
-        folder, seed, dtype, progress: as for `sensitivity`.
+        dtype: as for `sensitivity`; keys and values are counted at 2 bytes a number where it is bfloat16, else at those
+            of the model's weights.
+        folder, seed, progress: as for `sensitivity`.
 
     Returns:
         One `Choice` a budget, in their order.
@@ -217,7 +219,8 @@ def choose_budget(
         dtype=dtype,
     )  # fmt: skip
     context = max(rows.ids.shape[1] for rows in measure.rows.values())
-    chooser = _Chooser(measure, found, config, next(model.parameters()).element_size())
+    element_bytes = 2 if dtype == "bfloat16" else next(model.parameters()).element_size()
+    chooser = _Chooser(measure, found, config, element_bytes)
     windows = [w for w in WINDOWS if w + config.sinks < context // 2] or [WINDOWS[0]]
     choices = []
     with frozen(model):
