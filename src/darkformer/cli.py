@@ -29,6 +29,7 @@ except Exception as error:  # pragma: no cover - exercised in a bare environment
     raise
 
 from .cli_bench import register as register_bench
+from .cli_budget import register as register_budget
 from .cli_diagnose import register as register_diagnose
 from .cli_reproduce import register as register_reproduce
 
@@ -329,6 +330,7 @@ def demo(
 
 
 register_bench(app, console)
+register_budget(app, console)
 register_diagnose(app, console)
 register_reproduce(app, console)
 

@@ -1,0 +1,161 @@
+"""`darkformer budget`: what each budget would buy of a softmax model, measured before anything is trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..calibration.budget import Budget, Choice, choose_budget, full_context
+from ..calibration.sensitivity import Sensitivity, sensitivity
+from ..config import ConfigError, DarkConfig, InputError, option
+from ..hf.convert import plan_conversion
+from ..hf.load import load_model, load_tokenizer
+from ..train.calibrate import calibrate
+from ..train.linearize import CONTEXT, EVALUATION_TOKENS, calibration_batches, load_context_text
+from ..train.record import RUN_FILE, open_run, read_json, write_json
+from ..train.report import Reporter, Silent
+from .frontier import FrontierRow, FrontierSettings, measure_frontier
+
+#: Budgets of the frontier.
+BUDGETS = ("0", "5%", "10%", "20%", "30%", "50%", "100%")
+RECORD, PICTURE = "budget.json", "frontier.png"
+
+
+@dataclass(frozen=True)
+class BudgetTask:
+    """What a frontier is made of.
+
+    Raises:
+        ConfigError: a budget that is none.
+    """
+
+    data: tuple[str, ...] = option(("pydoc",), "Text that heads are chosen and calibrated on.")
+    held_out: tuple[str, ...] = option((), "Text of the scores; empty: every eighth document of the data.")
+    budgets: tuple[str, ...] = option(BUDGETS, "Bytes a sequence may keep: 10%, 64MB or 0. Repeat for more.")
+    at: int | None = option(None, "Tokens that a budget is counted at; none: the most the model reads.")
+    context: int = option(CONTEXT, "Tokens of the sequences that heads are chosen, calibrated and scored at.")
+    windows: tuple[int, ...] = option((64, 256), "Rows with this window and sinks alone, to compare with. Repeat.")
+    eval_tokens: int = option(EVALUATION_TOKENS, "Tokens of held-out text that every score is measured on.")
+
+    def __post_init__(self) -> None:
+        for text in self.budgets:
+            Budget.parse(text, self.at or 1)
+
+
+def frontier_rows(choices: Sequence[tuple[str, Choice]], windows: Sequence[int], sinks: int) -> list[FrontierRow]:
+    """Softmax, windows alone, and one row a budget, (text, choice)."""
+    rows = [FrontierRow("softmax", "softmax", None, "100%")]
+    for window in windows:
+        config = DarkConfig(method="local", window=window, sinks=sinks)
+        rows.append(FrontierRow(f"window-{window}", f"window {window} and sinks alone", config))
+    for text, choice in choices:
+        if choice.config.method == "exact":
+            continue  # softmax has a row already
+        title = "constant state" if text.strip() in ("0", "0%") else f"budget {text}"
+        name = "budget-" + "".join(c if c.isalnum() or c == "." else "" for c in text)
+        rows.append(FrontierRow(name, title, choice.config, text))
+    return rows
+
+
+def measured_choices(
+    model: Any, tokenizer: Any, blocks: Tensor, budgets: Sequence[str], config: DarkConfig, *, at: int | None,
+    dtype: str, folder: Path, reporter: Reporter,
+) -> tuple[Sensitivity, list[tuple[str, Choice]]]:  # fmt: skip
+    """Which heads need softmax, and what each budget keeps. A budget that is too small for this model is left out.
+
+    Args:
+        blocks: (N, context) tokens to choose on.
+        folder: partial results are kept there.
+    """
+    batches = calibration_batches(blocks)
+    with reporter.stage("which heads need softmax", 1) as advance:
+        found = sensitivity(
+            model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, folder=folder, progress=advance
+        )  # fmt: skip
+    length, choices = at or full_context(model), []
+    with reporter.stage("heads and windows for each budget", len(budgets)) as advance:
+        for i, text in enumerate(budgets):
+            file = folder / f"choice-{i}.json"
+            kept = read_json(file) if file.is_file() else {}
+            if kept.get("budget") == [text, length]:
+                choices.append((text, Choice.from_dict(kept["choice"])))
+            else:
+                try:
+                    (choice,) = choose_budget(
+                        model, batches, [Budget.parse(text, length)], tokenizer=tokenizer, config=config, found=found,
+                        dtype=dtype,
+                    )  # fmt: skip
+                except ConfigError as error:
+                    reporter.say(f"left out: {error}")
+                else:
+                    choices.append((text, choice))
+                    write_json(file, {"budget": [text, length], "choice": choice.to_dict()})
+            advance(i + 1, len(budgets))
+    for text, choice in choices:
+        reporter.say(f"  {text:>5}  {choice}")
+    return found, choices
+
+
+def run_budget(
+    model_name: str,
+    out: Path,
+    task: BudgetTask,
+    config: DarkConfig,
+    settings: FrontierSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """The frontier of a model: softmax, windows alone, and each budget; `budget.json` and `frontier.png` in `out`.
+
+    Args:
+        config: everything but heads and windows.
+
+    Returns:
+        The record: that of `measure_frontier`, with `sensitivity`, `choices` and the task.
+
+    Raises:
+        DarkformerError: bad input, or a folder that holds another run.
+    """
+    reporter, started = reporter or Silent(), time.perf_counter()
+    claim = {
+        "command": "budget", "model": model_name, "config": config.to_dict(),
+        **{name: list(x) if isinstance(x, tuple) else x for name, x in vars(task).items()},
+    }  # fmt: skip
+    with reporter.stage("load text and model", 1):
+        tokenizer = load_tokenizer(model_name)
+        blocks, held_out = load_context_text(task.data, task.held_out, tokenizer, task.context)
+        model = load_model(model_name)
+    reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
+    open_run(out, claim, resume=resume, overwrite=overwrite)
+    found, choices = measured_choices(
+        model, tokenizer, blocks, task.budgets, config, at=task.at, dtype=settings.dtype, folder=out / "sensitivity",
+        reporter=reporter,
+    )  # fmt: skip
+    if settings.recall is not None:
+        far = tuple(d for d in settings.recall.distances if d < task.context - 100)
+        settings = replace(settings, recall=replace(settings.recall, distances=far) if far else None)
+    if not choices:
+        raise InputError("none of the budgets fits this model: see what was left out, and why.")
+    record = measure_frontier(
+        model, tokenizer, frontier_rows(choices, task.windows, config.sinks),
+        held_out[: max(1, task.eval_tokens // task.context)], out, settings=settings,
+        calibrate=lambda converted: calibrate(converted, calibration_batches(blocks)), reporter=reporter,
+    )  # fmt: skip
+    record |= {
+        "command": "budget", "task": {**claim, "model": Path(model_name).name}, "sensitivity": found.to_dict(),
+        "choices": [{"budget": text, **choice.to_dict()} for text, choice in choices],
+        "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+    write_json(out / RECORD, record)
+    from ..plots import quality_against_bytes
+
+    quality_against_bytes(record, out / PICTURE)
+    write_json(out / RUN_FILE, {"settings": claim, "finished": True})
+    return record
