@@ -11,7 +11,6 @@ from .config import DarkConfig, DarkformerError, DemoConfig, TrainConfig, field_
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
     from typer.core import TyperGroup
 
     from .cli_native import app as native_app

@@ -134,7 +134,5 @@ def token_blocks(
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
     if len(ids) < seq_len:
-        raise InputError(
-            f"{part} text has {len(ids)} tokens, one sequence needs {seq_len}: {advice}."
-        )
+        raise InputError(f"{part} text has {len(ids)} tokens, one sequence needs {seq_len}: {advice}.")
     return torch.tensor(ids[: len(ids) // seq_len * seq_len]).view(-1, seq_len)
