@@ -112,7 +112,7 @@ def test_evaluate_refuses_text_shorter_than_the_context(model_folder: Path, tmp_
         (tmp_path / f"{i}.txt").write_text("one two three " * (i + 1))
     words = ["evaluate", str(model_folder), "--data", str(tmp_path / "*.txt"), "--out", str(tmp_path / "out")]
     expected = {
-        (): r"the held-out text has \d+ tokens, one sequence needs 2048: give more text, --whole to score all of --data",
+        (): r"held-out text has \d+ tokens, one sequence needs 2048: give more text, --whole to score all of --data",
         ("--whole",): r"the text has \d+ tokens, one sequence needs 2048: give more text or a smaller --context",
     }
     for more, message in expected.items():

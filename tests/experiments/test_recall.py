@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,17 @@ from typer.testing import CliRunner
 
 from darkformer import InputError
 from darkformer.cli import app
-from darkformer.experiments.recall import DIGITS, RecallTask, _Prompts, recall
-from darkformer.hf.load import load_tokenizer
+from darkformer.experiments.recall import (
+    DIGITS,
+    LEAD,
+    NAMES,
+    WORDINGS,
+    RecallTask,
+    _Prompts,
+    many_numbers,
+    recall,
+)
+from darkformer.hf.load import load_model, load_tokenizer
 
 
 class Induction(nn.Module):
@@ -25,9 +36,9 @@ class Induction(nn.Module):
         super().__init__()
         self.window, self.vocabulary = window, vocabulary
         self.device_of = nn.Parameter(torch.zeros(1))
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
         self.seen.append((input_ids, attention_mask))
         logits = torch.zeros(*input_ids.shape, self.vocabulary)
         for row, ids in enumerate(input_ids.tolist()):
@@ -109,3 +120,75 @@ def test_the_command_runs_lm_eval_tasks(model_folder: Path, tmp_path: Path, monk
     (row,) = json.loads((tmp_path / "evaluation.json").read_text())["models"].values()
     assert set(row["tasks"]["local_choice"]) >= {"acc,none", "acc_norm,none"}
     assert not (tmp_path / "recall.png").exists()
+
+
+class TestManyNumbers:
+    TASK = RecallTask((200, 260, 600), trials=4, numbers=5, batch_size=2)
+
+    def test_every_number_lies_where_it_says(self, tokenizer: Any) -> None:
+        prompts = many_numbers(tokenizer, self.TASK)
+        counts = Counter(one.distance for _, asked in prompts for one in asked)
+        assert counts == dict.fromkeys(self.TASK.distances, 4) and len(prompts) == 3
+        for ids, asked in prompts:
+            text = tokenizer.decode(ids)
+            for one in asked:
+                key = one.answer
+                assert ids[one.told - len(key) + 1 : one.told + 1] == key == ids[one.at : one.at + len(key)]
+                assert tokenizer.decode(key).isdigit() and len(tokenizer.decode(key)) == DIGITS
+                assert text.count(tokenizer.decode(key)) == 2  # told once, and answered
+                assert 0 <= one.tokens_between - one.distance <= 40
+                # Right before both stand the same words.
+                assert ids[one.told - len(key) - 3 : one.told - len(key)] == ids[one.at - 4 : one.at - 1]
+            assert [one.at for one in asked] == sorted(one.at for one in asked)
+            assert min(one.told for one in asked) >= LEAD
+
+    def test_distances_are_exact_where_nothing_overlaps(self, tokenizer: Any) -> None:
+        for _, asked in many_numbers(tokenizer, RecallTask((300, 900, 2100), trials=3, numbers=3)):
+            assert [one.tokens_between for one in asked] == [300, 900, 2100]
+
+    def test_wordings_and_names_come_once_a_prompt(self, tokenizer: Any) -> None:
+        (prompt, _), *_ = many_numbers(tokenizer, RecallTask((1500,), trials=len(WORDINGS), numbers=len(WORDINGS)))
+        text = tokenizer.decode(prompt)
+        assert all(text.count(told.split("{")[0]) == 2 for told, _ in WORDINGS)  # told, and in the question
+        assert all(text.count(f" {name} ") in (0, 2) for name in NAMES)
+
+    def test_wordings_end_alike_and_apart(self) -> None:
+        for told, asked in WORDINGS:
+            assert asked.endswith(told.split("{key}")[0])  # what induction copies from
+        assert len({told.split("{key}")[0].split()[-1] for told, _ in WORDINGS}) == len(WORDINGS)
+
+    def test_recall_ends_where_the_window_ends(self, tokenizer: Any) -> None:
+        window = 400  # more than 260 and a number further, less than 600
+        points = recall(Induction(window), tokenizer, self.TASK)
+        assert [point["distance"] for point in points] == [200, 260, 600]
+        assert [point["accuracy"] for point in points] == [1, 1, 0]
+        assert [point["digit_accuracy"] for point in points][:2] == [1, 1] and points[2]["digit_accuracy"] < 1
+        assert all(point["trials"] == 4 for point in points)
+        assert all(point["accuracy"] == 1 for point in recall(Induction(10**6), tokenizer, self.TASK))
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_batches_do_not_matter(self, tokenizer: Any, batch_size: int) -> None:
+        model = load_model(tokenizer.name_or_path)
+        task = replace(self.TASK, batch_size=batch_size)
+        seen: list[tuple[int, int]] = []
+        points = recall(model, tokenizer, task, progress=lambda done, total: seen.append((done, total)))
+        assert points == recall(model, tokenizer, self.TASK) and seen[-1] == (3, 3)
+
+    def test_text_of_the_callers_lies_between(self, tokenizer: Any) -> None:
+        filler = torch.full((2, 50), 7)
+        ((ids, asked),) = many_numbers(tokenizer, RecallTask((700,), trials=1, numbers=1), filler)
+        assert ids[asked[0].told + 20 : asked[0].told + 600] == [7] * 580
+        with pytest.raises(InputError, match="filler holds no tokens"):
+            many_numbers(tokenizer, RecallTask(numbers=1), filler[:0])
+
+    def test_the_seed_decides(self, tokenizer: Any) -> None:
+        assert many_numbers(tokenizer, self.TASK) == many_numbers(tokenizer, self.TASK)
+        assert many_numbers(tokenizer, self.TASK) != many_numbers(tokenizer, replace(self.TASK, seed=1))
+
+    def test_refusals(self, tokenizer: Any) -> None:
+        with pytest.raises(InputError, match="one pass key a prompt"):
+            many_numbers(tokenizer, RecallTask())
+        with pytest.raises(InputError, match="would stand among them"):
+            many_numbers(tokenizer, RecallTask((16,), trials=5, numbers=5))
+        with pytest.raises(InputError, match=f"up to {len(WORDINGS)} numbers"):
+            RecallTask(numbers=len(WORDINGS) + 1)

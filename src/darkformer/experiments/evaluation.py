@@ -97,8 +97,8 @@ def print_scores(scores: Mapping[str, Mapping[str, Any]], console: Console, *, p
     for name in scores:
         table.add_column(name, justify="right")
     for buckets in zip(*(score["by_position"] for score in scores.values()), strict=True):
-        cells = (f"{bucket['loss']:.4f}  {bucket['accuracy']:.1%}" for bucket in buckets)
-        table.add_row(f"{buckets[0]['start']:,}-{buckets[0]['stop'] - 1:,}", *cells)
+        shown = [f"{bucket['loss']:.4f}  {bucket['accuracy']:.1%}" for bucket in buckets]
+        table.add_row(f"{buckets[0]['start']:,}-{buckets[0]['stop'] - 1:,}", *shown)
     console.print(table)
 
 

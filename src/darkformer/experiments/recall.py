@@ -33,18 +33,22 @@ DISTANCES = (16, 32, 64, 128, 256, 512, 1024)
 LEAD = 16
 DIGITS = 5
 
-#: (told, asked) of prompts with several numbers. They score only: no choice of heads is ever made on them.
+#: (told, asked) of prompts with several numbers, each once in a prompt at most. What stands right before the number
+#: differs between any two: a small softmax model binds number and name only loosely, and would mix alike sentences up.
+#: They score only: no choice of heads is ever made on them.
 WORDINGS = (
-    (" The parcel for {name} carries the number{key}.",
-     " Which number does the parcel for {name} carry? The parcel for {name} carries the number"),
-    (" The train to {name} has the number{key}.",
-     " Which number has the train to {name}? The train to {name} has the number"),
-    (" Note: the office in {name} can be reached under{key}.",
-     " How can the office in {name} be reached? The office in {name} can be reached under"),
-    (" The population of the village near {name} is{key}.",
-     " What is the population of the village near {name}? The population of the village near {name} is"),
-)  # fmt: skip
-#: Whose numbers they are; a prompt uses each once at most.
+    (" Call {name} under{key} at noon.", " Who was it? Call {name} under"),
+    (" Ship {name} left port{key}, then sailed.", " And where from? Ship {name} left port"),
+    (" Choir {name} sang hymn{key} twice.", " Which one again? Choir {name} sang hymn"),
+    (" Book {name} has page{key} missing.", " Which is gone? Book {name} has page"),
+    (" Train {name} waits on track{key} tonight.", " Where is it now? Train {name} waits on track"),
+    (" Star {name} lies at distance{key} from us.", " How far is it? Star {name} lies at distance"),
+    (" Farm {name} sold apples worth{key} coins.", " What did they earn? Farm {name} sold apples worth"),
+    (" Museum {name} bought painting{key} today.", " Which one came? Museum {name} bought painting"),
+    (" Doctor {name} saw patient{key} last.", " Who came then? Doctor {name} saw patient"),
+    (" Bank {name} froze account{key} at once.", " Which was it? Bank {name} froze account"),
+)
+#: Whose numbers they are, each once in a prompt at most.
 NAMES = (
     "Amsterdam", "Athens", "Berlin", "Boston", "Cairo", "Chicago", "Denver", "Dublin", "Geneva", "Havana", "Kyoto",
     "Lima", "Lisbon", "London", "Madrid", "Milan", "Moscow", "Naples", "Oslo", "Paris", "Prague", "Rome", "Seoul",
@@ -60,10 +64,11 @@ class RecallTask:
         distances: tokens between a number's end and the place where it is asked for.
         trials: numbers at each distance.
         batch_size: prompts in one forward pass.
-        numbers: numbers told and asked for in one prompt, under different names. 0: one pass key a prompt.
+        numbers: numbers told and asked for in one prompt, each in a wording and under a name of its own. 0: one pass key
+            a prompt.
 
     Raises:
-        InputError: no trials, no positive distances, or more numbers in a prompt than there are names.
+        InputError: no trials, no positive distances, or more numbers in a prompt than there are wordings.
     """
 
     distances: tuple[int, ...] = DISTANCES
@@ -78,9 +83,9 @@ class RecallTask:
                 f"trials={self.trials}, batch_size={self.batch_size}, distances={list(self.distances)}: "
                 "give at least one trial, and distances of at least one token."
             )
-        if not 0 <= self.numbers <= len(NAMES):
+        if not 0 <= self.numbers <= len(WORDINGS):
             raise InputError(
-                f"numbers={self.numbers}: a prompt tells up to {len(NAMES)} numbers, or 0 for one pass key."
+                f"numbers={self.numbers}: a prompt tells up to {len(WORDINGS)} numbers, or 0 for one pass key."
             )
 
 
@@ -139,17 +144,23 @@ class _ManyNumbers(_Prompts):
 
     def __init__(self, tokenizer: Any, seed: int, filler: Tensor | None) -> None:
         super().__init__(tokenizer, seed)
+        self.has_digit: Callable[[int], bool] = lambda token: any(c.isdigit() for c in tokenizer.decode([token]))
         self.start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         if filler is not None:
             self.filler = filler.flatten().tolist()
             if not self.filler:
                 raise InputError("filler holds no tokens: give ids of some text, or None for the built-in sentences.")
 
-    def _sentences(self, name: str) -> tuple[list[int], list[int], list[int], list[int]]:
-        """(told up to the number, the number, what is told after it, the question) of one name."""
-        told, asked = WORDINGS[int(torch.randint(len(WORDINGS), (1,), generator=self.generator))]
+    def _sentences(self, name: str, told: str, asked: str) -> tuple[list[int], list[int], list[int], list[int]]:
+        """(told up to the number, the number, what is told after it, the question) of one name.
+
+        A token of the space before the number belongs to what comes before it.
+        """
         head, tail = told.format(name=name, key="\0").split("\0")
-        return self.ids(head), self.ids(self.key()), self.ids(tail), self.ids(asked.format(name=name))
+        key = self.ids(self.key())
+        space = next(i for i, token in enumerate(key) if self.has_digit(token))
+        before = key[:space]
+        return self.ids(head) + before, key[space:], self.ids(tail), self.ids(asked.format(name=name)) + before
 
     def many(self, distances: Sequence[int]) -> tuple[list[int], list[Asked]]:
         """(prompt with the answers, what it asks): one number a distance, in the order in which they are asked for.
@@ -160,8 +171,9 @@ class _ManyNumbers(_Prompts):
         Raises:
             InputError: a distance ends within the questions.
         """
-        names = torch.randperm(len(NAMES), generator=self.generator)[: len(distances)].tolist()
-        sentences = [self._sentences(NAMES[i]) for i in names]
+        names = [NAMES[i] for i in torch.randperm(len(NAMES), generator=self.generator)]
+        wordings = [WORDINGS[i] for i in torch.randperm(len(WORDINGS), generator=self.generator)]
+        sentences = [self._sentences(n, *w) for _, n, w in zip(distances, names, wordings, strict=False)]
         block: list[int] = []
         places: list[int] = []  # of the answers, from the block's start
         for _, key, _, question in sentences:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,66 @@ def loss_by_position(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _save(figure, path)
+
+
+def quality_against_bytes(record: Mapping[str, Any], path: Path) -> Path:
+    """Share of softmax's accuracy, and recall, against the bytes one sequence keeps, on a logarithmic axis.
+
+    Softmax is the star at the right end. Rows without any feature or exact head (window and sinks alone) are a second,
+    dashed line; points carry their budgets. Rows that failed are left out.
+
+    Args:
+        record: what `measure_frontier` writes, with a softmax row.
+    """
+    length = str(record["settings"]["lengths"][0])
+    rows = [row for row in record["rows"] if row.get("score") and row.get("bytes")]
+    softmax = next(row for row in rows if row["config"] is None)
+    reference = softmax["score"]["accuracy"] or 1.0  # a model that knows nothing has no share
+
+    def windows_only(row: Mapping[str, Any]) -> bool:
+        return row["config"]["method"] == "local" and not row["config"]["keep_exact"]
+
+    converted = sorted((row for row in rows if row["config"] is not None), key=lambda row: row["bytes"][length])
+    lines = {
+        "darkformer": ([row for row in converted if not windows_only(row)], "#d55e00", "o", "-"),
+        "window and sinks alone": ([row for row in converted if windows_only(row)], "#0072b2", "s", "--"),
+    }
+    panels: list[tuple[str, Callable[[Mapping[str, Any]], float | None]]] = [
+        ("next-token accuracy, % of softmax's", lambda row: 100 * row["score"]["accuracy"] / reference)
+    ]
+    if softmax.get("recall"):
+        distances = ", ".join(f"{point['distance']:,}" for point in softmax["recall"])
+        panels.append((f"numbers recalled, %, mean over\n{distances} tokens", _mean_recall))
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.5), constrained_layout=True, squeeze=False
+    )
+    for axes, (label, quality) in zip(grid.flat, panels, strict=True):
+        axes.set_xscale("log")
+        for name, (members, color, marker, style) in lines.items():
+            points = [(row["bytes"][length] / 1e6, quality(row), row["budget"]) for row in members]
+            points = [point for point in points if point[1] is not None]
+            if not points:
+                continue
+            axes.plot(
+                *zip(*[p[:2] for p in points], strict=True), color=color, marker=marker, linestyle=style, label=name
+            )
+            for x, y, budget in points:
+                axes.annotate(budget, (x, y), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8)
+        if (end := quality(softmax)) is not None:
+            axes.plot(softmax["bytes"][length] / 1e6, end, "k*", markersize=12, label="softmax")
+            axes.axhline(end, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlabel(f"MB one sequence of {int(length):,} tokens keeps")
+        axes.set_ylabel(label)
+        axes.margins(0.08, 0.12)
+        axes.grid(alpha=0.3)
+    grid.flat[0].legend(loc="lower right", frameon=False)
+    return _save(figure, path)
+
+
+def _mean_recall(row: Mapping[str, Any]) -> float | None:
+    """Percent of whole numbers, the mean over the distances; None where it was not measured."""
+    points = row.get("recall")
+    return 100 * sum(point["accuracy"] for point in points) / len(points) if points else None
 
 
 def error_heat_map(choices: Sequence[Mapping[str, Any]], path: Path) -> Path:

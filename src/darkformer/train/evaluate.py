@@ -18,7 +18,7 @@ from ..config import InputError, NonFiniteError
 Progress = Callable[[int, int], None]
 
 
-#: Tokens that one forward pass of `evaluate` reads at most, but for longer blocks: logits of a large vocabulary are large.
+#: Tokens in one forward pass of `evaluate`, unless one block is longer: logits of a large vocabulary are large.
 TOKENS_AT_ONCE = 2048
 #: Tokens whose logits are float32 at a time.
 LOGITS_AT_ONCE = 256
