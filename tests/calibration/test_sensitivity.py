@@ -16,7 +16,7 @@ import darkformer
 from darkformer import ConfigError, ConversionError, DarkConfig, InputError, RunFolderError
 from darkformer.calibration.mixed import EXACT, MixedAttention
 from darkformer.calibration.rows import IGNORED, Rows, recall_rows, row_losses, text_rows
-from darkformer.calibration.sensitivity import FILE, METHODS, Measure, Sensitivity, sensitivity
+from darkformer.calibration.sensitivity import FILE, METHODS, Measure, Sensitivity, sensitivity, window_changes
 from darkformer.hf.interface import attending, receive, softmax_of
 from darkformer.hf.trial import implementation
 
@@ -183,6 +183,28 @@ def test_it_goes_on_where_it_stopped(method: str, tmp_path: Path) -> None:
     assert rest == whole and steps[0] == 3
     with pytest.raises(RunFolderError, match="another rows"):
         sensitivity(model, [ids(3)], folder=tmp_path, **options)
+
+
+def test_window_changes() -> None:
+    """At a state with exact heads and a window a layer: the slopes of that state, by layer and head."""
+    model, batch = build(), ids()
+    options: dict[str, Any] = dict(exact=[(0, 1)], windows={0: 8, 1: 8, 2: 16}, sinks=SINKS, dtype="float32")
+    seen: list[tuple[int, int]] = []
+    found = window_changes(
+        model, [batch], others=[16, EXACT], progress=lambda done, total: seen.append((done, total)), **options
+    )  # fmt: skip
+    assert seen == [(n + 1, 4) for n in range(4)]
+    rest = [(layer, g) for layer in range(3) for g in range(2) if (layer, g) != (0, 1)]
+    assert [(x.layer, x.head, x.window) for x in found] == [
+        *((layer, g, 16) for layer, g in rest if layer != 2), *((layer, g, EXACT) for layer, g in rest)
+    ]  # fmt: skip
+    measure = measure_of(model, text_rows([batch]))
+    expected = measure.slopes("text", [[8, EXACT], [8, 8], [16, 16]], {EXACT: rest}, at=0.5)[EXACT]
+    assert [x.text for x in found if x.window == EXACT] == pytest.approx(expected.tolist(), rel=1e-9)
+    with pytest.raises(ConfigError, match=r"3\.0, which is no kv head"):
+        window_changes(model, [batch], others=[16], **options | dict(exact=[(3, 0)]))
+    with pytest.raises(ConfigError, match="no entry for layer 2"):
+        window_changes(model, [batch], others=[16], **options | dict(windows={0: 8, 1: 8}))
 
 
 def test_sliding_layers_are_left_out() -> None:

@@ -163,7 +163,7 @@ class Measure:
                 row = rows[i : i + 1]
                 loss = row_losses(self.model, row, self.dtype).sum()
                 self._finite(float(loss.detach()))
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 count += row.count
         found = {}
         for other, heads in others.items():
@@ -208,13 +208,14 @@ class Measure:
         Whether the model's structure allows it is tried in its middle: the loss must be the same.
         """
         nothing = lambda *_: contextlib.nullcontext()  # noqa: E731
-        if self.blocks is None:
+        blocks = self.blocks
+        if blocks is None:
             row_losses(self.model, row, self.dtype)
             return nothing, False
-        outputs: list[Any] = [None] * len(self.blocks)
+        outputs: list[Any] = [None] * len(blocks)
         attending = {id(m): i for i, m in enumerate(self.mixed.modules)}
         place = {
-            attending[id(m)]: b for b, block in enumerate(self.blocks) for m in block.modules() if id(m) in attending
+            attending[id(m)]: b for b, block in enumerate(blocks) for m in block.modules() if id(m) in attending
         }  # fmt: skip
 
         def recording(i: int, module: Any, forward: Any) -> Any:
@@ -224,7 +225,7 @@ class Measure:
 
             return run
 
-        with replaced_forward(self.blocks, recording):
+        with replaced_forward(blocks, recording):
             wanted = float(row_losses(self.model, row, self.dtype))
 
         def skips(index: int, count: int) -> contextlib.AbstractContextManager[None]:
@@ -233,7 +234,7 @@ class Measure:
             def skipping(i: int, module: Any, forward: Any) -> Any:
                 return lambda *args, **kwargs: _expanded(outputs[i], count)
 
-            return replaced_forward(self.blocks[:below], skipping)
+            return replaced_forward(blocks[:below], skipping)
 
         try:
             with skips(len(self.mixed.layers) // 2, 1):
@@ -314,6 +315,101 @@ def sensitivity(
         result = _Run(measure, window, store, progress).run(method, max(x.ids.shape[1] for x in measure.rows.values()))
     store.put("result", result.to_dict())
     return result
+
+
+@dataclass(frozen=True)
+class WindowChange:
+    """What changes, to first order, when one kv head goes over from its window to another.
+
+    Attributes:
+        layer, head: numbers of the layer and of the kv head in it.
+        window: the other window, EXACT (0) for softmax.
+        text, recall: change of the loss in nats per token, below 0 where it falls; recall None if not asked.
+    """
+
+    layer: int
+    head: int
+    window: int
+    text: float
+    recall: float | None
+
+
+def window_changes(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    exact: Iterable[tuple[int, int]],
+    windows: int | Mapping[int, int],
+    others: Sequence[int],
+    tokenizer: Any = None,
+    sinks: int = 4,
+    context: int | None = None,
+    prompts: int = 2,
+    seed: int = 0,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> list[WindowChange]:
+    """What a budget trades: first-order losses of other windows, at a state where some heads are exact already.
+
+    The slopes are taken halfway, all heads at once, for one of `others` after the other: their sum over many heads says
+    little, their order and their ratio to bytes say where to spend next.
+
+    Args:
+        exact: (layer, kv head) with softmax, such as the first of `Sensitivity.order`.
+        windows: of all other heads, one number, or layer → window.
+        others: windows to compare with, EXACT (0) for softmax. A head is left out where it has that window, or is
+            exact.
+        progress: called with (rows done, rows in all).
+        model, batches, tokenizer, sinks, context, prompts, seed, dtype: as in `sensitivity`.
+
+    Returns:
+        One `WindowChange` a head and other window, in the order of `others`, then of the model.
+
+    Raises:
+        ConfigError: a head or layer that does not exist. ConversionError, InputError: as in `sensitivity`.
+    """
+    exact = set(exact)
+    longest = max(*others, *([windows] if isinstance(windows, int) else windows.values()))
+    measure = measurement(
+        model, batches, tokenizer=tokenizer, sinks=sinks, longest=longest, context=context, prompts=prompts, seed=seed,
+        dtype=native_dtype() if dtype == "auto" else dtype,
+    )  # fmt: skip
+    layers = measure.mixed.layers
+    present = {(layer.layer, g) for layer in layers for g in range(layer.num_kv_heads)}
+    if unknown := sorted(exact - present):
+        names = ", ".join(f"{layer}.{head}" for layer, head in unknown)
+        raise ConfigError(
+            f"exact names {names}, which is no kv head of a full layer: "
+            f"layers are {', '.join(str(x.layer) for x in layers)}."
+        )
+    by_layer = {x.layer: windows for x in layers} if isinstance(windows, int) else dict(windows)
+    if lacking := sorted({x.layer for x in layers} - set(by_layer)):
+        raise ConfigError(f"windows has no entry for layer {', '.join(map(str, lacking))}.")
+    state = [[EXACT if (x.layer, g) in exact else by_layer[x.layer] for g in range(x.num_kv_heads)] for x in layers]
+    total, done = len(others) * sum(map(len, measure.rows.values())), 0
+    changes: list[WindowChange] = []
+    with _frozen(model):
+        for other in others:
+            heads = [(i, g) for i, g in measure.mixed.heads if state[i][g] not in (EXACT, other)]
+            values: dict[str, Tensor] = {}
+            for name, rows in measure.rows.items():
+                summed = torch.zeros(len(heads), dtype=torch.float64)
+                for i in range(len(rows)):
+                    summed += (
+                        measure.slopes(name, state, {other: heads}, at=MIDDLE, part=[i])[other] * rows[i : i + 1].count
+                    )
+                    done += 1
+                    if progress:
+                        progress(done, total)
+                values[name] = summed / max(1, rows.count)
+            recall = values.get("recall")
+            changes += [
+                WindowChange(
+                    layers[i].layer, g, other, float(values["text"][n]), None if recall is None else float(recall[n])
+                )
+                for n, (i, g) in enumerate(heads)
+            ]
+    return changes
 
 
 def measurement(
