@@ -388,7 +388,7 @@ def window_changes(
     state = [[EXACT if (x.layer, g) in exact else by_layer[x.layer] for g in range(x.num_kv_heads)] for x in layers]
     total, done = len(others) * sum(map(len, measure.rows.values())), 0
     changes: list[WindowChange] = []
-    with _frozen(model):
+    with frozen(model):
         for other in others:
             heads = [(i, g) for i, g in measure.mixed.heads if state[i][g] not in (EXACT, other)]
             values: dict[str, Tensor] = {}
