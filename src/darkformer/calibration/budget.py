@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,16 @@ from ..config import ConfigError, DarkConfig, native_dtype
 from ..cost import model_bytes
 from ..train.evaluate import Progress
 from .mixed import EXACT
-from .sensitivity import SMALLEST_GAP, Measure, Sensitivity, frozen, measurement, sensitivity
+from .sensitivity import (
+    SMALLEST_GAP,
+    Measure,
+    Sensitivity,
+    WindowChange,
+    frozen,
+    measurement,
+    sensitivity,
+    window_changes,
+)
 
 #: Windows that a budget chooses from; constant state alone (budget 0) has `CONSTANT_WINDOW`.
 WINDOWS = (64, 128, 256, 512)
@@ -158,6 +167,41 @@ class _Chooser:
             rows.append([EXACT if g in exact else config.window_of(layer.layer) for g in range(layer.num_kv_heads)])
         return rows
 
+    def refined(self, config: DarkConfig, changes: Sequence[WindowChange]) -> DarkConfig:
+        """`config` with wider windows in the layers that gain most, paid for by narrower ones where that costs least.
+
+        Args:
+            changes: first-order losses of twice and of half the window, of every head that is not exact.
+        """
+        window = config.window
+        values: dict[tuple[int, int], float] = {}
+        for change in changes:
+            value = change.text / self.gaps["text"]
+            if change.recall is not None:
+                value += change.recall / self.gaps["recall"]
+            key = (change.layer, change.window)
+            values[key] = values.get(key, 0.0) + value
+        heads = {x.layer: x.num_kv_heads - len(config.parts_of(x.layer, x.num_kv_heads).exact) for x in self.layers}
+        open_layers = [layer for layer, count in heads.items() if count]
+        wider = sorted(open_layers, key=lambda x: values.get((x, 2 * window), 0.0) / heads[x])
+        narrower = sorted(open_layers, key=lambda x: values.get((x, window // 2), 0.0) / heads[x])
+        windows: dict[int, int] = {}
+        saved = 0  # keys that narrowed windows have saved and no wider one uses
+        for layer in wider:
+            gain, cost, given = -values.get((layer, 2 * window), 0.0), 0.0, []
+            for other in narrower:
+                if saved + sum(heads[x] for x in given) * window // 2 >= heads[layer] * window:
+                    break
+                if other != layer and other not in windows:
+                    given.append(other)
+                    cost += values.get((other, window // 2), 0.0)
+            paid = saved + sum(heads[x] for x in given) * window // 2 - heads[layer] * window
+            if layer in windows or paid < 0 or gain <= max(cost, 0.0):
+                continue
+            windows |= {layer: 2 * window, **dict.fromkeys(given, window // 2)}
+            saved = paid
+        return dataclasses.replace(config, layer_windows=tuple(windows.items()))
+
     def row(self, config: DarkConfig, length: int) -> dict[str, Any]:
         """A candidate with what it loses."""
         if config not in self._known:
@@ -179,6 +223,7 @@ def choose_budget(
     config: DarkConfig | None = None,
     found: Sensitivity | None = None,
     dtype: str = "auto",
+    by_layer: bool = True,
     folder: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -198,6 +243,8 @@ def choose_budget(
         found: an earlier `sensitivity`; measured without.
         dtype: as for `sensitivity`; keys and values are counted at 2 bytes a number where it is bfloat16, else at those
             of the model's weights.
+        by_layer: windows may differ by layer: twice the width where that gains most, half where it costs least, taken if
+            that loses less when measured.
         folder, seed, progress: as for `sensitivity`.
 
     Returns:
@@ -214,6 +261,18 @@ def choose_budget(
             progress=progress,
         )  # fmt: skip
     dtype = native_dtype() if dtype == "auto" else dtype
+    changes: dict[int, list[WindowChange]] = {}
+
+    def changes_at(choice: DarkConfig) -> list[WindowChange]:
+        """First-order losses of other windows; by window alone, as a few exact heads more change them little."""
+        if choice.window not in changes:
+            exact = [(layer, head) for layer, head in found.order if f"{layer}.{head}" in choice.keep_exact]
+            changes[choice.window] = window_changes(
+                model, batches[:2], exact=exact, windows=choice.window, others=(choice.window // 2, 2 * choice.window),
+                tokenizer=tokenizer, sinks=config.sinks, seed=seed, dtype=dtype,
+            )  # fmt: skip
+        return changes[choice.window]
+
     measure = measurement(
         model, batches, tokenizer=tokenizer, sinks=config.sinks, longest=WINDOWS[0], context=None, prompts=4, seed=seed,
         dtype=dtype,
@@ -225,13 +284,17 @@ def choose_budget(
     choices = []
     with frozen(model):
         for i, budget in enumerate(budgets):
-            choices.append(_choose(chooser, budget, windows))
+            choices.append(_choose(chooser, budget, windows, changes_at if by_layer else None))
             if progress:
                 progress(i + 1, len(budgets))
     return choices
 
 
-def _choose(chooser: _Chooser, budget: Budget, windows: Sequence[int]) -> Choice:
+def _choose(
+    chooser: _Chooser, budget: Budget, windows: Sequence[int],
+    changes_at: Callable[[DarkConfig], Sequence[WindowChange]] | None,
+) -> Choice:  # fmt: skip
+    """One budget's choice; `changes_at` gives the losses of other windows, None: one window for all layers."""
     length, softmax = budget.length, chooser.bytes_of(None, budget.length)
     size = budget.bytes_of(softmax)
     if size >= softmax:
@@ -256,4 +319,10 @@ def _choose(chooser: _Chooser, budget: Budget, windows: Sequence[int]) -> Choice
         elif row["score"] > 1.5 * chooser.row(best, length)["score"]:
             break  # wider windows take more and more heads away
     assert best is not None
+    context = max(rows.ids.shape[1] for rows in chooser.measure.rows.values())
+    if changes_at is not None and best.keep_exact and 2 * best.window + best.sinks + 1 < context:
+        refined = chooser.refined(best, changes_at(best))
+        if refined.layer_windows and chooser.bytes_of(refined, length) <= size:
+            tried.append(chooser.row(refined, length))
+            best = refined if tried[-1]["score"] < chooser.row(best, length)["score"] else best
     return Choice(best, chooser.bytes_of(best, length), softmax, length, tuple(tried))

@@ -158,7 +158,7 @@ class Measure:
                 gate = torch.full((len(state.others[other]),), at, device=self._device(index), requires_grad=True)
                 state.gates[other] = gate
         count = 0
-        with mixed.active(), checkpointed(mixed, self.blocks or ()):
+        with mixed.active(), checkpointed(mixed, self.blocks or ()), torch.enable_grad():
             for i in range(len(rows)) if part is None else part:
                 row = rows[i : i + 1]
                 loss = row_losses(self.model, row, self.dtype).sum()

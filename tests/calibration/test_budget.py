@@ -1,0 +1,145 @@
+"""Budgets: what they mean in bytes, that choices keep within them, and that what is chosen is what converts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hf.families import converted, tiny, tokens
+
+from darkformer import ConfigError, ConversionError, DarkConfig, InputError, convert
+from darkformer.calibration.budget import Budget, Choice, choose_budget, full_context
+from darkformer.calibration.sensitivity import Sensitivity, WindowChange, measurement, sensitivity
+from darkformer.cost import kv_cache_bytes, model_bytes
+from darkformer.hf.cache import cache_bytes
+from darkformer.hf.layers import converted_modules
+
+CONTEXT, LENGTH = 320, 4000
+FORM = DarkConfig(num_features=4, sinks=2)
+BATCHES = [tokens(2, CONTEXT)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def found(model: Any) -> Sensitivity:
+    return sensitivity(model, BATCHES, window=32, sinks=2, dtype="float32")
+
+
+def chosen(model: Any, found: Sensitivity, text: str, **options: Any) -> Choice:
+    budget = Budget.parse(text, LENGTH)
+    (choice,) = choose_budget(model, BATCHES, [budget], config=FORM, found=found, dtype="float32", **options)
+    return choice
+
+
+class TestParse:
+    @pytest.mark.parametrize(
+        ("text", "share", "size"),
+        [
+            ("10%", 0.1, None), ("0", 0.0, None), ("0%", 0.0, None), (" 2.5 %", 0.025, None), ("64MB", None, 64_000_000),
+            ("1.5 GiB", None, 3 << 29), ("800kB", None, 800_000), ("100%", 1.0, None),
+        ],
+    )  # fmt: skip
+    def test_shares_and_sizes(self, text: str, share: float | None, size: int | None) -> None:
+        assert Budget.parse(text, 100) == Budget(share, size, 100)
+
+    @pytest.mark.parametrize("text", ["", "ten", "10", "-5%", "10 %%", "MB"])
+    def test_nonsense(self, text: str) -> None:
+        with pytest.raises(ConfigError, match="give a share of the softmax cache"):
+            Budget.parse(text, 100)
+
+    def test_more_than_everything(self) -> None:
+        with pytest.raises(ConfigError, match=r"whole softmax cache is 100%"):
+            Budget.parse("101%", 100)
+
+
+class TestChoice:
+    @pytest.mark.parametrize("text", ["20%", "40%", "70%"])
+    def test_it_keeps_within_its_bytes_and_uses_them(self, model: Any, found: Sensitivity, text: str) -> None:
+        choice = chosen(model, found, text)
+        limit = Budget.parse(text, LENGTH).bytes_of(choice.softmax)
+        assert choice.softmax == 3 * kv_cache_bytes(LENGTH, num_kv_heads=2, head_dim=8)
+        one_more = kv_cache_bytes(LENGTH, num_kv_heads=1, head_dim=8)
+        assert limit - one_more < choice.size <= limit
+        assert len(choice.config.keep_exact) >= 1
+        assert [row["size"] <= limit for row in choice.tried] == [True] * len(choice.tried)
+
+    def test_what_is_chosen_is_what_a_cache_keeps(self, model: Any, found: Sensitivity) -> None:
+        choice = chosen(model, found, "40%")
+        linear = converted(tiny("llama"), choice.config)
+        with torch.no_grad():
+            cache = linear(tokens(1, 700), use_cache=True).past_key_values
+        layers = [module.__dict__["dark_layer"] for module in converted_modules(linear)]
+        assert cache_bytes(cache) == model_bytes(linear.config, layers, choice.config, 700)
+
+    def test_heads_come_in_their_order(self, model: Any, found: Sensitivity) -> None:
+        few, many = (chosen(model, found, text, by_layer=False).config.keep_exact for text in ("30%", "70%"))
+        names = [f"{layer}.{head}" for layer, head in found.order]
+        for kept in (few, many):
+            plain = {f"{layer}.{head}" for layer, head in found.order if layer in kept} | set(map(str, kept))
+            assert set(names[: len(plain & set(names))]) == plain & set(names)
+
+    def test_the_best_candidate_is_taken(self, model: Any, found: Sensitivity) -> None:
+        choice = chosen(model, found, "40%", by_layer=False)
+        best = min(choice.tried, key=lambda row: row["score"])
+        assert (best["window"], best["size"]) == (choice.config.window, choice.size)
+
+    def test_nothing_and_everything(self, model: Any, found: Sensitivity) -> None:
+        constant, whole = chosen(model, found, "0"), chosen(model, found, "100%")
+        assert constant.config == replace(FORM, window=128) and not constant.config.keep_exact  # of rows this short
+        assert whole.config.method == "exact" and whole.share == 1.0
+
+    def test_round_trip(self, model: Any, found: Sensitivity) -> None:
+        choice = chosen(model, found, "40%")
+        assert Choice.from_dict(choice.to_dict()) == choice
+        assert "exact heads" in str(choice) and f"{choice.share:.1%}" in str(choice)
+
+    def test_the_model_is_as_it_was(self, model: Any, found: Sensitivity) -> None:
+        with torch.no_grad():
+            before = model(tokens(1, 50)).logits
+            chosen(model, found, "40%")
+            assert torch.equal(model(tokens(1, 50)).logits, before)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+class TestBadInput:
+    def test_too_little(self, model: Any, found: Sensitivity) -> None:
+        with pytest.raises(ConfigError, match=r"a budget of 1% at 4,000 tokens is .* take .* MB \(\d+\.\d%\)"):
+            chosen(model, found, "1%")
+
+    def test_a_converted_model(self) -> None:
+        linear = convert(tiny("llama"), DarkConfig(num_features=4))
+        with pytest.raises(ConversionError, match="converted already"):
+            choose_budget(linear, BATCHES, [Budget.parse("10%", LENGTH)])
+
+    def test_text_shorter_than_any_window(self, model: Any) -> None:
+        with pytest.raises(InputError, match="no far field to cut"):
+            choose_budget(model, [tokens(1, 40)], [Budget.parse("50%", LENGTH)])
+
+
+def test_wider_windows_go_where_they_gain_and_are_paid_for(model: Any, found: Sensitivity) -> None:
+    from darkformer.calibration.budget import _Chooser
+
+    measure = measurement(
+        model, BATCHES, tokenizer=None, sinks=2, longest=64, context=None, prompts=0, seed=0, dtype="float32"
+    )  # fmt: skip
+    chooser = _Chooser(measure, found, FORM, 4)
+    config = replace(FORM, window=64, keep_exact=("0.0",))
+    heads = [(layer, head) for layer in range(3) for head in range(2) if (layer, head) != (0, 0)]
+    gains = {0: -3.0, 1: -1e-6, 2: -1e-6}  # of twice the window: only layer 0 gains anything
+
+    def change(layer: int, head: int, window: int) -> WindowChange:
+        return WindowChange(layer, head, window, gains[layer] if window == 128 else 1e-3 * (layer + 1), None)
+
+    refined = chooser.refined(config, [change(*head, window) for head in heads for window in (32, 128)])
+    assert dict(refined.layer_windows)[0] == 128 and set(dict(refined.layer_windows).values()) == {32, 128}
+    assert chooser.bytes_of(refined, LENGTH) <= chooser.bytes_of(config, LENGTH)
+
+
+def test_the_length_that_a_model_reads(model: Any) -> None:
+    assert full_context(model) == model.config.max_position_embeddings
