@@ -170,7 +170,6 @@ def linearize(
     Example: darkformer linearize HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --steps 500 --out runs/smol
     """
     from .experiments.console import RichReporter
-    from .experiments.evaluation import print_scores
     from .train.linearize import linearize as run
 
     if paper and memory:
@@ -194,8 +193,14 @@ def linearize(
         model, out, data=data, held_out=held_out, config=config, budget=budget, context=context, memory=memory or None,
         memory_at=budget_at or None, resume=resume, overwrite=overwrite, reporter=RichReporter(),
     )  # fmt: skip
-    print_scores(record["scores"], console)
+    _print_scores(record["scores"])
     console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'", markup=False)
+
+
+def _print_scores(scores: dict[str, dict[str, Any]], **options: Any) -> None:
+    from .experiments.evaluation import print_scores
+
+    print_scores(scores, console, **options)
 
 
 def _model_folder(folder: str) -> str:
@@ -237,7 +242,7 @@ def evaluate(
             names, data, out, reporter, context=context, dtype=dtype, max_tokens=max_tokens, whole=whole
         )
         scores = {name: row["text"] for name, row in record["models"].items()}
-        evaluation.print_scores(scores, console, positions=True)
+        _print_scores(scores, positions=True)
         console.print(f"Record: {out / evaluation.RECORD}", markup=False)
         return
     chosen = {"tasks": tasks, "include_path": include_path, "batch_size": batch_size, "limit": limit}
@@ -292,6 +297,8 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
     model: Annotated[str, typer.Option("--model", help=field_help(DemoConfig, "model"))] = DEMO.model,
     data: Data = ["pydoc"],  # noqa: B006
+    context: Annotated[int, typer.Option(help=field_help(DemoConfig, "context"), min=2)] = DEMO.context,
+    attention_budget: Annotated[str, typer.Option("--budget", help=field_help(DemoConfig, "budget"))] = DEMO.budget,
     eval_tokens: Annotated[int, typer.Option(help=field_help(DemoConfig, "eval_tokens"), min=1)] = DEMO.eval_tokens,
     prompt: Annotated[str, typer.Option(help=field_help(DemoConfig, "prompt"))] = DEMO.prompt,
     new_tokens: Annotated[int, typer.Option(help=field_help(DemoConfig, "new_tokens"), min=1)] = DEMO.new_tokens,
@@ -299,7 +306,7 @@ def demo(
     window: Window = DARK.window,
     sinks: Sinks = DARK.sinks,
     train: Train = TRAIN.train,
-    steps: Steps = 8,
+    steps: Steps = 0,
     lr: Lr = TRAIN.lr,
     geometry_lr: GeometryLr = TRAIN.geometry_lr,
     seq_len: SeqLen = TRAIN.seq_len,
@@ -308,9 +315,9 @@ def demo(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Linearize a real pretrained model three ways and compare with softmax: table, plots, report, saved model.
+    """Linearize a real pretrained model within budgets and compare with softmax: table, plots, report, saved model.
 
-    Ctrl-C stops at the next step; running it again continues there.
+    Nothing trains unless --steps says so. Ctrl-C stops at the next step; running it again continues there.
     """
     from .experiments.console import RichReporter
     from .experiments.demo import Demo
@@ -321,7 +328,7 @@ def demo(
         seed=seed,
     )  # fmt: skip
     default = DarkConfig(num_features=features, window=window, sinks=sinks, seed=seed)
-    settings = DemoConfig(model, tuple(data), eval_tokens, prompt, new_tokens)
+    settings = DemoConfig(model, tuple(data), context, attention_budget, eval_tokens, prompt, new_tokens)
     record = Demo(settings, default, budget, out, RichReporter()).run(overwrite=overwrite)
     print_demo(record, console)
     console.print(

@@ -434,7 +434,11 @@ class DemoConfig:
         "Text file, quoted glob, `pydoc` (Python's own documentation), `python` (docstrings of the standard library, "
         "numpy and torch too, 9 MB), or a dataset's NAME[:SUBSET]. Repeat for more.",
     )
-    eval_tokens: int = option(4096, "Tokens of held-out text that every score is measured on.")
+    context: int = option(2048, "Tokens of the sequences that heads are chosen, calibrated and scored on.")
+    budget: str = option(
+        "10%", "What the budget's row may keep: a share of the softmax cache at the model's full context, or MB (64MB)."
+    )
+    eval_tokens: int = option(6144, "Tokens of held-out text that every score is measured on.")
     prompt: str = option("The with statement is used to wrap the execution of a block", "Prompt that is continued.")
     new_tokens: int = option(48, "Tokens generated from the prompt.")
 

@@ -20,14 +20,11 @@ from darkformer.experiments import frontier
 from darkformer.experiments.frontier import (
     FrontierRow,
     FrontierSettings,
-    frontier_cells,
-    frontier_markdown,
-    frontier_notes,
-    frontier_table,
     measure_frontier,
     sequence_bytes,
     sharing_weights,
 )
+from darkformer.experiments.frontier_report import frontier_cells, frontier_markdown, frontier_notes, frontier_table
 from darkformer.experiments.recall import RecallTask
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.load import load_model, load_tokenizer

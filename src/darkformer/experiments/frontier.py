@@ -18,9 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from ..config import ConfigError, DarkConfig, InputError, native_dtype
@@ -53,6 +50,10 @@ class FrontierRow:
     def __post_init__(self) -> None:
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
             raise ConfigError(f"row name {self.name!r}: it names a file, so use letters, digits, '-', '_' and '.'.")
+
+
+#: What a caller measures beside the rest.
+Also = Callable[[FrontierRow, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,17 @@ class FrontierSettings:
             )
 
 
+def _config_of(module: Any) -> DarkConfig:
+    """The whole configuration of a converted module; calibration may have changed it."""
+    return DarkConfig.from_dict(dict(module.config.darkformer))
+
+
 def sequence_bytes(model: Any, seq_len: int, *, element_bytes: int) -> tuple[int, int]:
     """(bytes one sequence of `seq_len` tokens keeps in this model, bytes of its softmax cache)."""
     settings = model.config.get_text_config(decoder=True)
     modules = converted_modules(model)
     layers = [module.__dict__["dark_layer"] for module in modules]
-    config = DarkConfig.from_dict(dict(modules[0].config.darkformer)) if modules else None
+    config = _config_of(modules[0]) if modules else None
     own, cache = (
         model_bytes(settings, layers, form, seq_len, element_bytes=element_bytes) for form in (config, None)
     )  # fmt: skip
@@ -105,7 +111,7 @@ def sequence_bytes(model: Any, seq_len: int, *, element_bytes: int) -> tuple[int
 def measure_frontier(
     model: Any, tokenizer: Any, rows: Sequence[FrontierRow], blocks: Tensor, folder: Path, *,
     settings: FrontierSettings | None = None, calibrate: Callable[[Any], Any] | None = None,
-    filler: Tensor | None = None, reporter: Reporter | None = None,
+    filler: Tensor | None = None, reporter: Reporter | None = None, also: Also | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures `rows` on a softmax model, which is softmax again afterwards; writes `frontier.json` into `folder`.
 
@@ -118,6 +124,7 @@ def measure_frontier(
         folder: `stages/NAME.json` holds what is done of each row; measured again if anything it depends on changes.
         calibrate: called with the converted model; what it returns, dataclasses or plain values, goes to the record.
         filler: text around the recalled numbers, see `recall`; None: `blocks`.
+        also: called with each row and its model, scored and still converted; what it returns joins the row.
 
     Returns:
         The record: `rows` of name, title, budget, config (after calibration), calibration, score, recall, bytes and
@@ -134,7 +141,8 @@ def measure_frontier(
         raise InputError(f"rows named {', '.join(names) or '(none)'}: give at least one, each with its own name.")
     if next(dark_layers(model), None) is not None:
         raise InputError("the model is converted: a frontier starts from softmax. Call darkformer.revert(model) first.")
-    run = _Run(model, tokenizer, blocks, folder, settings, calibrate, blocks if filler is None else filler, reporter)
+    filler = blocks if filler is None else filler
+    run = _Run(model, tokenizer, blocks, folder, settings, calibrate, filler, reporter, also)
     results = [run.quality(row) for row in rows]
     if settings.prefill:
         run.speed(rows, results)
@@ -144,6 +152,46 @@ def measure_frontier(
     }  # fmt: skip
     write_json(folder / RECORD, record)
     return record
+
+
+def measure_quality(
+    model: Any, tokenizer: Any, blocks: Tensor, settings: FrontierSettings, result: dict[str, Any], *,
+    filler: Tensor, reporter: Reporter, title: str,
+) -> None:  # fmt: skip
+    """Adds bytes, score and recall of a model as it is to `result`, each as soon as it is known."""
+    work = row_work(None, blocks, settings)
+    for n in settings.lengths:
+        own, cache = sequence_bytes(model, n, element_bytes=settings.element_bytes or 4)
+        result.setdefault("bytes", {})[str(n)], result.setdefault("kv_cache_bytes", {})[str(n)] = own, cache
+    reporter.weigh(work["evaluate"])
+    with reporter.stage(f"{title}: evaluate", len(blocks)) as advance:
+        result["score"] = evaluate(model, blocks, dtype=settings.dtype, progress=advance).to_dict()
+    if settings.recall is not None:
+        reporter.weigh(work["recall"])
+        with reporter.stage(f"{title}: recall", 1) as advance:
+            result["recall"] = recall(
+                model, tokenizer, settings.recall, filler=filler, dtype=settings.dtype, progress=advance
+            )
+
+
+#: Rough seconds of 1,000 tokens of SmolLM2 on two cores, and of one calibration: for shares of a progress bar only.
+THOUSAND_TOKENS, CALIBRATION = 1.0, 15.0
+
+
+def row_work(row: FrontierRow | None, blocks: Tensor, settings: FrontierSettings) -> dict[str, float]:
+    """Rough seconds of each stage of a row's quality; None stands for a softmax row."""
+    asked = settings.recall
+    prompts = 0 if asked is None else len(asked.distances) * asked.trials / max(asked.numbers, 1)
+    return {
+        "calibrate": CALIBRATION if row is not None and row.config is not None else 0.0,
+        "evaluate": THOUSAND_TOKENS * blocks.numel() / 1000,
+        "recall": THOUSAND_TOKENS * prompts * max(asked.distances) / 1000 if asked is not None else 0.0,
+    }
+
+
+def speed_work(rows: int, settings: FrontierSettings) -> float:
+    """Rough seconds of timing so many rows."""
+    return THOUSAND_TOKENS * rows * settings.repeats * settings.prefill / 1000
 
 
 def _plain(value: Any) -> Any:
@@ -162,20 +210,16 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class _Run:
     """The measurements of one model, each kept in a file."""
 
     def __init__(
         self, model: Any, tokenizer: Any, blocks: Tensor, folder: Path, settings: FrontierSettings,
-        calibrate: Callable[[Any], Any] | None, filler: Tensor, reporter: Reporter,
+        calibrate: Callable[[Any], Any] | None, filler: Tensor, reporter: Reporter, also: Also | None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.blocks, self.folder = model, tokenizer, blocks, folder
-        self.settings, self.calibrate, self.filler, self.reporter = settings, calibrate, filler, reporter
+        self.settings, self.filler, self.reporter = settings, filler, reporter
+        self.calibrate, self.also = calibrate, also
         self.text = [list(blocks.shape), zlib.crc32(blocks.cpu().numpy().tobytes())]
 
     def _kept(self, name: str, inputs: Any) -> Any:
@@ -196,7 +240,7 @@ class _Run:
         }  # fmt: skip
         label = {"name": row.name, "title": row.title, "budget": row.budget}
         if (kept := self._kept(row.name, inputs)) is not None:
-            return {**label, **kept}
+            return label | kept
         started = time.perf_counter()
         result: dict[str, Any] = {"config": _plain(row.config), "calibration": None, "error": None}
         try:
@@ -210,28 +254,23 @@ class _Run:
         result["seconds"] = round(time.perf_counter() - started, 1)
         if result["error"] is None:
             self._keep(row.name, inputs, result)
-        return {**label, **result}
+        return label | result
 
     def _measure_quality(self, row: FrontierRow, result: dict[str, Any]) -> None:
         s, model, title = self.settings, self.model, row.title
         if row.config is not None:
+            self.reporter.weigh(row_work(row, self.blocks, s)["calibrate"])
             with self.reporter.stage(f"{title}: convert and calibrate", 1) as advance:
                 convert(model, row.config)
                 if self.calibrate is not None:
                     result["calibration"] = _plain(self.calibrate(model))
-                # Calibration may have switched features off.
-                result["config"] = _plain(DarkConfig.from_dict(dict(converted_modules(model)[0].config.darkformer)))
+                result["config"] = _plain(_config_of(converted_modules(model)[0]))
                 advance(1, 1)
-        for name, i in (("bytes", 0), ("kv_cache_bytes", 1)):
-            every = {n: sequence_bytes(model, n, element_bytes=s.element_bytes or 4) for n in s.lengths}
-            result[name] = {str(n): both[i] for n, both in every.items()}
-        with self.reporter.stage(f"{title}: evaluate", len(self.blocks)) as advance:
-            result["score"] = evaluate(model, self.blocks, dtype=s.dtype, progress=advance).to_dict()
-        if s.recall is not None:
-            with self.reporter.stage(f"{title}: recall", 1) as advance:
-                result["recall"] = recall(
-                    model, self.tokenizer, s.recall, filler=self.filler, dtype=s.dtype, progress=advance
-                )
+        measure_quality(
+            model, self.tokenizer, self.blocks, s, result, filler=self.filler, reporter=self.reporter, title=title
+        )
+        if self.also is not None:
+            result |= _plain(self.also(row, model))
 
     def speed(self, rows: Sequence[FrontierRow], results: Sequence[dict[str, Any]]) -> None:
         """Adds `prefill` and `generation` to the results of all rows that have not failed."""
@@ -252,8 +291,8 @@ class _Run:
     def _measure_speed(self, alive: Sequence[tuple[FrontierRow, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
         s = self.settings
         with torch.inference_mode(False):
-            # Copies share their weights: a row costs its feature maps only. What calibration found does not change the
-            # time, but for the heads that it left without features, which the configuration says.
+            # Copies share their weights. What calibration found does not change the time, but for the heads that it left
+            # without features, which the configuration says.
             dtype = DTYPES[s.dtype]
             base = self.model if self.model.dtype == dtype else copy.deepcopy(self.model).to(dtype)
             found: dict[str, dict[str, Any]] = {row.name: {"error": None} for row, _ in alive}
@@ -265,7 +304,8 @@ class _Run:
         prompt = self._prompt(s.prefill)
         seconds: dict[str, list[float]] = {row.name: [] for row, _ in alive}
         turns = [(turn, row) for turn in range(s.repeats) for row, _ in alive]
-        with self.reporter.stage(f"prefill of {s.prefill:,} tokens, in turns", len(turns)) as advance:
+        self.reporter.weigh(speed_work(len(alive), s))
+        with self.reporter.stage(f"speed after {s.prefill:,} tokens, in turns", len(turns)) as advance:
             for i, (turn, row) in enumerate(turns):
                 if found[row.name]["error"] is None:
                     try:
@@ -300,8 +340,7 @@ class _Run:
         """
         device, points = next(model.parameters()).device, []
         for i, batch in enumerate(self.settings.batches):
-            last = i == len(self.settings.batches) - 1
-            own = cache if last else copy.deepcopy(cache)
+            own = cache if i == len(self.settings.batches) - 1 else copy.deepcopy(cache)
             if batch > 1:
                 own.batch_repeat_interleave(batch)
             token = torch.full((batch, 1), int(self.blocks[0, 0]), device=device)
@@ -310,7 +349,7 @@ class _Run:
                 started = time.perf_counter()
                 logits = model(token, past_key_values=own, use_cache=True).logits
                 token = logits[:, -1:].argmax(-1)
-                _synchronize(device)
+                _wait(device)
                 steps.append(time.perf_counter() - started)
             step = statistics.median(steps[1:])  # the first one allocates
             points.append({
@@ -330,80 +369,14 @@ def sharing_weights(model: Any) -> Any:
     return copy.deepcopy(model, own)
 
 
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _prefill(model: Any, prompt: Tensor) -> tuple[float, Any]:
     """Seconds of one pass over a prompt (1, L), and its cache."""
     started = time.perf_counter()
     cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-    _synchronize(prompt.device)
+    _wait(prompt.device)
     return time.perf_counter() - started, cache
-
-
-def _thousands(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
-
-
-def frontier_cells(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(columns, a row of cells each) of a record; what a row has not measured is empty."""
-    settings, context = record["settings"], record["context"]
-    distances = settings["recall"]["distances"] if settings["recall"] else []
-    columns = ["attention", f"loss at {context:,}", "acc.", "of softmax"]
-    columns += [f"recall at {distance:,}" for distance in distances]
-    columns += [f"MB at {_thousands(length)}" for length in settings["lengths"]]
-    columns += [f"of cache at {_thousands(settings['lengths'][0])}"]
-    if settings["prefill"]:
-        columns.append(f"prefill {_thousands(settings['prefill'])}, s")
-        columns += [f"tokens/s × {batch}" for batch in settings["batches"]]
-    softmax = softmax_row(record)
-    reference = softmax["score"]["accuracy"] if softmax else 0.0
-    rows = []
-    for row in record["rows"]:
-        score, cells = row.get("score"), [row["title"]]
-        cells += [f"{score['loss']:.3f}", f"{score['accuracy']:.1%}"] if score else ["", ""]
-        cells.append(f"{score['accuracy'] / reference:.1%}" if score and reference else "")
-        points = {point["distance"]: point for point in row.get("recall", [])}
-        cells += [f"{points[distance]['accuracy']:.0%}" if distance in points else "" for distance in distances]
-        kept, cache = row.get("bytes", {}), row.get("kv_cache_bytes", {})
-        cells += [f"{kept[str(length)] / 1e6:.1f}" if kept else "" for length in settings["lengths"]]
-        first = str(settings["lengths"][0])
-        cells.append(f"{kept[first] / cache[first]:.1%}" if kept else "")
-        if settings["prefill"]:
-            cells.append(f"{row['prefill']['median']:.2f}" if "prefill" in row else "")
-            speeds = {point["batch"]: point["tokens_per_second"] for point in row.get("generation", [])}
-            cells += [f"{speeds[batch]:.1f}" if batch in speeds else "" for batch in settings["batches"]]
-        rows.append(cells)
-    return columns, rows
-
-
-def softmax_row(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The row that the others are compared with, if it was scored."""
-    return next((row for row in record["rows"] if row["config"] is None and row.get("score")), None)
-
-
-def frontier_notes(record: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know to read the table rightly, and which rows failed."""
-    settings, asked = record["settings"], record["settings"]["recall"]
-    notes = [
-        f"Loss and next-token accuracy at {record['context']:,} tokens; MB: what one sequence keeps, with keys and "
-        f"values of {settings['element_bytes']} bytes a number; {settings['dtype']}."
-    ]
-    if asked:
-        notes.append(f"Recall: share of {asked['trials']} numbers a distance that are written whole.")
-    return notes + [f"{row['title']} failed: {row['error']}" for row in record["rows"] if row["error"]]
-
-
-def frontier_markdown(record: Mapping[str, Any]) -> str:
-    """The table for a page."""
-    columns, rows = frontier_cells(record)
-    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
-
-
-def frontier_table(record: Mapping[str, Any]) -> Table:
-    """The table for a terminal."""
-    columns, rows = frontier_cells(record)
-    table = Table(title=Text(record["model"]), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
-    for cells in rows:
-        table.add_row(*map(Text, cells))
-    return table

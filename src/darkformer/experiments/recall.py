@@ -64,8 +64,8 @@ class RecallTask:
         distances: tokens between a number's end and the place where it is asked for.
         trials: numbers at each distance.
         batch_size: prompts in one forward pass.
-        numbers: numbers told and asked for in one prompt, each in a wording and under a name of its own. 0: one pass key
-            a prompt.
+        numbers: numbers told and asked for in one prompt, each in a wording and under a name of its own; 0: one pass
+            key a prompt.
 
     Raises:
         InputError: no trials, no positive distances, or more numbers in a prompt than there are wordings.

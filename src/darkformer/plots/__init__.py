@@ -19,27 +19,6 @@ from ..cost import times_as_fast
 COLORS = ("#000000", "#999999", "#d55e00", "#cc79a7", "#0072b2", "#56b4e9", "#009e73", "#e69f00")
 
 
-def accuracy_against_step(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path, *, exact: float) -> Path:
-    """One line a method: next-token accuracy on held-out text against optimizer step.
-
-    Args:
-        curves: method → points with `step` and `accuracy`.
-        exact: accuracy of the untouched softmax model, drawn as a dashed line.
-    """
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for color, (name, points) in zip(COLORS, curves.items(), strict=False):
-        steps = [p["step"] for p in points]
-        values = [100 * p["accuracy"] for p in points]
-        axes.plot(steps, values, marker="o", color=color, label=name)
-    axes.axhline(100 * exact, color="black", linestyle="--", linewidth=1, label="softmax, untouched")
-    axes.set_xlabel("finetuning step")
-    axes.set_ylabel("next-token accuracy on held-out text, %")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    return _save(figure, path)
-
-
 def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     """One line a model: share of numbers recalled against the tokens that lie between, with the windows' ends.
 
@@ -94,8 +73,8 @@ def loss_by_position(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
 def quality_against_bytes(record: Mapping[str, Any], path: Path) -> Path:
     """Share of softmax's accuracy, and recall, against the bytes one sequence keeps, on a logarithmic axis.
 
-    Softmax is the star at the right end. Rows without any feature or exact head (window and sinks alone) are a second,
-    dashed line; points carry their budgets. Rows that failed are left out.
+    Softmax is the star at the right end. Rows with a budget are one line, labelled with it; rows without any feature or
+    exact head (window and sinks alone) are a second, dashed one; others stand alone. Rows that failed are left out.
 
     Args:
         record: what `measure_frontier` writes, with a softmax row.
@@ -110,9 +89,17 @@ def quality_against_bytes(record: Mapping[str, Any], path: Path) -> Path:
 
     converted = sorted((row for row in rows if row["config"] is not None), key=lambda row: row["bytes"][length])
     lines = {
-        "darkformer": ([row for row in converted if not windows_only(row)], "#d55e00", "o", "-"),
+        "darkformer, by budget": (
+            [row for row in converted if row["budget"] and not windows_only(row)],
+            "#d55e00",
+            "o",
+            "-",
+        ),
         "window and sinks alone": ([row for row in converted if windows_only(row)], "#0072b2", "s", "--"),
     }
+    for color, row in zip(cycle(COLORS[3::2]), converted, strict=False):
+        if not row["budget"] and not windows_only(row):
+            lines[row["title"]] = ([row], color, "D", "")
     panels: list[tuple[str, Callable[[Mapping[str, Any]], float | None]]] = [
         ("next-token accuracy, % of softmax's", lambda row: 100 * row["score"]["accuracy"] / reference)
     ]

@@ -1,0 +1,81 @@
+"""A frontier's record as tables for a terminal and for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+
+def _thousands(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def frontier_cells(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(columns, a row of cells each) of a record; what a row has not measured is empty."""
+    settings, context = record["settings"], record["context"]
+    distances = settings["recall"]["distances"] if settings["recall"] else []
+    columns = ["attention", f"loss at {context:,}", "acc.", "of softmax"]
+    columns += [f"recall at {distance:,}" for distance in distances]
+    columns += [f"MB at {_thousands(length)}" for length in settings["lengths"]]
+    columns += [f"of cache at {_thousands(settings['lengths'][0])}"]
+    if settings["prefill"]:
+        columns.append(f"prefill {_thousands(settings['prefill'])}, s")
+        columns += [f"tokens/s × {batch}" for batch in settings["batches"]]
+    softmax = softmax_row(record)
+    reference = softmax["score"]["accuracy"] if softmax else 0.0
+    rows = []
+    for row in record["rows"]:
+        score, cells = row.get("score"), [row["title"]]
+        cells += [f"{score['loss']:.3f}", f"{score['accuracy']:.1%}"] if score else ["", ""]
+        cells.append(f"{score['accuracy'] / reference:.1%}" if score and reference else "")
+        points = {point["distance"]: point for point in row.get("recall", [])}
+        cells += [f"{points[distance]['accuracy']:.0%}" if distance in points else "" for distance in distances]
+        kept, cache = row.get("bytes", {}), row.get("kv_cache_bytes", {})
+        cells += [f"{kept[str(length)] / 1e6:.1f}" if kept else "" for length in settings["lengths"]]
+        first = str(settings["lengths"][0])
+        cells.append(f"{kept[first] / cache[first]:.1%}" if kept else "")
+        if settings["prefill"]:
+            cells.append(f"{row['prefill']['median']:.2f}" if "prefill" in row else "")
+            speeds = {point["batch"]: point["tokens_per_second"] for point in row.get("generation", [])}
+            cells += [f"{speeds[batch]:.1f}" if batch in speeds else "" for batch in settings["batches"]]
+        rows.append(cells)
+    return columns, rows
+
+
+def softmax_row(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The row that the others are compared with, if it was scored."""
+    return next((row for row in record["rows"] if row["config"] is None and row.get("score")), None)
+
+
+def frontier_notes(record: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know to read the table rightly, and which rows failed."""
+    settings, asked = record["settings"], record["settings"]["recall"]
+    notes = [
+        f"Loss and next-token accuracy at {record['context']:,} tokens; MB: what one sequence keeps, with keys and "
+        f"values of {settings['element_bytes']} bytes a number; {settings['dtype']}."
+    ]
+    if asked:
+        notes.append(f"Recall: share of {asked['trials']} numbers a distance that are written whole.")
+    return notes + [f"{row['title']} failed: {row['error']}" for row in record["rows"] if row["error"]]
+
+
+def frontier_markdown(record: Mapping[str, Any]) -> str:
+    """The table for a page."""
+    columns, rows = frontier_cells(record)
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+def frontier_table(record: Mapping[str, Any]) -> Table:
+    """The table for a terminal."""
+    columns, rows = frontier_cells(record)
+    table = Table(title=Text(record["model"]), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    return table
