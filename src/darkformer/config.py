@@ -181,6 +181,8 @@ def _layer_and_head(name: str, value: object) -> tuple[int, int | None]:
 
 def _head_names(name: str, values: Iterable[object]) -> tuple[HeadName, ...]:
     """Layers and heads in order, each once; heads of a layer that is named itself go."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigError(f"{name}={values!r}: give a list of layers and heads, such as (6, '18.2').")
     pairs = {_layer_and_head(name, value) for value in values}
     kept = sorted((a, -1 if b is None else b) for a, b in pairs if b is None or (a, None) not in pairs)
     return tuple(a if b < 0 else f"{a}.{b}" for a, b in kept)
@@ -188,6 +190,8 @@ def _head_names(name: str, values: Iterable[object]) -> tuple[HeadName, ...]:
 
 def layer_windows_of(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
     """Pairs (layer, window), in order, from pairs or `LAYER=WINDOW`."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigError(f"layer_windows={values!r}: give a list of pairs, such as ((3, 256),).")
     windows: dict[int, int] = {}
     for value in values:
         pair = (

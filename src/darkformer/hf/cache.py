@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -16,7 +17,8 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from ..config import ConversionError
+from ..config import ConversionError, DarkConfig
+from ..features.maps import FeatureMap
 from ..features.tracing import traced
 from ..ops.exact import softmax_attention
 from ..ops.problem import AttentionState
@@ -29,11 +31,11 @@ from .parts import Part, joined, parts_of
 from .stream import CROP, Stream
 
 
-def _versions(feature_map: nn.Module) -> tuple[int, ...]:
-    """Counts of in-place changes: calibration, training and redraws raise one of them."""
+def _versions(feature_map: FeatureMap) -> tuple[Any, ...]:
+    """The configuration, and counts of in-place changes: calibration, training and redraws raise one of them."""
     tables = (feature_map._parameters, feature_map._buffers)
     tensors = [x for table in tables for x in table.values() if x is not None]
-    return tuple(0 if x.is_inference() else x._version for x in tensors)
+    return (feature_map.config, *(0 if x.is_inference() else x._version for x in tensors))
 
 
 class DarkCacheLayer(CacheLayerMixin):
@@ -53,12 +55,12 @@ class DarkCacheLayer(CacheLayerMixin):
         self.streams = [Stream()]
         self.kept: list[Any] = []  # layers with the keys and values of exact heads, one an attention of a forward pass
         self.real: Tensor | None = None  # (B, seen) booleans beside `kept`: which tokens are no padding; None: all
-        self.original: Any = None  # the layer that stood here before, while nothing is kept
+        self.template: Any = DynamicLayer()  # an empty layer of the kind that the cache was made with
         self.seen = 0  # tokens, padding included: what transformers counts positions by
         self.inherited: tuple[Tensor, Tensor] | None = None  # keys and values to read before the first token
         self.owner: Any = None  # weak reference to the attention module that filled it
-        self.versions: tuple[int, ...] = ()
-        self.identity: tuple[str | None, str] | None = None  # of a copy or a file, where the owner may be another one
+        self.versions: tuple[Any, ...] = ()
+        self.identity: tuple[str | None, str, DarkConfig] | None = None  # of a copy or a file, where the owner may be another one
 
     @property
     def state(self) -> AttentionState | None:
@@ -148,14 +150,15 @@ class DarkCacheLayer(CacheLayerMixin):
         if self.inherited is not None and not streams[0].filled:
             before = self.inherited[0].shape[2]
             read = None if mask is None or mask.shape[1] != before + new else mask[:, :before]
+            if turn == 0:
+                self.seen = 0
+                self._read(read if len(constant) < len(parts) else None, before)
             for part, stream in zip(constant, streams, strict=True):
                 keys, values = map(part.of_keys, self.inherited)
                 stream.absorb(keys, values, read, part.feature_map, **options)
             if len(constant) < len(parts):
                 keys, values = map(parts[-1].of_keys, self.inherited)
                 self._keep(turn, keys, values.to(keys.dtype))
-            if turn == 0 and read is not None:
-                self._note_real(read, before)
         if turn == 0:
             if self.inherited is not None and self.seen > self.inherited[0].shape[2]:
                 self.inherited = None  # every stream has read them in the forward pass before
@@ -163,10 +166,7 @@ class DarkCacheLayer(CacheLayerMixin):
                 self.check_past(mask, new)
         mask = None if mask is None else mask[:, -new:]
         if turn == 0:
-            if len(constant) < len(parts):
-                self._note_real(mask, new)
-            self.is_initialized = True
-            self.seen += new
+            self._read(mask if len(constant) < len(parts) else None, new)
         outputs = []
         for part, stream in zip(constant, streams, strict=True):
             given = part.of_queries(query), part.of_keys(key), part.of_keys(value)
@@ -176,34 +176,27 @@ class DarkCacheLayer(CacheLayerMixin):
             keys, values = self._keep(turn, exact.of_keys(key), exact.of_keys(value))
             allowed = allowed_keys(self.real, None, new, self.seen, options["is_causal"], query.device)
             outputs.append(softmax_attention(exact.of_queries(query), keys, values, allowed=allowed, **options))
+            _detach(self.kept[turn])
         return joined(parts, outputs)
 
     def _keep(self, turn: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Adds keys and values (B, G of the exact heads, T, d) to what is kept; all of them."""
         if turn == len(self.kept):
-            self.kept.append(self._new_kept(turn))
+            self.kept.append(copy.deepcopy(self.template))
         keys, values = self.kept[turn].update(key, value)
         length = self.kept[turn].get_seq_length()  # a static layer gives all that it has room for
         return (keys, values) if keys.shape[2] == length else (keys[:, :, :length], values[:, :, :length])
 
-    def _new_kept(self, turn: int) -> Any:
-        """An empty layer of the kind that the cache was made with: dynamic, static, quantized."""
-        original, self.original = self.original, None
-        if turn == 0 and original is not None and not original.is_initialized:
-            return original
-        limit = getattr(original if turn == 0 else self.kept[0], "max_cache_len", None)
-        return DynamicLayer() if limit is None else StaticLayer(max_cache_len=limit)
-
-    def _note_real(self, mask: Tensor | None, new: int) -> None:
-        """Notes which of `new` tokens after those seen are no padding, (B, new) or None for all."""
+    def _read(self, mask: Tensor | None, new: int) -> None:
+        """Counts `new` tokens, and notes for exact heads which of them are no padding: (B, new), or None for all."""
         if mask is not None and self.real is None and not traced(mask) and bool(mask.all()):
             mask = None
-        if mask is None and self.real is None:
-            return
         known = mask if mask is not None else self.real
-        assert known is not None
-        before = known.new_ones(known.shape[0], self.seen) if self.real is None else self.real
-        self.real = torch.cat([before, known.new_ones(known.shape[0], new) if mask is None else mask], dim=1)
+        if known is not None:
+            before = known.new_ones(known.shape[0], self.seen) if self.real is None else self.real
+            self.real = torch.cat([before, known.new_ones(known.shape[0], new) if mask is None else mask], dim=1)
+        self.is_initialized = True
+        self.seen += new
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -297,7 +290,7 @@ class DarkCacheLayer(CacheLayerMixin):
         owner: Any = self.owner() if self.owner else None
         if remove and owner is None:
             raise ConversionError(f"crop({tokens_to_remove}): the model that filled this cache is gone.")
-        if stuck := next((layer for layer in self.kept if not layer.is_croppable), None):
+        if remove and (stuck := next((x for x in self.kept if not (x.is_croppable and whole(x))), None)):
             raise ConversionError(
                 f"crop({tokens_to_remove}): exact heads keep their keys in a {type(stuck).__name__}, which takes none "
                 "back. Use a dynamic cache."
@@ -363,10 +356,32 @@ def _constant_maps(module: Any) -> list[Any]:
     return [part.feature_map for part in parts if part.feature_map is not None]
 
 
-def identity_of(module: Any, feature_map: Any) -> tuple[str | None, str]:
-    """What the sums of a converted module depend on, as far as it outlives the process: base weights and features."""
+def identity_of(module: Any, feature_map: FeatureMap) -> tuple[str | None, str, DarkConfig]:
+    """What a converted module's cache depends on, as far as it outlives the process: base weights, features, heads."""
     base = getattr(module.config, "darkformer_base", None) or {}
-    return base.get("fingerprint"), digest(feature_map.values(lambda name: read(module, f"dark.{name}")))
+    values = feature_map.values(lambda name: read(module, f"dark.{name}"))
+    return base.get("fingerprint"), digest(values), feature_map.config
+
+
+def whole(layer: Any) -> bool:
+    """Whether a layer has all keys that it has read as one tensor: quantized and sliding ones do not."""
+    length = int(layer.get_seq_length()) if layer.is_initialized else 0
+    return length == 0 or (layer.keys.dim() == 4 and layer.keys.shape[2] >= length)
+
+
+def _detach(layer: Any) -> None:
+    """Gradients stop at the end of a call, as in a state: a graph over all calls would grow with each."""
+    if layer.keys.requires_grad or layer.values.requires_grad:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+
+def _template(layer: Any) -> Any:
+    """An empty layer for the keys and values of some heads, of the kind that a cache's layer is."""
+    sliding = getattr(layer, "is_sliding", False)
+    if not (layer.is_initialized or sliding or isinstance(layer, LinearAttentionLayer)):
+        return layer  # quantized ones have settings of their own
+    limit = None if sliding else getattr(layer, "max_cache_len", None)
+    return DynamicLayer() if limit is None else StaticLayer(max_cache_len=limit)
 
 
 def _keys_of(layer: Any, slot: int) -> tuple[Tensor, Tensor] | None:
@@ -375,16 +390,15 @@ def _keys_of(layer: Any, slot: int) -> tuple[Tensor, Tensor] | None:
     Raises:
         ConversionError: not all of them are there any more.
     """
-    length = layer.get_seq_length() if layer.is_initialized else 0
+    length = int(layer.get_seq_length()) if layer.is_initialized else 0
     if not length:
         return None
-    keys, values = layer.keys[:, :, :length], layer.values[:, :, :length]
-    if keys.shape[2] < length:
+    if not whole(layer):
         raise ConversionError(
-            f"layer {slot} of past_key_values has read {length} tokens and keeps the last {keys.shape[2]}: a converted "
-            "layer needs all of them. Start with an empty cache."
+            f"layer {slot} of past_key_values, a {type(layer).__name__}, has read {length} tokens and does not have all "
+            "of their keys as they came: a converted layer needs them. Start with an empty cache."
         )
-    return keys, values
+    return layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLayer:
@@ -405,10 +419,15 @@ def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLa
     if not isinstance(layer, DarkCacheLayer):
         mixer = isinstance(layer, LinearAttentionLayer)
         own = DarkHybridLayer(layer) if mixer else DarkCacheLayer()
-        own.original = None if mixer or getattr(layer, "is_sliding", False) else layer
+        own.template = _template(layer)
         if cache.__dict__.get("records_past"):
             own.activate_past_recording()
         if (keys := _keys_of(layer, slot)) is not None:
+            if module.__dict__["dark_layer"].calls > 1:
+                raise ConversionError(
+                    f"layer {slot} of past_key_values holds keys and values that differential attention splits before "
+                    "it attends: a converted layer cannot read them. Start with an empty cache."
+                )
             own.inherited, own.seen = keys, keys[0].shape[2]
         cache.layers[slot] = layer = own
     return layer.bind(module, feature_map)

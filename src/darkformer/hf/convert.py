@@ -18,8 +18,8 @@ from ..features.maps import FeatureMap
 from .added import offset_dtype
 from .fingerprint import describe_base
 from .interface import NAME, Observation, Observer, enter, observed
-from .layers import Layer, converted_modules, dark_layers, inner_names
-from .plan import Plan, plan_by_structure, plan_conversion, streaming_gap
+from .layers import Layer, config_of, converted_modules, dark_layers, inner_names
+from .plan import Plan, check_names, plan_by_structure, plan_conversion, streaming_gap
 from .trial import note_previous, tolerance
 
 __all__ = [
@@ -89,19 +89,22 @@ def drop_features(model: nn.Module, heads: Iterable[tuple[int, int]]) -> None:
         heads: (layer, key/value head) of each.
 
     Raises:
-        ConversionError: the model is not converted, or an adapter of peft has wrapped its maps. ConfigError: a head
-            that its layer does not have, or whose window is 0.
+        ConversionError: the model is not converted, or not in that layer, or an adapter of peft has wrapped its maps.
+            ConfigError: a head that its layer does not have, or whose window is 0.
     """
     names = tuple(f"{layer}.{head}" for layer, head in heads)
     modules = converted_modules(model)
     if not modules:
-        raise ConversionError(f"{type(model).__name__} has no converted layer whose features could be dropped.")
-    before = DarkConfig.from_dict(dict(modules[0].config.darkformer))
+        raise ConversionError(
+            f"{type(model).__name__} has no converted layer whose features could be dropped: convert it first, and drop "
+            "them before an adapter of peft takes over its feature maps."
+        )
+    before = config_of(model)
     config = replace(before, no_features=(*before.no_features, *names))
     layers = [module.__dict__["dark_layer"] for module in modules]
-    every = [config.parts_of(layer.layer, layer.num_kv_heads) for layer in layers]  # checked before anything changes
-    for module, layer, parts in zip(modules, layers, every, strict=True):
-        old = module.dark
+    check_names(config, layers)
+    for module, layer in zip(modules, layers, strict=True):
+        old, parts = module.dark, config.parts_of(layer.layer, layer.num_kv_heads)
         if old.config.method in ("local", "exact") or parts.features == old.heads:
             old.config = config.at_layer(layer.layer, layer.num_kv_heads)
             continue

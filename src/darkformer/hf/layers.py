@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..config import DarkConfig
 from ..features.maps import FeatureMap
 
 
@@ -79,6 +80,12 @@ def inner_names(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 def converted_modules(model: nn.Module) -> list[Any]:
     """The attention modules that have a feature map, first layer first."""
     return [m for m in model.modules() if isinstance(getattr(m, "dark", None), FeatureMap)]
+
+
+def config_of(model: nn.Module) -> DarkConfig:
+    """What a converted model was converted by; the config of a feature map is what that means for its layer."""
+    module: Any = next(m for m in model.modules() if "dark_layer" in m.__dict__)
+    return DarkConfig.from_dict(dict(module.config.darkformer))
 
 
 def map_of(module: Any) -> FeatureMap:

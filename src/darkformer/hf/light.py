@@ -19,6 +19,7 @@ from ..config import ConfigError, ConversionError, DarkConfig, InputError
 from .added import added_values, set_added
 from .convert import convert_by, dark_layers, plan_conversion, revert
 from .fingerprint import describe_base
+from .layers import config_of
 from .sealed import checksum, read_sealed, write_sealed
 
 LIGHT_FILE = "darkformer.safetensors"
@@ -55,8 +56,7 @@ def save_light(model: PreTrainedModel, folder: str | Path) -> Path:
             "or keep the base as it is: train='geometry', or LoRA by peft."
         )
     added = added_values(model)
-    config = next(dark_layers(model)).config
-    header = {"layout": LAYOUT, "version": __version__, "config": config.to_dict(), "base": dict(known)}
+    header = {"layout": LAYOUT, "version": __version__, "config": config_of(model).to_dict(), "base": dict(known)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_sealed(folder / LIGHT_FILE, "darkformer", header, added)

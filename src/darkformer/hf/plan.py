@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,19 +149,22 @@ def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping
         )  # fmt: skip
     looked = has_weights(model)
     plan = _plan_by_trial(model, config, modules, example) if looked else plan_by_structure(model, config)
-    _check_names(config, plan)
+    check_names(config, [layer for *_, layer in plan.layers], plan.left)
     return plan
 
 
-def _check_names(config: DarkConfig, plan: Plan) -> None:
+def check_names(config: DarkConfig, layers: Iterable[Layer], left: Mapping[str, str] | None = None) -> None:
     """Refuses options that name layers or heads which the configuration does not convert.
+
+    Args:
+        layers: those that it converts. left: why other attention modules stay, by name.
 
     Raises:
         ConversionError: a layer that is not converted, or whose softmax sees near keys only. ConfigError: a head that a
             layer does not have.
     """
-    known = {layer.layer: layer for *_, layer in plan.layers}
-    sliding = sorted(name for name, reason in plan.left.items() if "within a" in reason)
+    known = {layer.layer: layer for layer in layers}
+    sliding = sorted(name for name, reason in (left or {}).items() if "within a" in reason)
     for field_name in ("keep_exact", "no_features", "layer_windows"):
         if unknown := sorted(config.layers_named(field_name) - set(known)):
             stay = f" ({len(sliding)} layers attend within a window already and stay as they are)" if sliding else ""

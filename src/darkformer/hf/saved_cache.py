@@ -17,9 +17,9 @@ from .._version import __version__
 from ..config import ConversionError, DarkConfig, InputError
 from ..ops.problem import AttentionState
 from .added import added_values
-from .cache import DarkCacheLayer, Stream
+from .cache import DarkCacheLayer, Stream, whole
 from .fingerprint import digest, digest_own
-from .layers import converted_modules, map_of
+from .layers import config_of, converted_modules, map_of
 from .parts import parts_of
 from .sealed import checksum, read_sealed, write_sealed
 
@@ -33,11 +33,10 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
     modules = converted_modules(model)
     if not modules:
         raise ConversionError(f"{type(model).__name__} is not converted: its cache is transformers' own.")
-    config = DarkConfig.from_dict(dict(modules[0].config.darkformer)).to_dict()
     weights = digest_own(model)
     if weights is None:
         raise InputError("the model's weights are out of reach (meta device), and a cache belongs to its weights.")
-    return {"configuration": config, "features": digest(added_values(model)), "weights": weights}
+    return {"configuration": config_of(model).to_dict(), "features": digest(added_values(model)), "weights": weights}
 
 
 def _slots(model: PreTrainedModel) -> dict[int, Any]:
@@ -76,22 +75,33 @@ def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if stream.filled
             for name in FIELDS
         }
-        for prefix, kept in zip(_prefixes(len(layer.kept)), layer.kept, strict=True):
-            length = int(kept.get_seq_length())
-            tensors |= {f"{prefix}keys": kept.keys[:, :, :length], f"{prefix}values": kept.values[:, :, :length]}
-        if layer.real is not None:
+        exact = layer.kept if layer.filled else []
+        for prefix, kept in zip(_prefixes(len(exact)), exact, strict=True):
+            keys, values = _keys_and_values(kept)
+            tensors |= {f"{prefix}keys": keys, f"{prefix}values": values}
+        if layer.real is not None and layer.filled:
             tensors["real"] = layer.real
-        streams, exact = len(layer.streams), len(layer.kept)
-        return {"kind": "state", "seen": layer.seen, "streams": streams, "exact": exact}, tensors
+        return {"kind": "state", "seen": layer.seen, "streams": len(layer.streams), "exact": len(exact)}, tensors
     seen = int(layer.get_seq_length())
     if layer.is_sliding:
         if isinstance(layer, StaticLayer):
             raise ConversionError("a static cache of sliding-window layers is not saved: use a dynamic one.")
         tensors = {} if seen == 0 else {"keys": layer.keys, "values": layer.values}
         return {"kind": "sliding", "seen": seen}, tensors
-    # A static layer has room for more than it has read.
-    tensors = {} if seen == 0 else {"keys": layer.keys[:, :, :seen], "values": layer.values[:, :, :seen]}
+    tensors = {} if seen == 0 else dict(zip(("keys", "values"), _keys_and_values(layer), strict=True))
     return {"kind": "softmax", "seen": seen}, tensors
+
+
+def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
+    """All keys and values (B, G, T, d) of a layer that keeps softmax.
+
+    Raises:
+        ConversionError: it keeps them in another form.
+    """
+    if not whole(layer):
+        raise ConversionError(f"a cache of {type(layer).__name__} is not saved: use a dynamic or a static one.")
+    length = int(layer.get_seq_length())  # a static layer has room for more than it has read
+    return layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def _prefixes(streams: int) -> list[str]:
