@@ -14,6 +14,7 @@ import argparse
 import glob
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from darkformer.calibration.mixed import EXACT, MixedAttention
-from darkformer.calibration.sensitivity import Sensitivity, sensitivity
+from darkformer.calibration.sensitivity import Sensitivity, WindowChange, sensitivity, window_changes
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
 from darkformer.train.data import load_documents, token_blocks
 from darkformer.train.record import environment, read_json, write_json
@@ -140,12 +141,49 @@ def order_by(found: Sensitivity, value: Callable[[Any], float]) -> list[tuple[in
     return [(row.layer, row.head) for row in sorted(found.rows, key=value, reverse=True)]
 
 
+def windows_within(
+    changes: Sequence[WindowChange], layers: Sequence[int], gaps: dict[str, float], spare: float, cost: dict[int, float]
+) -> dict[int, int]:
+    """Layer → 128, 256 or 512 keys: the most is gained within `spare` bytes beside 256 everywhere.
+
+    Layers grow in the order of what they gain a byte, as long as the bytes last or layers that shrink lose less.
+
+    Args:
+        changes: of 128 and 512 keys, at the state with 256 everywhere. gaps: what cutting all heads loses.
+        spare, cost: bytes, of 256 keys in each layer; any unit.
+    """
+    total = {(layer, window): 0.0 for layer in layers for window in (128, 512)}
+    for x in changes:
+        total[x.layer, x.window] += x.text / gaps["text"] + (x.recall or 0.0) / gaps["recall"]
+    gain = sorted((total[layer, 512] / cost[layer], layer) for layer in layers if cost[layer])
+    loss = sorted((max(total[layer, 128], 0.0) / (cost[layer] / 2), layer) for layer in layers if cost[layer])
+    found = dict.fromkeys(layers, 256)
+    for value, layer in gain:
+        if found[layer] != 256 or value >= 0:
+            continue
+        shrinking, freed = [], spare
+        for lost, other in loss:
+            if freed >= cost[layer]:
+                break
+            if other != layer and found[other] == 256 and lost < -value:
+                shrinking.append(other)
+                freed += cost[other] / 2
+        if freed >= cost[layer]:
+            found |= dict.fromkeys(shrinking, 128) | {layer: 512}
+            spare = freed - cost[layer]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=["elimination", "gradient"], help="Ways to choose.")
-    parser.add_argument("--measured-at", type=int, default=128, help="Window of a head that is cut, for the choice.")
+    parser.add_argument("--score", nargs="*", help="Orders that are scored; default all.")
+    parser.add_argument("--measured-at", type=int, default=256, help="Window of a head that is cut, for the choice.")
     parser.add_argument("--windows", type=int, nargs="+", default=[64, 128, 256], help="Windows of the other heads.")
     parser.add_argument("--heads", type=int, nargs="+", default=[0, 4, 6, 8, 9, 14, 18, 27], help="Exact heads.")
+    parser.add_argument(
+        "--budgets", nargs="*", default=["6:0.1", "14:0.2"], help="Exact heads : share of the cache, windows by layer."
+    )
     parser.add_argument("--rows", type=int, default=15, help="Rows that are scored; each asks for three numbers.")
     parser.add_argument("--work", type=Path, default=Path("runs/heads"), help="Folder of the measurements.")
     parser.add_argument("--out", type=Path, required=True, help="The record (JSON); what is there is kept.")
@@ -178,10 +216,30 @@ def main() -> None:
     plans = {"softmax": [[EXACT] * heads for _ in layers]}
     for window in options.windows:
         for count in options.heads:
-            for name in orders if count else ["no head"]:
+            for name in options.score or orders if count else ["no head"]:
                 plans[f"{name}, {count} exact, window {window}"] = state = [[window] * heads for _ in layers]
                 for layer, head in orders[name]["order"][:count] if count else ():
                     state[layers.index(layer)][head] = EXACT
+    best, counts = options.methods[0], [int(text.split(":")[0]) for text in options.budgets]
+    if counts and "changes" not in record:
+        changes = window_changes(
+            model, batches[:2], exact=map(tuple, orders[best]["order"][: counts[0]]), windows=256, others=[128, 512],
+            tokenizer=tokenizer, seed=1,
+        )  # fmt: skip
+        record["changes"] = [asdict(x) for x in changes]
+        write_json(options.out, record)
+    for count, text in zip(counts, options.budgets, strict=True):
+        exact = set(map(tuple, orders[best]["order"][:count]))
+        measured = Sensitivity.from_dict(orders[best]["sensitivity"])
+        gaps = {name: measured.cut[name] - measured.exact[name] for name in measured.exact}
+        cost = {layer: 256 / CACHE * sum((layer, g) not in exact for g in range(heads)) for layer in layers}
+        rest = len(layers) * heads - count
+        spare = float(text.split(":")[1]) * len(layers) * heads - count - rest * SINKS / CACHE - sum(cost.values())
+        changes = [WindowChange(**x) for x in record["changes"] if (x["layer"], x["head"]) not in exact]
+        chosen = windows_within(changes, layers, gaps, spare, cost)
+        plans[f"{best}, {count} exact, windows by layer"] = [
+            [EXACT if (layer, g) in exact else chosen[layer] for g in range(heads)] for layer in layers
+        ]
     for name, windows in plans.items():
         if name not in record["scores"]:
             record["scores"][name] = found = score(model, mixed, test, windows, options.rows)

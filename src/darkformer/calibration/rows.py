@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..config import InputError
 
@@ -22,6 +23,8 @@ WORDINGS: tuple[tuple[str, str], ...] = (
     ("Please remember that the {name} weighs {number} grams.", "We were told that the {name} weighs"),
     ("{name} = {number}", "{name} ="),
 )
+#: Tokens whose logits are in memory in float32 at a time: with 256 thousand words they are 256 MB, not gigabytes.
+LOGITS_AT_ONCE = 256
 #: What the numbers belong to.
 NAMES = (
     "harbor", "library", "garden", "station", "museum", "bridge", "castle", "market", "forest", "river", "school",
@@ -174,9 +177,15 @@ def row_losses(model: Any, rows: Rows, dtype: str) -> Tensor:
     logits = logits[:, -(rows.ids.shape[1] - first) : -1]
     labels = rows.labels[:, first + 1 :].to(device)
     losses = []
-    for row, label in zip(logits, labels, strict=True):  # one row at a time: float32 logits are large
-        kept = label != IGNORED
-        some = row if bool(kept.all()) else row[kept]
-        wide = some.float() if some.dtype.itemsize < 4 else some
-        losses.append(F.cross_entropy(wide, label[kept], reduction="sum"))
+    for row, label in zip(logits, labels, strict=True):
+        places = (label != IGNORED).nonzero()[:, 0].split(LOGITS_AT_ONCE)
+        parts = [checkpoint(_summed_loss, row, label, place, use_reentrant=False) for place in places]
+        losses.append(torch.stack(parts).sum())
     return torch.stack(losses)
+
+
+def _summed_loss(logits: Tensor, labels: Tensor, places: Tensor) -> Tensor:
+    """Cross-entropy at some places of a row; logits of half precision are widened for these alone."""
+    some = logits[places]
+    wide = some.float() if some.dtype.itemsize < 4 else some
+    return F.cross_entropy(wide, labels[places], reduction="sum")
