@@ -61,7 +61,8 @@ def register(app: typer.Typer, console: Console) -> None:
 
         from .experiments.budget import PICTURE, RECORD, BudgetTask, run_budget
         from .experiments.console import RichReporter
-        from .experiments.frontier import RECALL, FrontierSettings, frontier_notes, frontier_table
+        from .experiments.frontier import RECALL, FrontierSettings
+        from .experiments.frontier_report import frontier_notes, frontier_table
 
         task = BudgetTask(
             tuple(data), tuple(held_out), tuple(budgets), at or None, context, tuple(window), eval_tokens

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from darkformer import ConfigError, DarkConfig, TrainConfig
+from darkformer.calibration.budget import Choice
 from darkformer.experiments import demo
 from darkformer.experiments.console import RichReporter
 from darkformer.experiments.demo import Demo, DemoConfig
@@ -35,7 +36,8 @@ SMALL = FrontierSettings(
 def chosen() -> Any:
     """A choice of heads that takes no time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "choose_config", lambda *args: replace(args[4], keep_exact=(1,)))
+        stub = lambda *args, **_: (None, [("40%", Choice(replace(args[4], keep_exact=(1,)), 1, 2, 3))])  # noqa: E731
+        patch.setattr(demo, "measured_choices", stub)
         yield
 
 

@@ -176,7 +176,9 @@ class TestHeads:
     @pytest.mark.parametrize("method", ["performer", "lfk", "local"])
     def test_other_methods(self, method: str) -> None:
         changed = mixed(replace(MIXED, method=method))
-        assert relative_error(streamed(changed, IDS, MASK, [9, 10, 17])[REAL], logits(changed, IDS, MASK)[REAL]) <= STREAM
+        assert (
+            relative_error(streamed(changed, IDS, MASK, [9, 10, 17])[REAL], logits(changed, IDS, MASK)[REAL]) <= STREAM
+        )
         assert relative_error(logits(changed, IDS), logits(mixed(), IDS)) > 1e-3
 
     @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -292,7 +294,9 @@ class TestStreams:
         found, wanted = model(IDS[:, 15:], past_key_values=cache).logits, logits(model, IDS)[:, 15:]
         assert STREAM < relative_error(found, wanted) < 0.1
         assert type(cache.layers[0].kept[0]).__name__ == "Fp8QuantizedLayer"
-        with pytest.raises(ConversionError, match=r"crop\(-1\).*Fp8QuantizedLayer, which takes none back\. Use a dynamic"):
+        with pytest.raises(
+            ConversionError, match=r"crop\(-1\).*Fp8QuantizedLayer, which takes none back\. Use a dynamic"
+        ):
             cache.crop(-1)
         with pytest.raises(ConversionError, match="a cache of Fp8QuantizedLayer is not saved"):
             save_cache(cache, model, tmp_path / "prompt.safetensors")
@@ -354,7 +358,15 @@ def _tensors(x: Any, known: set[int] | None = None) -> list[Tensor]:
     known.add(id(x))
     if isinstance(x, Tensor):
         return [x]
-    inner = x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else vars(x).values() if hasattr(x, "__dict__") else ()
+    inner = (
+        x.values()
+        if isinstance(x, dict)
+        else x
+        if isinstance(x, list | tuple)
+        else vars(x).values()
+        if hasattr(x, "__dict__")
+        else ()
+    )
     return [tensor for one in inner for tensor in _tensors(one, known)]
 
 
@@ -415,7 +427,9 @@ class TestTravel:
         with torch.no_grad():
             file = save_cache(self._filled(model), model, tmp_path / "prompt.safetensors")
             filled = copy.deepcopy(self._filled(model))
-        with pytest.raises(InputError, match=r"keep_exact: \['0\.2', .* there, \['0\.1', .* here.*compute the prompt again"):
+        with pytest.raises(
+            InputError, match=r"keep_exact: \['0\.2', .* there, \['0\.1', .* here.*compute the prompt again"
+        ):
             load_cache(file, other)
         with pytest.raises(ConversionError, match=r"layer 0 .* filled by another converted model.*empty cache"):
             other(IDS[:, :1], past_key_values=filled)
@@ -440,7 +454,8 @@ class TestTravel:
         cache = model(IDS[:, :15], attention_mask=mask[:, :15], use_cache=True).past_key_values
         disturb(convert(model, replace(DARK, keep_exact=("0.0", "0.2"), no_features=("0.1",))))
         parts = [
-            model(IDS[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in ((15, 18), (18, 24))
+            model(IDS[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+            for a, b in ((15, 18), (18, 24))
         ]
         wanted = model(IDS, attention_mask=mask, use_cache=False).logits[:, 15:]
         assert relative_error(torch.cat(parts, dim=1), wanted) <= STREAM
@@ -732,7 +747,9 @@ class Whole(nn.Module):
 
 @torch.no_grad()
 def test_export(model: PreTrainedModel, whole: Tensor) -> None:
-    program = torch.export.export(Whole(model), (tokens(2, LENGTH, seed=4), torch.ones_like(IDS)), strict=False).module()
+    program = torch.export.export(
+        Whole(model), (tokens(2, LENGTH, seed=4), torch.ones_like(IDS)), strict=False
+    ).module()
     assert relative_error(program(IDS, MASK)[REAL], whole[REAL]) <= STREAM
 
 

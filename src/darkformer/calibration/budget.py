@@ -154,9 +154,8 @@ class _Chooser:
         low, high = 0, len(self.order)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if self.bytes_of(self.candidate(window, middle), length) <= size else (low, middle - 1)
-            )
+            fits = self.bytes_of(self.candidate(window, middle), length) <= size
+            low, high = (middle, high) if fits else (low, middle - 1)
         return self.candidate(window, low)
 
     def windows_of(self, config: DarkConfig) -> list[list[int]]:
@@ -188,7 +187,7 @@ class _Chooser:
         windows: dict[int, int] = {}
         saved = 0  # keys that narrowed windows have saved and no wider one uses
         for layer in wider:
-            gain, cost, given = -values.get((layer, 2 * window), 0.0), 0.0, []
+            gain, cost, given = -values.get((layer, 2 * window), 0.0), 0.0, list[int]()
             for other in narrower:
                 if saved + sum(heads[x] for x in given) * window // 2 >= heads[layer] * window:
                     break
@@ -243,8 +242,8 @@ def choose_budget(
         found: an earlier `sensitivity`; measured without.
         dtype: as for `sensitivity`; keys and values are counted at 2 bytes a number where it is bfloat16, else at those
             of the model's weights.
-        by_layer: windows may differ by layer: twice the width where that gains most, half where it costs least, taken if
-            that loses less when measured.
+        by_layer: windows may differ by layer: twice the width where that gains most, half where it costs least; taken
+            if that loses less when measured.
         folder, seed, progress: as for `sensitivity`.
 
     Returns:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calibration.budget import Budget, Choice, choose_budget, full_context
 from ..calibration.sensitivity import Sensitivity, sensitivity
-from ..config import ConfigError, DarkConfig, InputError, option
+from ..config import ConfigError, DarkConfig, option
 from ..hf.convert import plan_conversion
 from ..hf.load import load_model, load_tokenizer
 from ..train.calibrate import calibrate
@@ -66,18 +66,21 @@ def measured_choices(
     model: Any, tokenizer: Any, blocks: Tensor, budgets: Sequence[str], config: DarkConfig, *, at: int | None,
     dtype: str, folder: Path, reporter: Reporter,
 ) -> tuple[Sensitivity, list[tuple[str, Choice]]]:  # fmt: skip
-    """Which heads need softmax, and what each budget keeps. A budget that is too small for this model is left out.
+    """Which heads need softmax, and what each budget keeps. A budget that is too small for the model is left out.
 
     Args:
         blocks: (N, context) tokens to choose on.
         folder: partial results are kept there.
+
+    Raises:
+        ConfigError: none of the budgets fits.
     """
     batches = calibration_batches(blocks)
     with reporter.stage("which heads need softmax", 1) as advance:
         found = sensitivity(
             model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, folder=folder, progress=advance
         )  # fmt: skip
-    length, choices = at or full_context(model), []
+    length, choices, problem = at or full_context(model), list[tuple[str, Choice]](), ConfigError("none was asked for")
     with reporter.stage("heads and windows for each budget", len(budgets)) as advance:
         for i, text in enumerate(budgets):
             file = folder / f"choice-{i}.json"
@@ -91,11 +94,14 @@ def measured_choices(
                         dtype=dtype,
                     )  # fmt: skip
                 except ConfigError as error:
+                    problem = error
                     reporter.say(f"left out: {error}")
                 else:
                     choices.append((text, choice))
                     write_json(file, {"budget": [text, length], "choice": choice.to_dict()})
             advance(i + 1, len(budgets))
+    if not choices:
+        raise ConfigError(f"no budget of {', '.join(budgets)} fits this model: {problem}")
     for text, choice in choices:
         reporter.say(f"  {text:>5}  {choice}")
     return found, choices
@@ -141,8 +147,6 @@ def run_budget(
     if settings.recall is not None:
         far = tuple(d for d in settings.recall.distances if d < task.context - 100)
         settings = replace(settings, recall=replace(settings.recall, distances=far) if far else None)
-    if not choices:
-        raise InputError("none of the budgets fits this model: see what was left out, and why.")
     record = measure_frontier(
         model, tokenizer, frontier_rows(choices, task.windows, config.sinks),
         held_out[: max(1, task.eval_tokens // task.context)], out, settings=settings,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from ..train.calibrate import calibrate
 from ..train.data import load_documents, split_documents, token_blocks
 from ..train.linearize import trained
 from ..train.record import RUN_FILE, environment, open_run, read_json, write_json
+from .budget import measured_choices
 from .console import RichReporter
 from .frontier import (
     FrontierRow,
@@ -39,17 +38,6 @@ SETTINGS = FrontierSettings(
 CALIBRATION_BLOCKS = 3
 #: Rough seconds of a training step, of choosing heads and of a generation on two cores: for shares of the bar only.
 STEP, CHOICE, GENERATION = 3.5, 120.0, 6.0
-
-
-def choose_config(
-    model: Any, tokenizer: Any, blocks: Tensor, demo: DemoConfig, default: DarkConfig, reporter: RichReporter
-) -> DarkConfig:
-    """The budget's configuration: heads and windows that lose least for its bytes, chosen on `blocks` (N, context).
-
-    The one place where the demo meets `darkformer.calibration.budget`.
-    """
-    choose: Callable[..., DarkConfig] = importlib.import_module("darkformer.calibration.budget").choose_budget
-    return choose(model, tokenizer, blocks, demo.budget, config=default, reporter=reporter)
 
 
 class Demo:
@@ -123,8 +111,11 @@ class Demo:
         file = self.out / "stages" / "chosen.json"
         if not file.is_file():
             self.reporter.weigh(CHOICE)
-            chosen = choose_config(model, tokenizer, blocks, self.demo, self.default, self.reporter)
-            write_json(file, chosen.to_dict())
+            _, choices = measured_choices(
+                model, tokenizer, blocks, [self.demo.budget], self.default, at=None, dtype=self.frontier.dtype,
+                folder=self.out / "stages" / "sensitivity", reporter=self.reporter,
+            )  # fmt: skip
+            write_json(file, choices[0][1].config.to_dict())
 
         def calibrated(converted: Any) -> list[dict[str, Any]]:
             return [asdict(choice) for choice in calibrate(converted, list(blocks[:CALIBRATION_BLOCKS].split(1)))]
