@@ -309,7 +309,7 @@ class _Run:
     def _measure_speed(self, alive: Sequence[tuple[FrontierRow, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
         s = self.settings
         with torch.inference_mode(False):
-            # Copies share their weights. What calibration found does not change the time, but for the heads that it left
+            # Copies share their weights. What calibration found does not change the time, but for the heads it left
             # without features, which the configuration says.
             dtype = DTYPES[s.dtype]
             base = self.model if self.model.dtype == dtype else copy.deepcopy(self.model).to(dtype)
