@@ -60,9 +60,8 @@ class DarkCacheLayer(CacheLayerMixin):
         self.inherited: tuple[Tensor, Tensor] | None = None  # keys and values to read before the first token
         self.owner: Any = None  # weak reference to the attention module that filled it
         self.versions: tuple[Any, ...] = ()
-        self.identity: tuple[str | None, str, DarkConfig] | None = (
-            None  # of a copy or a file, where the owner may be another one
-        )
+        # Of a copy or a file, where the owner may be another one.
+        self.identity: tuple[str | None, str, DarkConfig] | None = None
 
     @property
     def state(self) -> AttentionState | None:
