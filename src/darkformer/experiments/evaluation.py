@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..hf.convert import dark_layers
+from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
 from ..train.data import load_documents, split_documents, token_blocks
 from ..train.linearize import scored
@@ -78,7 +79,7 @@ def text_scores(
 
 def _window(model: Any) -> int | None:
     first = next(dark_layers(model), None)
-    return None if first is None else first.config.window
+    return None if first is None else config_of(model).window
 
 
 def print_scores(scores: Mapping[str, Mapping[str, Any]], console: Console, *, positions: bool = False) -> None:

@@ -24,6 +24,7 @@ from ..config import ConfigError, DarkConfig, InputError, native_dtype
 from ..cost import model_bytes
 from ..hf.cache import cache_bytes
 from ..hf.convert import convert, converted_modules, dark_layers, revert
+from ..hf.layers import config_of
 from ..train.evaluate import evaluate
 from ..train.record import environment, read_json, write_json
 from ..train.report import Reporter, Silent
@@ -91,17 +92,12 @@ class FrontierSettings:
             )
 
 
-def _config_of(module: Any) -> DarkConfig:
-    """The whole configuration of a converted module; calibration may have changed it."""
-    return DarkConfig.from_dict(dict(module.config.darkformer))
-
-
 def sequence_bytes(model: Any, seq_len: int, *, element_bytes: int) -> tuple[int, int]:
     """(bytes one sequence of `seq_len` tokens keeps in this model, bytes of its softmax cache)."""
     settings = model.config.get_text_config(decoder=True)
     modules = converted_modules(model)
     layers = [module.__dict__["dark_layer"] for module in modules]
-    config = _config_of(modules[0]) if modules else None
+    config = config_of(model) if modules else None
     own, cache = (
         model_bytes(settings, layers, form, seq_len, element_bytes=element_bytes) for form in (config, None)
     )  # fmt: skip
@@ -264,7 +260,7 @@ class _Run:
                 convert(model, row.config)
                 if self.calibrate is not None:
                     result["calibration"] = _plain(self.calibrate(model))
-                result["config"] = _plain(_config_of(converted_modules(model)[0]))
+                result["config"] = _plain(config_of(model))
                 advance(1, 1)
         measure_quality(
             model, self.tokenizer, self.blocks, s, result, filler=self.filler, reporter=self.reporter, title=title

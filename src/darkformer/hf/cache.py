@@ -60,9 +60,8 @@ class DarkCacheLayer(CacheLayerMixin):
         self.inherited: tuple[Tensor, Tensor] | None = None  # keys and values to read before the first token
         self.owner: Any = None  # weak reference to the attention module that filled it
         self.versions: tuple[Any, ...] = ()
-        self.identity: tuple[str | None, str, DarkConfig] | None = (
-            None  # of a copy or a file, where the owner may be another one
-        )
+        # Of a copy or a file, where the owner may be another one.
+        self.identity: tuple[str | None, str, DarkConfig] | None = None
 
     @property
     def state(self) -> AttentionState | None:
@@ -397,8 +396,8 @@ def _keys_of(layer: Any, slot: int) -> tuple[Tensor, Tensor] | None:
         return None
     if not whole(layer):
         raise ConversionError(
-            f"layer {slot} of past_key_values, a {type(layer).__name__}, has read {length} tokens and does not have all "
-            "of their keys as they came: a converted layer needs them. Start with an empty cache."
+            f"layer {slot} of past_key_values, a {type(layer).__name__}, has read {length} tokens and does not have "
+            "all of their keys as they came: a converted layer needs them. Start with an empty cache."
         )
     return layer.keys[:, :, :length], layer.values[:, :, :length]
 

@@ -96,8 +96,8 @@ def drop_features(model: nn.Module, heads: Iterable[tuple[int, int]]) -> None:
     modules = converted_modules(model)
     if not modules:
         raise ConversionError(
-            f"{type(model).__name__} has no converted layer whose features could be dropped: convert it first, and drop "
-            "them before an adapter of peft takes over its feature maps."
+            f"{type(model).__name__} has no converted layer whose features could be dropped: convert it first, and "
+            "drop them before an adapter of peft takes over its feature maps."
         )
     before = config_of(model)
     config = replace(before, no_features=(*before.no_features, *names))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..calibration.budget import Budget, Choice, choose_budget, full_context
 from ..calibration.sensitivity import sensitivity
 from ..config import ConfigError, DarkConfig, RunFolderError, TrainConfig
-from ..hf.convert import convert, converted_modules, plan_conversion
+from ..hf.convert import convert, plan_conversion
+from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer, save_model
 from .calibrate import calibrate
 from .card import model_card
@@ -116,11 +117,6 @@ def chosen(
     return choice
 
 
-def _configuration(model: Any) -> DarkConfig:
-    """What a converted model is converted to, with what calibration has changed."""
-    return DarkConfig.from_dict(dict(converted_modules(model)[0].config.darkformer))
-
-
 def linearize(
     model_name: str,
     out: str | Path,
@@ -193,7 +189,7 @@ def linearize(
     record = {
         **settings, "environment": environment(), "scores": scores, "losses": losses, "calibration": choices,
         "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),
-        "choice": None if choice is None else choice.to_dict(), "converted_config": _configuration(model).to_dict(),
+        "choice": None if choice is None else choice.to_dict(), "converted_config": config_of(model).to_dict(),
     }  # fmt: skip
     write_json(out / "record.json", record)
     model_card(record).save(out / "model" / "README.md")
