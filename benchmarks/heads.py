@@ -214,12 +214,6 @@ def main() -> None:
     test, mixed = Test(tokenizer, streams, options.rows, seed=777), MixedAttention(model, SINKS)
     heads, layers = mixed.layers[0].num_kv_heads, [layer.layer for layer in mixed.layers]
     plans = {"softmax": [[EXACT] * heads for _ in layers]}
-    for window in options.windows:
-        for count in options.heads:
-            for name in options.score or orders if count else ["no head"]:
-                plans[f"{name}, {count} exact, window {window}"] = state = [[window] * heads for _ in layers]
-                for layer, head in orders[name]["order"][:count] if count else ():
-                    state[layers.index(layer)][head] = EXACT
     best, counts = options.methods[0], [int(text.split(":")[0]) for text in options.budgets]
     if counts and "changes" not in record:
         changes = window_changes(
@@ -240,6 +234,12 @@ def main() -> None:
         plans[f"{best}, {count} exact, windows by layer"] = [
             [EXACT if (layer, g) in exact else chosen[layer] for g in range(heads)] for layer in layers
         ]
+    for window in options.windows:
+        for count in options.heads:
+            for name in options.score or orders if count else ["no head"]:
+                plans[f"{name}, {count} exact, window {window}"] = state = [[window] * heads for _ in layers]
+                for layer, head in orders[name]["order"][:count] if count else ():
+                    state[layers.index(layer)][head] = EXACT
     for name, windows in plans.items():
         if name not in record["scores"]:
             record["scores"][name] = found = score(model, mixed, test, windows, options.rows)

@@ -36,9 +36,9 @@ MIDDLE = 0.5
 #: Rows of one ablation that run together: bounds its memory.
 ROWS_AT_ONCE = 4
 #: Rows of text, and as many of recall, that one round of the elimination looks at; they take turns.
-ROWS_A_ROUND = 1
-#: Nats per token below which a loss counts as not in need of any far field: its head's shares would be noise.
-SMALLEST_GAP = 0.01
+ROWS_A_ROUND = 2
+#: Nats per token of all heads together below which a loss needs no far field: shares of it would be noise.
+SMALLEST_TOTAL = 0.01
 FILE = "sensitivity.json"
 
 
@@ -307,6 +307,7 @@ def sensitivity(
     settings = {
         "method": method, "window": window, "sinks": sinks, "dtype": dtype, "model": describe_base(model),
         "rows": {name: _digest(rows) for name, rows in measure.rows.items()},
+        "rounds": [list(ROUNDS), ROWS_A_ROUND] if method == "elimination" else None,
     }  # fmt: skip
     store = _Store(None if folder is None else Path(folder) / FILE, settings)
     if "result" in store.content:
@@ -472,6 +473,20 @@ class _Store:
             write_json(self.path, self.content)
 
 
+def _totals(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """What all heads lose together, by kind; heads that gain do not pay for others."""
+    return {name: max(sum(max(x, 0.0) for x in of_heads), SMALLEST_TOTAL) for name, of_heads in values.items()}
+
+
+def _ranked(heads: Iterable[int], values: Mapping[str, Sequence[float]], totals: Mapping[str, float]) -> list[int]:
+    """Heads by their share of the totals, text and recall counting alike; the largest first.
+
+    Shares of what is really lost when all heads are cut would count recall three times as much: its slopes in the
+    middle add up to three times that.
+    """
+    return sorted(heads, key=lambda n: (-sum(values[name][n] / totals[name] for name in totals), n))
+
+
 class _Run:
     """One measurement: its steps, which are not repeated when the store has them, and their progress."""
 
@@ -501,12 +516,11 @@ class _Run:
         self.total = 2 + {"ablation": rows * len(layers), "gradient": rows, "elimination": len(rounds)}[method]
         exact = self._step("exact", self.measure.losses)
         cut = self._step("cut", lambda: self.measure.losses([[self.window] * x.num_kv_heads for x in layers]))
-        gaps = {name: max(cut[name] - exact[name], SMALLEST_GAP) for name in exact}
         if method == "elimination":
-            values, order = self._eliminate(rounds, gaps)
+            values, order = self._eliminate(rounds)
         else:
             values = self._ablate(exact) if method == "ablation" else self._gradients()
-            order = self._ranked(range(len(self.heads)), values, gaps)
+            order = _ranked(range(len(self.heads)), values, _totals(values))
         numbers = [(layers[i].layer, g) for i, g in self.heads]
         recall = values.get("recall")
         return Sensitivity(
@@ -518,24 +532,22 @@ class _Run:
             method=method, window=self.window, sinks=self.measure.mixed.sinks, context=context, exact=exact, cut=cut,
         )  # fmt: skip
 
-    def _ranked(self, heads: Iterable[int], values: Mapping[str, Sequence[float]], gaps: dict[str, float]) -> list[int]:
-        """Heads by their share of what is lost when all are cut, text and recall counting alike; the largest first."""
-        return sorted(heads, key=lambda n: (-sum(values[name][n] / gaps[name] for name in gaps), n))
-
     def _rounds(self) -> list[int]:
         """How many heads are still exact after each round."""
         sizes = sorted({round(share * len(self.heads)) for share in ROUNDS} | {0}, reverse=True)
         return [size for size in sizes if size < len(self.heads)]
 
-    def _eliminate(self, rounds: Sequence[int], gaps: dict[str, float]) -> tuple[dict[str, list[float]], list[int]]:
+    def _eliminate(self, rounds: Sequence[int]) -> tuple[dict[str, list[float]], list[int]]:
         kept, order = list(range(len(self.heads))), list[int]()
-        values = {name: [0.0] * len(self.heads) for name in gaps}
+        values = {name: [0.0] * len(self.heads) for name in self.measure.rows}
+        totals: dict[str, float] = {}
         for turn, size in enumerate(rounds):
             found = self._step(f"round {turn}", lambda turn=turn, kept=kept: self._round(turn, kept))  # type: ignore[misc]
-            for name in gaps:
+            totals = totals or _totals(found)
+            for name in values:
                 for n, value in zip(kept, found[name], strict=True):
                     values[name][n] = value
-            ranked = self._ranked(kept, values, gaps)
+            ranked = _ranked(kept, values, totals)
             order = ranked[size:] + order
             kept = sorted(ranked[:size])
         return values, order
