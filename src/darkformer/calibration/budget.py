@@ -14,7 +14,6 @@ from ..cost import model_bytes
 from ..train.evaluate import Progress
 from .mixed import EXACT
 from .sensitivity import (
-    SMALLEST_GAP,
     Measure,
     Sensitivity,
     WindowChange,
@@ -27,6 +26,8 @@ from .sensitivity import (
 #: Windows that a budget chooses from; constant state alone (budget 0) has `CONSTANT_WINDOW`.
 WINDOWS = (64, 128, 256, 512)
 CONSTANT_WINDOW = 256
+#: Nats per token below which all heads' far fields together are worth nothing: shares of it would be noise.
+SMALLEST_GAP = 0.01
 #: Length that budgets count bytes at, where the model does not say how many tokens it reads.
 USUAL_LENGTH = 8192
 

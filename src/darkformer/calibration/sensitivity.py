@@ -35,8 +35,9 @@ ROUNDS = (0.4, 0.22, 0.15, 0.1, 0.07, 0.045)
 MIDDLE = 0.5
 #: Rows of one ablation that run together: bounds its memory.
 ROWS_AT_ONCE = 4
-#: Rows of text, and as many of recall, that one round of the elimination looks at; they take turns.
-ROWS_A_ROUND = 2
+#: Rows of text, and as many of recall, that one round of the elimination looks at; they take turns. Once no more than
+#: this share of the heads is exact, every row: one head more or less decides there.
+ROWS_A_ROUND, EVERY_ROW_FROM = 2, 0.15
 #: Nats per token of all heads together below which a loss needs no far field: shares of it would be noise.
 SMALLEST_TOTAL = 0.01
 FILE = "sensitivity.json"
@@ -307,7 +308,7 @@ def sensitivity(
     settings = {
         "method": method, "window": window, "sinks": sinks, "dtype": dtype, "model": describe_base(model),
         "rows": {name: _digest(rows) for name, rows in measure.rows.items()},
-        "rounds": [list(ROUNDS), ROWS_A_ROUND] if method == "elimination" else None,
+        "rounds": [list(ROUNDS), ROWS_A_ROUND, EVERY_ROW_FROM] if method == "elimination" else None,
     }  # fmt: skip
     store = _Store(None if folder is None else Path(folder) / FILE, settings)
     if "result" in store.content:
@@ -559,7 +560,8 @@ class _Run:
             state[index][g] = EXACT
         found = {}
         for name, rows in self.measure.rows.items():
-            part = sorted({(ROWS_A_ROUND * turn + i) % len(rows) for i in range(ROWS_A_ROUND)})
+            few = len(kept) > EVERY_ROW_FROM * len(self.heads)
+            part = sorted({(ROWS_A_ROUND * turn + i) % len(rows) for i in range(ROWS_A_ROUND if few else len(rows))})
             others = {self.window: [self.heads[n] for n in kept]}
             found[name] = self.measure.slopes(name, state, others, at=MIDDLE, part=part)[self.window].tolist()
         return found
