@@ -1,7 +1,12 @@
-"""Quadratic attention of one layer on a few tokens: the exact parts, and the features' part for any feature map."""
+"""One layer's attention at a few queries: the exact parts, and the features' part for any feature map.
+
+`Probe` is quadratic in its tokens and keeps every weight; `SpreadProbe` looks at a few queries of a long context,
+against all their keys, and keeps only sums over the keys.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -14,11 +19,11 @@ from ..config import DarkConfig
 from ..features.log_features import FeatureParameters, key_log_features, query_log_features
 
 #: Offsets tried around the bias that matches the far mass; a noisy head is better off with less of its features.
-BIAS_OFFSETS = (0.0, -0.5, -1.0, -2.0, -4.0, -8.0)
+BIAS_OFFSETS = (1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -4.0, -5.0, -6.0, -8.0)
 
 
 class Part(NamedTuple):
-    """One part of attention: Σ w·v (B, G, R, L, d_v) and Σ w (B, G, R, L, 1), on the exact weights' scale."""
+    """One part of attention at Q queries: Σ w·v (B, G, R, Q, d_v), Σ w (B, G, R, Q, 1), on the exact weights' scale."""
 
     numerator: Tensor
     normaliser: Tensor
@@ -30,7 +35,84 @@ def real_tokens(mask: Tensor | None, query: Tensor) -> Tensor:
     return torch.ones(shape, dtype=torch.bool, device=query.device) if mask is None else mask[:, -shape[1] :].bool()
 
 
-class Probe:
+class FarField:
+    """What stands fixed at some queries while feature maps are tried: the exact parts of the output, and its target.
+
+    Attributes:
+        near, far: the two parts of softmax's attention.
+        rows: (B, Q) which of the queries count.
+        target: softmax's output, (B, G, R, Q, d_v).
+        output_gram: (G, R·d_v, R·d_v) WᵀW of the output projection's columns of each kv head: errors are then those
+            of what the layer adds to the residual stream. None: those of the attention output itself.
+    """
+
+    near: Part
+    far: Part
+    rows: Tensor
+    target: Tensor
+    output_gram: Tensor | None = None
+
+    def output(self, far: Part) -> Tensor:
+        """(B, G, R, Q, d_v) with `far` as the far part."""
+        normaliser = (self.near.normaliser + far.normaliser).clamp_min(1e-30)
+        return (self.near.numerator + far.numerator) / normaliser * self.rows[:, None, None, :, None]
+
+    def share(self, far: Part) -> Tensor:
+        """(B, G, R, Q, 1) share of `far` in the normaliser."""
+        return far.normaliser / (self.near.normaliser + far.normaliser).clamp_min(1e-30)
+
+    def biased(self, far: Part, bias: Tensor) -> Part:
+        """`far` times exp(bias), bias (G,)."""
+        factor = bias.exp()[:, None, None, None]
+        return Part(far.numerator * factor, far.normaliser * factor)
+
+    def bias(self, far: Part) -> Tensor:
+        """Per kv head: the median over queries of log(exact far mass / the features' far mass)."""
+        exact, ours = self.far.normaliser, far.normaliser
+        ratio = torch.where((exact > 0) & (ours > 0), exact.log() - ours.log(), torch.nan)
+        return ratio.transpose(0, 1).flatten(1).nanmedian(dim=1).values.nan_to_num()
+
+    def squares(self, output: Tensor) -> Tensor:
+        """(B, G, Q) squared length of outputs (B, G, R, Q, d_v), after the output projection if there is one."""
+        if self.output_gram is None:
+            return output.square().sum((2, 4))
+        joined = output.transpose(2, 3).flatten(3)  # the query heads of a group add up in the residual stream
+        return ((joined @ self.output_gram) * joined).sum(-1)
+
+    @functools.cached_property
+    def target_squares(self) -> Tensor:
+        """`squares` of the target, which every error is relative to."""
+        return self.squares(self.target)
+
+    def errors(self, far: Part, bias: Tensor, at: Sequence[Tensor]) -> Tensor:
+        """(S, G) `error` over each of S sets of queries (B, Q); NaN where there are none."""
+        missed, size = self.squares(self.output(self.biased(far, bias)) - self.target), self.target_squares
+        return torch.stack([(missed * x[:, None]).sum((0, 2)) / (size * x[:, None]).sum((0, 2)) for x in at])
+
+    def error(self, far: Part, bias: Tensor) -> Tensor:
+        """Per kv head: ‖output - exact output‖² / ‖exact output‖² over queries, the features times exp(bias)."""
+        return self.errors(far, bias, [self.rows])[0]
+
+    def biases(self, far: Part) -> list[Tensor]:
+        """Biases worth trying, per kv head: none, and `BIAS_OFFSETS` around the one that matches the far mass."""
+        none = far.normaliser.new_zeros(far.normaliser.shape[1])
+        matched = self.bias(far)
+        return [none, *(matched + offset for offset in BIAS_OFFSETS)]
+
+    def least_error(self, far: Part) -> Tensor:
+        """Per kv head, `error` at the best of `biases`, as calibration chooses it."""
+        return torch.stack([self.error(far, bias) for bias in self.biases(far)]).nan_to_num(nan=torch.inf).amin(0)
+
+    def errors_exact_part(self, at: Sequence[Tensor]) -> Tensor:
+        """As `errors`, with no features at all."""
+        return self.errors(self.far, self.far.normaliser.new_full((self.far.normaliser.shape[1],), -math.inf), at)
+
+    def error_exact_part(self) -> Tensor:
+        """Per kv head, as `error`, with no features at all."""
+        return self.errors_exact_part([self.rows])[0]
+
+
+class Probe(FarField):
     """One layer's queries, keys and values with softmax's answer, against which feature maps are held.
 
     Args:
@@ -55,7 +137,7 @@ class Probe:
         logits = (self.q @ self.k[:, :, None].mT).masked_fill(~self.seen[:, None, None], -torch.inf)
         self.top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         self.weights = (logits - self.top).exp()
-        self.rows = self.real[:, None, None, :, None]
+        self.rows = self.real
         self._splits: dict[tuple[int, int], tuple[Tensor, Part, Part]] = {}
         self.split(config)
         self.target = self.output(self.far)
@@ -71,20 +153,6 @@ class Probe:
 
     def _part(self, weights: Tensor) -> Part:
         return Part(weights @ self.v[:, :, None], weights.sum(-1, keepdim=True))
-
-    def output(self, far: Part) -> Tensor:
-        """(B, G, R, L, d_v) with `far` as the far part."""
-        normaliser = (self.near.normaliser + far.normaliser).clamp_min(1e-30)
-        return (self.near.numerator + far.numerator) / normaliser * self.rows
-
-    def share(self, far: Part) -> Tensor:
-        """(B, G, R, L, 1) share of `far` in the normaliser."""
-        return far.normaliser / (self.near.normaliser + far.normaliser).clamp_min(1e-30)
-
-    def biased(self, far: Part, bias: Tensor) -> Part:
-        """`far` times exp(bias), bias (G,)."""
-        factor = bias.exp()[:, None, None, None]
-        return Part(far.numerator * factor, far.normaliser * factor)
 
     def log_features(self, parameters: FeatureParameters) -> tuple[Tensor, Tensor]:
         """ℓ_q (B, G, R, L, m) and ℓ_k (B, G, L, m)."""
@@ -132,27 +200,101 @@ class Probe:
             kernel += query[..., start:count] @ key[..., start:count].mT
             yield kernel * (shift * (parameters.config.num_features / count))
 
-    def bias(self, far: Part) -> Tensor:
-        """Per kv head: the median over queries of log(exact far mass / the features' far mass)."""
-        exact, ours = self.far.normaliser, far.normaliser
-        ratio = torch.where((exact > 0) & (ours > 0), exact.log() - ours.log(), torch.nan)
-        return ratio.transpose(0, 1).flatten(1).nanmedian(dim=1).values.nan_to_num()
 
-    def error(self, far: Part, bias: Tensor) -> Tensor:
-        """Per kv head: ‖output - exact output‖² / ‖exact output‖² over real tokens, the features times exp(bias)."""
-        output = self.output(self.biased(far, bias))
-        return (output - self.target).square().sum((0, 2, 3, 4)) / self.target.square().sum((0, 2, 3, 4))
+def spread_queries(real: Tensor, first: int, count: int) -> Tensor:
+    """(B, Q) indices of about `count` tokens a row, spread over its real tokens (B, L): all L where L ≤ count.
 
-    def biases(self, far: Part) -> list[Tensor]:
-        """Biases worth trying, per kv head: none, and `BIAS_OFFSETS` around the one that matches the far mass."""
-        none = far.normaliser.new_zeros(self.k.shape[1])
-        matched = self.bias(far)
-        return [none, *(matched + offset for offset in BIAS_OFFSETS)]
+    Half of them are spaced evenly and half logarithmically, from the row's token number `first` to its last one: a mean
+    over them is led by long contexts, as a score is, and leaves no part of the context unseen. Rows of few real tokens
+    repeat some.
+    """
+    batch, length = real.shape
+    if length <= count:
+        return torch.arange(length, device=real.device).expand(batch, -1)
+    tokens = real.sum(1, keepdim=True)
+    last = (tokens - 1).clamp_min(0).double()
+    start = last.clamp_max(first)
+    even = start + (last - start) * torch.linspace(0, 1, count - count // 2, device=real.device).double()
+    ratio = torch.linspace(0, 1, count // 2, device=real.device).double()
+    logarithmic = (start + 1) * ((last + 1) / (start + 1)) ** ratio - 1
+    number = torch.cat([even, logarithmic], 1).round().long().sort(1).values
+    in_order = torch.argsort((~real).int(), dim=1, stable=True)  # real tokens first
+    return in_order.gather(1, number)
 
-    def least_error(self, far: Part) -> Tensor:
-        """Per kv head, `error` at the best of `biases`, as calibration chooses it."""
-        return torch.stack([self.error(far, bias) for bias in self.biases(far)]).nan_to_num(nan=torch.inf).amin(0)
 
-    def error_exact_part(self) -> Tensor:
-        """Per kv head, as `error`, with no features at all."""
-        return self.error(self.far, self.far.normaliser.new_full((self.k.shape[1],), -math.inf))
+class SpreadProbe(FarField):
+    """A few queries of each row, spread over its whole context, against all the keys before them.
+
+    Memory is linear in L: weights are made for a few queries at a time, and only their sums over the keys are kept.
+
+    Args:
+        query, key, value, mask, scaling, config: see `Probe`.
+        queries: how many a row.
+        output_gram: see `FarField`.
+    """
+
+    #: Elements of the largest tensor of weights, over all heads and rows.
+    WEIGHTS = 1 << 23
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
+        *, config: DarkConfig, queries: int, output_gram: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        groups, length = key.shape[1:3]
+        self.config, self.output_gram, self.heads = config, output_gram, query.shape[1] // groups
+        self.real = real_tokens(mask, query)
+        self.position = (self.real.cumsum(1) - 1).clamp_min(0)
+        self.index = spread_queries(self.real, config.window + config.sinks, queries)
+        self.rows = self.real.gather(1, self.index)
+        grouped = query.unflatten(1, (groups, -1))
+        where = self.index[:, None, None, :, None].expand(-1, *grouped.shape[1:3], -1, grouped.shape[-1])
+        self.q = grouped.gather(3, where).float() * scaling**0.5
+        self.k, self.v = key.float() * scaling**0.5, value.float()
+        chunk = max(1, self.WEIGHTS // (query.shape[0] * query.shape[1] * length))
+        self.chunks = [slice(start, start + chunk) for start in range(0, self.index.shape[1], chunk)]
+        tops, near, far = zip(*map(self._exact, self.chunks), strict=True)
+        self.top, self.near, self.far = torch.cat(tops, 3), _joined(near), _joined(far)
+        self.target = self.output(self.far)
+
+    def _split(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """(B, 1, 1, Q, L) which keys the chunk's queries see exactly, and which through features."""
+        at = self.index[:, chunk]
+        offset = self.position.gather(1, at)[:, :, None] - self.position[:, None, :]
+        seen = (offset >= 0) & self.real[:, None, :] & self.real.gather(1, at)[:, :, None]
+        near = seen & ((offset < self.config.window) | (self.position < self.config.sinks)[:, None, :])
+        return near[:, None, None], (seen & ~near)[:, None, None]
+
+    def _against_keys(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """queries (B, G, R, Q, n) times keys (B, G, L, n): (B, G, R, Q, L), without copies of the keys."""
+        return (queries.flatten(2, 3) @ keys.mT).unflatten(2, (self.heads, -1))
+
+    def _part(self, weights: Tensor) -> Part:
+        numerator = (weights.flatten(2, 3) @ self.v).unflatten(2, (self.heads, -1))
+        return Part(numerator, weights.sum(-1, keepdim=True))
+
+    def _exact(self, chunk: slice) -> tuple[Tensor, Part, Part]:
+        near, far = self._split(chunk)
+        logits = self._against_keys(self.q[:, :, :, chunk], self.k).masked_fill_(~(near | far), -torch.inf)
+        top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        weights = logits.sub_(top).exp_()
+        return top, self._part(weights * near), self._part(weights * far)
+
+    def features(self, parameters: FeatureParameters) -> Part:
+        """The far part by the features of `parameters`."""
+        place = self.position.gather(1, self.index).repeat(1, self.heads)
+        lq = query_log_features(parameters, self.q.flatten(2, 3), place).unflatten(2, (self.heads, -1))
+        lk = key_log_features(parameters, self.k, self.position)
+        high_q, high_k = lq.amax(-1, keepdim=True), lk.amax((-2, -1), keepdim=True)
+        query, key = (lq - high_q).exp(), (lk - high_k).exp()
+        shift = (high_q + high_k[:, :, None] - self.top).clamp_max(80.0).exp()
+
+        def part(chunk: slice) -> Part:
+            kernel = self._against_keys(query[:, :, :, chunk], key)
+            return self._part(kernel.mul_(shift[:, :, :, chunk]).mul_(self._split(chunk)[1]))
+
+        return _joined([part(chunk) for chunk in self.chunks])
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """Parts of consecutive queries as one."""
+    return Part(*(torch.cat(tensors, 3) for tensors in zip(*parts, strict=True)))

@@ -5,34 +5,51 @@ Statistics come from one pass of the *softmax* model; queries and keys are never
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..config import ConversionError, InputError
-from ..diagnostics.probe import Probe, real_tokens
+from ..diagnostics.probe import SpreadProbe, real_tokens
 from ..features.maps import FeatureMap
 from ..features.moments import HeadProposals, Moments, set_transforms
-from ..hf.convert import dark_layers, observing
+from ..hf.convert import converted_modules, dark_layers, drop_features, observing
 from .evaluate import Progress
 
 #: Scales of the starting geometry that the line search tries: a colder kernel is biased but far less noisy.
 SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
-#: Tokens of a sequence the line search looks at; it compares with quadratic attention.
-SEARCH_TOKENS = 512
+#: Queries of a sequence the line search looks at, spread over its context; each is compared over all its keys.
+SEARCH_QUERIES = 128
+#: Added to the bias of least error where there is a window: what the error prefers is too much of the features for the
+#: loss, and for texts of another kind.
+CAUTION = -1.0
+#: Share of the squared output error that features must save on tokens held back, or the head goes without them …
+MARGIN = 0.02
+#: … as it does where they save less than this share of the squared output.
+NEGLIGIBLE = 1e-3
+#: Tokens of the pass that finds the output projections.
+_TRIAL_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """What the line search chose for one layer, per kv head, and the relative output errors it measured."""
+    """What the line search chose for one layer, per kv head, and the relative output errors it measured.
+
+    Errors are those of what the head adds to the residual stream (after the output projection, where one was found), on
+    tokens that the choice did not see.
+    """
 
     layer: int
+    heads: list[int]  # numbers of the kv heads in the layer
     scale: list[float]
     far_bias: list[float]
-    error: list[float]  # relative error of the attention output at the choice
+    features: list[bool]  # whether they pay; where not, `drop_features` switched them off
+    error: list[float]  # with features, at the choice
     error_unscaled: list[float]  # the same at scale 1 without bias (isotropic if the proposal does not exist there)
     error_exact_part: list[float]  # the same without any features
 
@@ -45,9 +62,11 @@ def _inputs(batch: Any) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
 
 
-def _forward(model: nn.Module, batch: Any) -> None:
+def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     device = next(model.parameters()).device
-    model(**{name: x.to(device) for name, x in _inputs(batch).items()}, use_cache=False)
+    # Nobody reads the logits, which are the largest tensor of the pass.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    model(**{name: x.to(device) for name, x in inputs.items()}, **few, use_cache=False)
 
 
 def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Moments]:
@@ -61,9 +80,64 @@ def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Momen
 
     with observing(model, observer):
         for batch in batches:
-            _forward(model, batch)
+            _forward(model, _inputs(batch))
             tick()
     return moments
+
+
+def _linear_weight(module: nn.Module, inputs: int) -> Tensor | None:
+    """(out, inputs) weight of a plain linear layer, or None: quantized, offloaded, sharded, or something else."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return None
+    weight = module.weight.detach()
+    weight = weight.T if isinstance(module, Conv1D) else weight
+    plain = weight.is_floating_point() and not weight.is_meta and weight.dim() == 2 and weight.shape[1] == inputs
+    return weight if plain else None
+
+
+def _output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
+    """WᵀW (G, R·d_v, R·d_v) of the output projections' columns of each kv head, by the feature map's id.
+
+    The output projection of a layer is the linear module inside it that is called with exactly what attention gave.
+    Where there is none (gated attention), or its weight cannot be read, the layer is absent.
+    """
+    shown: dict[int, Tensor] = {}
+    grams: dict[int, Tensor] = {}
+
+    def observer(fm: FeatureMap, *captured: Any) -> None:
+        shown[id(fm)] = captured[-1].transpose(1, 2)  # (B, L, H, d_v)
+
+    def watching(attention: Any) -> Any:
+        fm, layer = attention.dark, attention.__dict__["dark_layer"]
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            output = shown.get(id(fm))
+            if output is None or not args or not isinstance(args[0], Tensor):
+                return
+            x, width = args[0], layer.num_heads * output.shape[-1]
+            if x.shape != (*output.shape[:2], width):
+                return
+            own = x.detach().unflatten(-1, (layer.num_kv_heads, -1))[:, :, list(fm.heads)]
+            weight = _linear_weight(module, width)
+            if weight is None or not torch.equal(own.flatten(2), output.flatten(2).to(x.dtype)):
+                return
+            columns = weight.float().unflatten(1, (layer.num_kv_heads, -1))[:, list(fm.heads)].transpose(0, 1)
+            grams[id(fm)] = columns.mT @ columns
+
+        return hook
+
+    handles = []
+    try:
+        for attention in converted_modules(model):
+            for module in attention.modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    handles.append(module.register_forward_pre_hook(watching(attention)))
+        with observing(model, observer):
+            _forward(model, {"input_ids": _inputs(batch)["input_ids"][:1, :_TRIAL_TOKENS]})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grams
 
 
 class _Try(NamedTuple):
@@ -71,7 +145,8 @@ class _Try(NamedTuple):
 
     scale: float
     bias: Tensor
-    error: Tensor
+    error: Tensor  # on the tokens that choose
+    held_back: Tensor  # on the others
     allowed: Tensor
 
 
@@ -79,7 +154,24 @@ def _scales(fm: FeatureMap) -> tuple[float, ...]:
     return SCALES if fm.scalable and fm.config.cold_start else SCALES[:1]
 
 
-def _try_scale(fm: FeatureMap, probe: Probe, proposals: HeadProposals | None, scale: float) -> list[_Try]:
+def _held_back(rows: Tensor) -> Tensor:
+    """(B, Q) which queries check the choice: the later half of the rows, or of a single row every other stretch."""
+    batch, count = rows.shape
+    if batch > 1:
+        return (torch.arange(batch, device=rows.device) >= batch // 2)[:, None].expand(batch, count)
+    stretch = max(1, count // 8)
+    return (torch.arange(count, device=rows.device) // stretch % 2 == 1)[None]
+
+
+def _looked_at(rows: Tensor) -> list[Tensor]:
+    """(B, Q) queries that choose, and those that check the choice."""
+    held = _held_back(rows)
+    return [~held & rows, held & rows]
+
+
+def _try_scale(
+    fm: FeatureMap, probe: SpreadProbe, at: list[Tensor], proposals: HeadProposals | None, scale: float
+) -> list[_Try]:
     """Every bias at one scale of the maps, with the proposal that belongs to this scale."""
     allowed = torch.ones(fm.num_kv_heads, dtype=torch.bool)
     if proposals is not None:
@@ -88,12 +180,14 @@ def _try_scale(fm: FeatureMap, probe: Probe, proposals: HeadProposals | None, sc
         proposals.set_(every)
     far = probe.features(fm.parameters_for(torch.float32)._replace(far_bias=None).scaled(scale))
     biases = probe.biases(far) if fm.far_bias is not None else [far.normaliser.new_zeros(fm.num_kv_heads)]
-    return [_Try(scale, bias, probe.error(far, bias), allowed) for bias in biases]
+    errors = [probe.errors(far, bias, at) for bias in biases]
+    return [_Try(scale, bias, e[0], e[1], allowed) for bias, e in zip(biases, errors, strict=True)]
 
 
 @torch.no_grad()
-def _search_layer(fm: FeatureMap, probe: Probe, proposals: HeadProposals | None) -> HeadChoice:
-    tried = [candidate for scale in _scales(fm) for candidate in _try_scale(fm, probe, proposals, scale)]
+def _search_layer(fm: FeatureMap, probe: SpreadProbe, proposals: HeadProposals | None) -> HeadChoice:
+    at = _looked_at(probe.rows)
+    tried = [candidate for scale in _scales(fm) for candidate in _try_scale(fm, probe, at, proposals, scale)]
     errors = torch.stack([t.error for t in tried]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
     allowed = torch.stack([t.allowed for t in tried]).to(errors.device)
     best, groups = errors.masked_fill(~allowed, torch.inf).argmin(0), torch.arange(fm.num_kv_heads)
@@ -105,9 +199,16 @@ def _search_layer(fm: FeatureMap, probe: Probe, proposals: HeadProposals | None)
     if proposals is not None:
         proposals.set_(chosen)
     if fm.far_bias is not None:
+        bias = bias + CAUTION if fm.config.window else bias
         fm.set_("far_bias", bias)
-    columns = (chosen, bias, errors[best, groups].sqrt(), errors[0].sqrt(), probe.error_exact_part().sqrt())
-    return HeadChoice(fm.layer, *(column.tolist() for column in columns))
+    far = probe.features(fm.parameters_for(torch.float32)._replace(far_bias=None))
+    check, without = probe.errors(far, bias, at[1:])[0].nan_to_num(nan=torch.inf), probe.errors_exact_part(at[1:])[0]
+    pays = without - check > (MARGIN * without).clamp_min(NEGLIGIBLE)
+    pays |= ~(without > 0)  # a text within the window says nothing about what lies beyond
+    columns = (check.sqrt(), tried[0].held_back.sqrt(), without.sqrt())
+    return HeadChoice(
+        fm.layer, list(fm.heads), chosen.tolist(), bias.tolist(), pays.tolist(), *(x.tolist() for x in columns)
+    )
 
 
 def _set_closed_forms(
@@ -137,24 +238,48 @@ def _line_search(
 
     def observer(fm: FeatureMap, *captured: Any) -> None:
         if id(fm) in searched:
-            probe = Probe(*captured[:-1], config=fm.config, tokens=SEARCH_TOKENS)
+            gram = grams.get(id(fm))
+            probe = SpreadProbe(*captured[:-1], config=fm.config, queries=SEARCH_QUERIES, output_gram=gram)
             choices.append(_search_layer(fm, probe, proposals.get(id(fm))))
 
     if searched:
+        grams = _output_grams(model, batch)
         with observing(model, observer):
-            _forward(model, batch)
+            _forward(model, _inputs(batch))
     return choices
+
+
+def _drop(model: nn.Module, layers: list[FeatureMap], choices: list[HeadChoice]) -> None:
+    """Switches features off where they do not pay, in layers that have an exact part to fall back on."""
+    droppable = {fm.layer for fm in layers if fm.config.drop_features and fm.config.window > 0}
+    heads = {
+        (choice.layer, head)
+        for choice in choices
+        for head, pays in zip(choice.heads, choice.features, strict=True)
+        if choice.layer in droppable and not pays
+    }
+    if heads:
+        drop_features(model, heads)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None) -> list[HeadChoice]:
     """Sets centres, balance, proposal, scale and bias of every layer from the softmax model's own queries and keys.
 
     One pass over `batches`. All but the last give the moments, from which centres and balance follow in closed form;
-    on the last, held back, a line search over `SCALES` picks each head's scale by the measured error of the attention
-    output (bias² + variance), and with it the bias of the features against the exact part, from a few offsets around
-    the median log-ratio of far masses. The proposal follows the scale: its moments are those of the scaled inputs.
-    With `cold_start` M starts at scale × identity: an earlier calibration or training of M is forgotten.
-    What the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`) is left alone;
+    on the last, held back, a line search over `SCALES` picks each head's scale by the measured error (bias² + variance)
+    of what the head adds to the residual stream, and with it the bias of the features against the exact part: the best
+    of a few offsets around the median log-ratio of far masses, plus `CAUTION` where there is a window. Errors are
+    measured at `SEARCH_QUERIES` positions a row, spread over its whole context, each over all its keys: give batches as
+    long as the context the model will be used at.
+    The proposal follows the scale: its moments are those of the scaled inputs. With `cold_start` M starts at
+    scale × identity: an earlier calibration or training of M is forgotten.
+
+    Half of the last batch (the later rows; of a single row, every other stretch) takes no part in the choice. Where
+    features do not lower the error there by `MARGIN`, or by next to nothing (`NEGLIGIBLE`), the head is better off with
+    window and sinks alone: with `drop_features` its features are switched off, for good, and cost neither time nor
+    bytes. Such layers have new feature maps then, so an optimizer is made after calibration.
+
+    What the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`, `drop_features`) is left alone;
     `DarkConfig.paper()` turns everything off, so there this does nothing.
 
     Args:
@@ -190,6 +315,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
                 fm.reset_geometry_()
         proposals = _set_closed_forms(model, layers, every[:-1] or every, tick)
         choices = _line_search(model, layers, every[-1], proposals)
+        _drop(model, layers, choices)
     finally:
         model.train(was_training)
     if progress:
