@@ -256,13 +256,26 @@ class SpreadProbe(FarField):
         self.top, self.near, self.far = torch.cat(tops, 3), _joined(near), _joined(far)
         self.target = self.output(self.far)
 
-    def _split(self, chunk: slice) -> tuple[Tensor, Tensor]:
+    def _split(self, chunk: slice, window: int | None = None) -> tuple[Tensor, Tensor]:
         """(B, 1, 1, Q, L) which keys the chunk's queries see exactly, and which through features."""
+        window = self.config.window if window is None else window
         at = self.index[:, chunk]
         offset = self.position.gather(1, at)[:, :, None] - self.position[:, None, :]
         seen = (offset >= 0) & self.real[:, None, :] & self.real.gather(1, at)[:, :, None]
-        near = seen & ((offset < self.config.window) | (self.position < self.config.sinks)[:, None, :])
+        near = seen & ((offset < window) | (self.position < self.config.sinks)[:, None, :])
         return near[:, None, None], (seen & ~near)[:, None, None]
+
+    def errors_of_window(self, window: int, at: Sequence[Tensor]) -> Tensor:
+        """As `errors_exact_part`, (S, G), with another window."""
+        parts = []
+        for chunk in self.chunks:
+            near, _ = self._split(chunk, window)
+            logits = self._against_keys(self.q[:, :, :, chunk], self.k).sub_(self.top[:, :, :, chunk])
+            parts.append(self._part(logits.masked_fill_(~near, -torch.inf).exp_()))
+        near_part = _joined(parts)
+        output = near_part.numerator / near_part.normaliser.clamp_min(1e-30) * self.rows[:, None, None, :, None]
+        missed, size = self.squares(output - self.target), self.squares(self.target)
+        return torch.stack([(missed * x[:, None]).sum((0, 2)) / (size * x[:, None]).sum((0, 2)) for x in at])
 
     def _against_keys(self, queries: Tensor, keys: Tensor) -> Tensor:
         """queries (B, G, R, Q, n) times keys (B, G, L, n): (B, G, R, Q, L), without copies of the keys."""

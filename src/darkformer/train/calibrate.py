@@ -6,6 +6,7 @@ Statistics come from one pass of the *softmax* model; queries and keys are never
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ class HeadChoice:
     error: list[float]  # with features, at the choice
     error_unscaled: list[float]  # the same at scale 1 without bias (isotropic if the proposal does not exist there)
     error_exact_part: list[float]  # the same without any features
+    error_equal_bytes: list[float]  # without features, the window wider by as many keys as they take bytes
 
 
 def _inputs(batch: Any) -> dict[str, Tensor]:
@@ -185,7 +187,9 @@ def _try_scale(
 
 
 @torch.no_grad()
-def _search_layer(fm: FeatureMap, probe: SpreadProbe, proposals: HeadProposals | None) -> HeadChoice:
+def _search_layer(
+    fm: FeatureMap, probe: SpreadProbe, proposals: HeadProposals | None, key_bytes: int
+) -> HeadChoice:  # fmt: skip
     at = _looked_at(probe.rows)
     tried = [candidate for scale in _scales(fm) for candidate in _try_scale(fm, probe, at, proposals, scale)]
     errors = torch.stack([t.error for t in tried]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
@@ -205,7 +209,8 @@ def _search_layer(fm: FeatureMap, probe: SpreadProbe, proposals: HeadProposals |
     check, without = probe.errors(far, bias, at[1:])[0].nan_to_num(nan=torch.inf), probe.errors_exact_part(at[1:])[0]
     pays = without - check > (MARGIN * without).clamp_min(NEGLIGIBLE)
     pays |= ~(without > 0)  # a text within the window says nothing about what lies beyond
-    columns = (check.sqrt(), tried[0].held_back.sqrt(), without.sqrt())
+    wider = probe.errors_of_window(fm.config.window + keys_of_features(fm, key_bytes), at[1:])[0]
+    columns = (check.sqrt(), tried[0].held_back.sqrt(), without.sqrt(), wider.sqrt())
     return HeadChoice(
         fm.layer, list(fm.heads), chosen.tolist(), bias.tolist(), pays.tolist(), *(x.tolist() for x in columns)
     )
@@ -229,8 +234,13 @@ def _set_closed_forms(
     return proposals
 
 
+def keys_of_features(fm: FeatureMap, key_bytes: int) -> int:
+    """How many keys, with their values, take as many bytes as a head's features; `key_bytes` of one of both together."""
+    return math.ceil(4 * fm.config.feature_count * (fm.head_dim + 2) / key_bytes)
+
+
 def _line_search(
-    model: nn.Module, layers: list[FeatureMap], batch: Any, proposals: dict[int, HeadProposals]
+    model: nn.Module, layers: list[FeatureMap], batch: Any, proposals: dict[int, HeadProposals], element_bytes: int
 ) -> list[HeadChoice]:
     """Scale and bias of the layers that have one to choose, measured on `batch`."""
     choices: list[HeadChoice] = []
@@ -240,7 +250,8 @@ def _line_search(
         if id(fm) in searched:
             gram = grams.get(id(fm))
             probe = SpreadProbe(*captured[:-1], config=fm.config, queries=SEARCH_QUERIES, output_gram=gram)
-            choices.append(_search_layer(fm, probe, proposals.get(id(fm))))
+            key_bytes = element_bytes * (captured[1].shape[-1] + captured[2].shape[-1])
+            choices.append(_search_layer(fm, probe, proposals.get(id(fm)), key_bytes))
 
     if searched:
         grams = _output_grams(model, batch)
@@ -249,8 +260,12 @@ def _line_search(
     return choices
 
 
-def _drop(model: nn.Module, layers: list[FeatureMap], choices: list[HeadChoice]) -> None:
+def _drop(model: nn.Module, layers: list[FeatureMap], choices: list[HeadChoice], equal_bytes: bool) -> None:
     """Switches features off where they do not pay, in layers that have an exact part to fall back on."""
+    if equal_bytes:
+        for choice in choices:
+            better = [a < b for a, b in zip(choice.error, choice.error_equal_bytes, strict=True)]
+            choice.features[:] = [pays and wins for pays, wins in zip(choice.features, better, strict=True)]
     droppable = {fm.layer for fm in layers if fm.config.drop_features and fm.config.window > 0}
     heads = {
         (choice.layer, head)
@@ -262,7 +277,10 @@ def _drop(model: nn.Module, layers: list[FeatureMap], choices: list[HeadChoice])
         drop_features(model, heads)
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None) -> list[HeadChoice]:
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], *, equal_bytes: bool = False, element_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> list[HeadChoice]:  # fmt: skip
     """Sets centres, balance, proposal, scale and bias of every layer from the softmax model's own queries and keys.
 
     One pass over `batches`. All but the last give the moments, from which centres and balance follow in closed form;
@@ -284,6 +302,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
 
     Args:
         batches: input_ids (B, L), or dicts with input_ids and attention_mask. A single batch serves both purposes.
+        equal_bytes: features must also beat what their bytes buy otherwise, a wider window; for budgets that nothing is
+            trained for.
+        element_bytes: of a number in the keys and values of that window; those of the model's weights without.
         progress: called with (batches done, batches in all).
 
     Returns:
@@ -314,8 +335,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, progress: Progress | 
             if fm.config.cold_start:
                 fm.reset_geometry_()
         proposals = _set_closed_forms(model, layers, every[:-1] or every, tick)
-        choices = _line_search(model, layers, every[-1], proposals)
-        _drop(model, layers, choices)
+        element_bytes = element_bytes or next(model.parameters()).element_size()
+        choices = _line_search(model, layers, every[-1], proposals, element_bytes)
+        _drop(model, layers, choices, equal_bytes)
     finally:
         model.train(was_training)
     if progress:
