@@ -26,7 +26,7 @@ import torch
 import darkformer
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.load import demo_model_path, load_model
-from darkformer.train.record import environment, write_json
+from darkformer.records import environment, write_json
 
 KINDS = ("softmax", "darkformer")
 MIB = 2**20

@@ -25,8 +25,8 @@ from torch import Tensor
 from darkformer.calibration.mixed import EXACT, MixedAttention
 from darkformer.calibration.sensitivity import Sensitivity, WindowChange, sensitivity, window_changes
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
+from darkformer.records import environment, read_json, write_json
 from darkformer.train.data import load_documents, token_blocks
-from darkformer.train.record import environment, read_json, write_json
 
 CONTEXT, SINKS, CACHE = 2048, 4, 8192
 DISTANCES = (1900, 1024, 512)

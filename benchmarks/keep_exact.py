@@ -16,9 +16,9 @@ from pathlib import Path
 from darkformer import DarkConfig, calibrate, convert
 from darkformer.diagnostics.summary import layer_errors
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
+from darkformer.records import environment, read_json, write_json
 from darkformer.train.evaluate import evaluate
 from darkformer.train.linearize import calibration_batches, load_text
-from darkformer.train.record import environment, read_json, write_json
 
 
 def choices(rows: list[dict], window: str, m: str, count: int, randoms: int) -> dict[str, tuple[int, ...]]:

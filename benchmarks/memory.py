@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import darkformer
-from darkformer.train.record import environment
+from darkformer.records import environment
 
 SHAPE = {"batch": 1, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64, "num_features": 128, "sinks": 0}
 MIB = 2**20

@@ -15,8 +15,8 @@ from darkformer import DarkConfig, calibrate, convert
 from darkformer.experiments.recall import RecallTask, recall
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
 from darkformer.plots import recall_against_distance
+from darkformer.records import environment, write_json
 from darkformer.train.linearize import calibration_batches, load_text
-from darkformer.train.record import environment, write_json
 
 FORMS = {
     "softmax": None,

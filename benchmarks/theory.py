@@ -28,7 +28,7 @@ from darkformer.features.proposals import (
 )
 from darkformer.features.transforms import symmetric_power
 from darkformer.plots.theory import theory_panels
-from darkformer.train.record import environment, read_json, write_json
+from darkformer.records import environment, read_json, write_json
 
 EYE = torch.eye(3, dtype=torch.float64)
 

@@ -26,8 +26,8 @@ from darkformer.features.maps import FeatureMap
 from darkformer.features.moments import HeadProposals, Moments
 from darkformer.hf.convert import observing
 from darkformer.hf.load import load_model, load_tokenizer
+from darkformer.records import environment, read_json, write_json
 from darkformer.train.data import load_documents, token_blocks
-from darkformer.train.record import environment, read_json, write_json
 
 PROPOSALS = ("isotropic", "oprf", "optimal")
 SCALES = (1.0, 0.7, 0.5, 0.3)

@@ -14,16 +14,17 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "darkformer"
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
 MAX_WEIGHTS_BYTES = 1_000_000
 
-LAYERS = ("config", "features", "ops", "hf", "train", "experiments", "cli")
+LAYERS = ("config", "features", "ops", "hf", "calibration", "train", "experiments", "cli")
 # What each top-level module may import of darkformer, itself aside. `_version` is open to all; "" is the package's
 # own door (`import darkformer`), which pulls in every layer below the experiments.
 MAY_IMPORT = {name: {"_version", *LAYERS[:rank]} for rank, name in enumerate(LAYERS)}
-for _name in ("hf", "train", "experiments", "cli"):
+for _name in ("hf", "calibration", "train", "experiments", "cli"):
     MAY_IMPORT[_name] |= {"diagnostics", "cost"}
+for _name in ("calibration", "train", "experiments", "cli"):
+    MAY_IMPORT[_name] |= {"records", "reporting"}
+MAY_IMPORT |= {"records": {"config", "_version"}, "reporting": set()}
 for _name in ("experiments", "cli"):
     MAY_IMPORT[_name] |= {"plots", ""}
 MAY_IMPORT |= {"diagnostics": {"config", "features", "ops"}, "cost": {"config", "features", "ops"}}
@@ -35,9 +36,9 @@ MAY_IMPORT["cli"].add("cli_native")
 MAY_IMPORT["__main__"] = {"cli"}
 # One verb's own file, registered by `cli`.
 MAY_IMPORT["cli_bench"] = MAY_IMPORT["cli"] - {"cli"}
-MAY_IMPORT["cli_diagnose"] = MAY_IMPORT["cli_bench"]
+MAY_IMPORT["cli_budget"] = MAY_IMPORT["cli_diagnose"] = MAY_IMPORT["cli_bench"]
 MAY_IMPORT["cli_reproduce"] = MAY_IMPORT["cli_bench"]
-MAY_IMPORT["cli"] |= {"cli_bench", "cli_diagnose", "cli_reproduce"}
+MAY_IMPORT["cli"] |= {"cli_bench", "cli_budget", "cli_diagnose", "cli_reproduce"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -82,17 +83,6 @@ def layer_violations(source: str, module: str, is_package: bool = False) -> list
     ]
 
 
-def oversized(source: str, module: str) -> list[str]:
-    lines = len(source.splitlines())
-    found = [f"{module}: {lines} lines"] if lines > MAX_FILE_LINES else []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            if length > MAX_FUNCTION_LINES:
-                found.append(f"{module}:{node.lineno} {node.name}: {length} lines")
-    return found
-
-
 def pinned() -> dict[str, str]:
     """Name -> exact version, from constraints.txt."""
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()]
@@ -121,7 +111,7 @@ def test_imports_flow_one_way() -> None:
         ("darkformer.features.maps", "import darkformer.ops.chunked"),
         ("darkformer.features.maps", "from darkformer import hf"),
         ("darkformer.features.maps", "from .. import ops"),
-        ("darkformer.hf.convert", "def late():\n    from ..train.calibrate import calibrate"),
+        ("darkformer.hf.convert", "def late():\n    from ..train.linearize import linearize"),
         ("darkformer.hf.convert", "from darkformer import convert"),
         ("darkformer.config", "from .features import maps"),
         ("darkformer.cost", "if TYPE_CHECKING:\n    from darkformer.hf import cache"),
@@ -139,7 +129,10 @@ def test_a_violation_is_found(module: str, source: str) -> None:
             "darkformer.hf.convert",
             "import torch\nfrom ..config import DarkConfig\nfrom .cache import X\nfrom . import y",
         ),
-        ("darkformer.train.calibrate", "from darkformer import config, ops\nfrom darkformer.hf.convert import walk"),
+        (
+            "darkformer.calibration.calibrate",
+            "from darkformer import config, ops\nfrom darkformer.hf.convert import walk",
+        ),
         ("darkformer.plots", "from .config import DarkformerError"),
         (
             "darkformer.experiments.demo",
@@ -159,24 +152,6 @@ def test_relative_imports_of_a_package_start_at_the_package() -> None:
 def test_an_unknown_module_is_refused() -> None:
     with pytest.raises(AssertionError, match="no place"):
         layer_violations("", "darkformer.utils")
-
-
-def test_files_and_functions_stay_small() -> None:
-    found = [item for path in SOURCES for item in oversized(path.read_text("utf-8"), module_name(path))]
-    assert not found, "\n".join(found)
-
-
-def test_the_compiled_sources_stay_small_too() -> None:
-    sources = [path for path in (PACKAGE / "ops" / "native").iterdir() if path.suffix in (".h", ".cpp")]
-    assert len(sources) > 5
-    assert not {p.name: n for p in sources if (n := len(p.read_text(encoding="utf-8").splitlines())) > MAX_FILE_LINES}
-
-
-def test_an_oversized_function_is_found() -> None:
-    body = "    pass\n"
-    assert not oversized("def f():\n" + body * (MAX_FUNCTION_LINES - 1), "snippet")
-    assert len(oversized("def f():\n" + body * MAX_FUNCTION_LINES, "snippet")) == 1
-    assert len(oversized("x = 1\n" * (MAX_FILE_LINES + 1), "snippet")) == 1
 
 
 def test_import_leaves_the_extras_alone() -> None:

@@ -29,12 +29,12 @@ from .ops.attention import attention
 from .ops.problem import AttentionState
 
 if TYPE_CHECKING:
+    from .calibration.calibrate import calibrate
     from .calibration.sensitivity import Sensitivity, sensitivity
     from .hf.convert import convert, dark_layers, revert
     from .hf.light import load_light, save_light
     from .hf.load import load_model
     from .hf.saved_cache import load_cache, save_cache
-    from .train.calibrate import calibrate
     from .train.finetune import finetune
     from .train.redraw import Redraw, redraw
 
@@ -49,7 +49,7 @@ _LAZY = {
     "save_light": "hf.light",
     "Sensitivity": "calibration.sensitivity",
     "sensitivity": "calibration.sensitivity",
-    "calibrate": "train.calibrate",
+    "calibrate": "calibration.calibrate",
     "finetune": "train.finetune",
     "Redraw": "train.redraw",
     "redraw": "train.redraw",

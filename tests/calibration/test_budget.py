@@ -41,8 +41,8 @@ class TestParse:
     @pytest.mark.parametrize(
         ("text", "share", "size"),
         [
-            ("10%", 0.1, None), ("0", 0.0, None), ("0%", 0.0, None), (" 2.5 %", 0.025, None), ("64MB", None, 64_000_000),
-            ("1.5 GiB", None, 3 << 29), ("800kB", None, 800_000), ("100%", 1.0, None),
+            ("10%", 0.1, None), ("0", 0.0, None), ("0%", 0.0, None), (" 2.5 %", 0.025, None),
+            ("64MB", None, 64_000_000), ("1.5 GiB", None, 3 << 29), ("800kB", None, 800_000), ("100%", 1.0, None),
         ],
     )  # fmt: skip
     def test_shares_and_sizes(self, text: str, share: float | None, size: int | None) -> None:

@@ -25,7 +25,7 @@ from darkformer.experiments.bench_paths import SOFTMAX, Shape, parity
 from darkformer.experiments.bench_targets import AIMS, targets_markdown
 from darkformer.ops import attention as door
 from darkformer.ops import native
-from darkformer.train.report import Silent
+from darkformer.reporting import Silent
 
 TINY = Shape("tiny", 2, 1, 16, 8, 0)
 PLAN = Plan("tiny", (Sweep((TINY, TINY._replace(window=4)), (64, 96), ("float32",)),), 0.0, (64,), False)

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from darkformer import ConfigError, DarkConfig, InputError, convert
+from darkformer.calibration.calibrate import calibrate
 from darkformer.cost import kv_cache_bytes, layer_bytes
 from darkformer.experiments import frontier
 from darkformer.experiments.frontier import (
@@ -29,7 +30,6 @@ from darkformer.experiments.recall import RecallTask
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.load import load_model, load_tokenizer
 from darkformer.plots import quality_against_bytes
-from darkformer.train.calibrate import calibrate
 
 FORM = DarkConfig(num_features=16, window=8, sinks=2)
 ROWS = (

@@ -21,12 +21,12 @@ from darkformer import (
     convert,
     dark_layers,
 )
+from darkformer.calibration.calibrate import SCALES
 from darkformer.features.log_features import key_log_features, query_log_features
 from darkformer.features.moments import Moments
 from darkformer.features.proposals import oprf_covariance, optimal_covariance
 from darkformer.features.transforms import regularise
 from darkformer.ops.attention import attention
-from darkformer.train.calibrate import SCALES
 from train.capture import captured, keys_of, queries_of
 
 BATCHES = [tokens(3, 60, seed=i) for i in range(3)]
@@ -166,7 +166,7 @@ class TestSearch:
             torch.testing.assert_close(fm.far_bias, torch.tensor(choice.far_bias))
 
     def test_the_choice_is_the_best_of_what_was_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("darkformer.train.calibrate.CAUTION", 0.0)
+        monkeypatch.setattr("darkformer.calibration.calibrate.CAUTION", 0.0)
         for choice in calibrate(_converted(), BATCHES):
             assert all(e <= u for e, u in zip(choice.error, choice.error_unscaled, strict=True))
             assert any(e < u for e, u in zip(choice.error, choice.error_unscaled, strict=True))
@@ -350,7 +350,7 @@ class TestWhatIsLeftAlone:
     def test_it_helps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # The reason it exists: the calibrated model is nearer to the softmax model than the uncalibrated one.
         # (With random weights most of attention is far, and to take less of the features than the best does not pay.)
-        monkeypatch.setattr("darkformer.train.calibrate.CAUTION", 0.0)
+        monkeypatch.setattr("darkformer.calibration.calibrate.CAUTION", 0.0)
         ids = tokens(3, 60, seed=11)
         expected, model = logits(tiny("llama"), ids), _converted()
         before = (logits(model, ids) - expected).norm()

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, FeatureMap, calibrate, convert, dark_layers
+from darkformer.calibration.calibrate import _looked_at, _output_grams, _search_layer
 from darkformer.diagnostics.probe import FarField, Probe, SpreadProbe, spread_queries
 from darkformer.hf.convert import observing
 from darkformer.hf.layers import converted_modules
-from darkformer.train.calibrate import _looked_at, _output_grams, _search_layer
 from train.capture import captured
 
 WINDOW, SINKS = 16, 4
@@ -216,7 +216,7 @@ class TestSwitchingOff:
         assert model.config.darkformer["no_features"] == []
 
     def test_all_heads_of_a_model_off_are_window_and_sinks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("darkformer.train.calibrate.MARGIN", 2.0)  # nothing can save as much
+        monkeypatch.setattr("darkformer.calibration.calibrate.MARGIN", 2.0)  # nothing can save as much
         model, local = _converted(SMALL), _converted(replace(SMALL, method="local"))
         choices = calibrate(model, BATCHES)
         assert not any(pays for choice in choices for pays in choice.features)

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 
 from darkformer import DarkConfig, InputError, RunFolderError, TrainConfig
+from darkformer.records import environment
 from darkformer.train.card import model_card, push_run
-from darkformer.train.record import environment
 
 
 def _score(loss: float) -> dict[str, Any]:

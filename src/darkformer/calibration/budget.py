@@ -11,7 +11,10 @@ from typing import Any
 
 from ..config import ConfigError, DarkConfig, native_dtype
 from ..cost import model_bytes
-from ..train.evaluate import Progress
+from ..hf.convert import converted_modules, drop_features
+from ..hf.layers import config_of
+from ..reporting import Progress
+from .calibrate import HeadChoice, calibrate
 from .mixed import EXACT
 from .sensitivity import (
     Measure,
@@ -84,7 +87,8 @@ class Choice:
 
     Attributes:
         config: the configuration to convert with.
-        size, softmax: bytes one sequence keeps with it and with softmax, at `length` tokens.
+        size, softmax: bytes one sequence keeps with it and with softmax, at `length` tokens; features that were not
+            counted (`choose_budget`) come on top where calibration leaves them on.
         tried: the candidates, one a row: window, heads (exact ones), size, text, recall (losses in nats per token of
             window and sinks beside the exact heads, no features), score (share of what is lost without any far field).
     """
@@ -108,9 +112,9 @@ class Choice:
         names = ", ".join(map(str, config.keep_exact)) or "none"
         windows = f"window {config.window}" + (" (some layers differ)" if config.layer_windows else "")
         return (
-            f"exact heads: {names} ({len(config.keep_exact)}); the others: {windows}, {config.sinks} sinks, "
-            f"{config.feature_count} features. At most {self.size / 1e6:.1f} MB at {self.length:,} tokens, "
-            f"{self.share:.1%} of softmax's {self.softmax / 1e6:.1f} MB."
+            f"exact heads: {names} ({len(config.keep_exact)}); the others: {windows}, {config.sinks} sinks. "
+            f"{self.size / 1e6:.1f} MB at {self.length:,} tokens, {self.share:.1%} of softmax's "
+            f"{self.softmax / 1e6:.1f} MB."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,11 +132,58 @@ def full_context(model: Any) -> int:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or USUAL_LENGTH
 
 
+def cache_element_bytes(model: Any, dtype: str) -> int:
+    """Bytes of a number in keys and values: 2 where `dtype` (float32 or bfloat16) is bfloat16, else as the weights."""
+    return 2 if dtype == "bfloat16" else int(next(model.parameters()).element_size())
+
+
+def converted_bytes(model: Any, length: int, element_bytes: int) -> int:
+    """Bytes that one sequence of `length` tokens keeps in a converted model."""
+    layers = [module.__dict__["dark_layer"] for module in converted_modules(model)]
+    settings = model.config.get_text_config(decoder=True)
+    return model_bytes(settings, layers, config_of(model), length, element_bytes=element_bytes)
+
+
+def calibrate_within(
+    model: Any, batches: Iterable[Any], limit: int | None, *, length: int, element_bytes: int,
+    progress: Progress | None = None,
+) -> list[HeadChoice]:  # fmt: skip
+    """`calibrate` for a model that nobody trains: features stay where they beat a wider window of as many bytes.
+
+    Args:
+        limit: bytes one sequence of `length` tokens may keep; None: whatever the configuration keeps. Beyond it the
+            features go first that gain least.
+        element_bytes: of a number in keys and values.
+
+    Raises:
+        As `calibrate`.
+    """
+    choices = calibrate(model, batches, equal_bytes=True, element_bytes=element_bytes, progress=progress)
+    if limit is None:
+        return choices
+    gains = [
+        (without - error, choice.layer, head, choice, i)
+        for choice in choices
+        for i, (head, error, without) in enumerate(
+            zip(choice.heads, choice.error, choice.error_equal_bytes, strict=True)
+        )
+        if choice.features[i]
+    ]  # fmt: skip
+    for _, layer, head, choice, i in sorted(gains, key=lambda gain: gain[:3]):
+        if converted_bytes(model, length, element_bytes) <= limit:
+            break
+        drop_features(model, [(layer, head)])
+        choice.features[i] = False
+    return choices
+
+
 class _Chooser:
     """Candidates for a budget: their bytes, and what they lose."""
 
-    def __init__(self, measure: Measure, found: Sensitivity, config: DarkConfig, element_bytes: int) -> None:
-        self.measure, self.order, self.config = measure, found.order, config
+    def __init__(
+        self, measure: Measure, found: Sensitivity, config: DarkConfig, element_bytes: int, count_features: bool = True
+    ) -> None:
+        self.measure, self.order, self.config, self.count_features = measure, found.order, config, count_features
         self.layers, self.element_bytes = measure.mixed.layers, element_bytes
         self.settings = measure.model.config.get_text_config(decoder=True)
         self.gaps = {name: max(found.cut[name] - found.exact[name], SMALLEST_GAP) for name in found.exact}
@@ -141,6 +192,8 @@ class _Chooser:
 
     def bytes_of(self, config: DarkConfig | None, length: int) -> int:
         """Bytes one sequence of `length` tokens keeps, by a configuration or by softmax (None)."""
+        if config is not None and not self.count_features and config.method != "exact":
+            config = dataclasses.replace(config, method="local")
         return model_bytes(self.settings, self.layers, config, length, element_bytes=self.element_bytes)
 
     def candidate(self, window: int, heads: int) -> DarkConfig:
@@ -224,6 +277,7 @@ def choose_budget(
     found: Sensitivity | None = None,
     dtype: str = "auto",
     by_layer: bool = True,
+    count_features: bool = True,
     folder: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -243,6 +297,8 @@ def choose_budget(
         found: an earlier `sensitivity`; measured without.
         dtype: as for `sensitivity`; keys and values are counted at 2 bytes a number where it is bfloat16, else at those
             of the model's weights.
+        count_features: features count against the budget. False: heads and windows take all of it, and features only
+            what is left, where they beat a wider window: see `calibrate_within`.
         by_layer: windows may differ by layer: twice the width where that gains most, half where it costs least; taken
             if that loses less when measured.
         folder, seed, progress: as for `sensitivity`.
@@ -278,8 +334,8 @@ def choose_budget(
         dtype=dtype,
     )  # fmt: skip
     context = max(rows.ids.shape[1] for rows in measure.rows.values())
-    element_bytes = 2 if dtype == "bfloat16" else next(model.parameters()).element_size()
-    chooser = _Chooser(measure, found, config, element_bytes)
+    element_bytes = cache_element_bytes(model, dtype)
+    chooser = _Chooser(measure, found, config, element_bytes, count_features)
     windows = [w for w in WINDOWS if w + config.sinks < context // 2] or [WINDOWS[0]]
     choices = []
     with frozen(model):

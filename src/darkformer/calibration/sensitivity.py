@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..config import ConfigError, InputError, NonFiniteError, RunFolderError, native_dtype
 from ..hf.fingerprint import describe_base
-from ..train.evaluate import Progress
-from ..train.record import read_json, write_json
+from ..records import read_json, write_json
+from ..reporting import Progress
 from .mixed import EXACT, MixedAttention, checkpointed, decoder_layers, replaced_forward
 from .rows import Rows, recall_rows, row_losses, text_rows
 

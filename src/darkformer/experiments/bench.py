@@ -19,8 +19,8 @@ from ..config import RunFolderError
 from ..cost import Work, linear_attention_work, softmax_attention_work, times_as_fast
 from ..ops import native
 from ..ops.native import Step
-from ..train.record import environment, read_json, write_json
-from ..train.report import Reporter
+from ..records import environment, read_json, write_json
+from ..reporting import Reporter
 from .bench_machine import EMULATED, highest, limits, measure_in_turns, peak_scratch
 from .bench_model import model_points
 from .bench_paths import PEERS, SOFTMAX, Call, Path, Shape, own_paths, parity, why_not

@@ -11,7 +11,7 @@ import torch
 from ..config import DarkConfig, MissingExtraError
 from ..hf.convert import convert
 from ..hf.load import demo_model_path, load_model
-from ..train.report import Reporter
+from ..reporting import Reporter
 from .bench_machine import measure_in_turns
 from .bench_paths import DTYPES
 

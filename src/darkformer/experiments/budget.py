@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..calibration.budget import Budget, Choice, choose_budget, full_context
+from ..calibration.budget import Budget, Choice, calibrate_within, choose_budget, full_context
+from ..calibration.calibrate import HeadChoice
 from ..calibration.sensitivity import Sensitivity, sensitivity
 from ..config import ConfigError, DarkConfig, option
 from ..hf.convert import plan_conversion
+from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
-from ..train.calibrate import calibrate
+from ..records import RUN_FILE, open_run, read_json, write_json
+from ..reporting import Reporter, Silent
 from ..train.linearize import CONTEXT, EVALUATION_TOKENS, calibration_batches, load_context_text
-from ..train.record import RUN_FILE, open_run, read_json, write_json
-from ..train.report import Reporter, Silent
 from .frontier import FrontierRow, FrontierSettings, measure_frontier
 
 #: Budgets of the frontier.
@@ -91,7 +92,7 @@ def measured_choices(
                 try:
                     (choice,) = choose_budget(
                         model, batches, [Budget.parse(text, length)], tokenizer=tokenizer, config=config, found=found,
-                        dtype=dtype,
+                        dtype=dtype, count_features=False,
                     )  # fmt: skip
                 except ConfigError as error:
                     problem = error
@@ -105,6 +106,23 @@ def measured_choices(
     for text, choice in choices:
         reporter.say(f"  {text:>5}  {choice}")
     return found, choices
+
+
+def calibration(
+    choices: Sequence[tuple[str, Choice]], blocks: Tensor, element_bytes: int
+) -> Callable[[Any], list[HeadChoice]]:
+    """For `measure_frontier`: calibrates a converted model within the bytes of the budget that it was chosen for."""
+    by_config = {choice.config: (text, choice) for text, choice in choices}
+
+    def calibrated(model: Any) -> list[HeadChoice]:
+        batches, limit, length = calibration_batches(blocks), None, 1
+        if (known := by_config.get(config_of(model))) is not None:
+            text, choice = known
+            budget, length = Budget.parse(text, choice.length), choice.length
+            limit = None if budget.share == 0.0 else budget.bytes_of(choice.softmax)
+        return calibrate_within(model, batches, limit, length=length, element_bytes=element_bytes)
+
+    return calibrated
 
 
 def run_budget(
@@ -150,7 +168,7 @@ def run_budget(
     record = measure_frontier(
         model, tokenizer, frontier_rows(choices, task.windows, config.sinks),
         held_out[: max(1, task.eval_tokens // task.context)], out, settings=settings,
-        calibrate=lambda converted: calibrate(converted, calibration_batches(blocks)), reporter=reporter,
+        calibrate=calibration(choices, blocks, settings.element_bytes or 4), reporter=reporter,
     )  # fmt: skip
     record |= {
         "command": "budget", "task": {**claim, "model": Path(model_name).name}, "sensitivity": found.to_dict(),

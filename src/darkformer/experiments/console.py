@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..train.report import Advance
+from ..reporting import Advance
 
 #: Seconds between two lines about a stage, where there is no terminal.
 LINE_EVERY = 30.0

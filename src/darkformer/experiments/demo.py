@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..calibration.calibrate import calibrate
 from ..config import ConfigError, DarkConfig, DemoConfig, TrainConfig
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
-from ..train.calibrate import calibrate
+from ..records import RUN_FILE, environment, open_run, read_json, write_json
 from ..train.data import load_documents, split_documents, token_blocks
 from ..train.linearize import trained
-from ..train.record import RUN_FILE, environment, open_run, read_json, write_json
 from .budget import measured_choices
 from .console import RichReporter
 from .frontier import (
@@ -112,7 +112,7 @@ class Demo:
         if not file.is_file():
             self.reporter.weigh(CHOICE)
             _, choices = measured_choices(
-                model, tokenizer, blocks, [self.demo.budget], self.default, at=None, dtype=self.frontier.dtype,
+                model, tokenizer, blocks, ["0", self.demo.budget], self.default, at=None, dtype=self.frontier.dtype,
                 folder=self.out / "stages" / "sensitivity", reporter=self.reporter,
             )  # fmt: skip
             write_json(file, choices[0][1].config.to_dict())

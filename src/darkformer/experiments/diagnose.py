@@ -22,10 +22,10 @@ from ..features.maps import FeatureMap
 from ..features.moments import Moments, tokens_needed
 from ..hf.convert import convert, dark_layers, observing, revert
 from ..hf.load import load_model, load_tokenizer
+from ..records import environment, write_json
+from ..reporting import Reporter, Silent
 from ..train.data import load_documents, token_blocks
 from ..train.linearize import CONTEXT, calibration_batches
-from ..train.record import environment, write_json
-from ..train.report import Reporter, Silent
 from .diagnosis_report import write_diagnosis
 
 #: Tokens whose moments are collected, in sequences of `Effort.tokens`, before the probe sequence.

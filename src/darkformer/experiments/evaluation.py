@@ -15,10 +15,10 @@ from ..config import TrainConfig
 from ..hf.convert import dark_layers
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
+from ..records import environment, write_json
+from ..reporting import Reporter
 from ..train.data import load_documents, split_documents, token_blocks
 from ..train.linearize import scored
-from ..train.record import environment, write_json
-from ..train.report import Reporter
 from .recall import RecallTask, recall
 
 #: What `evaluate` writes into its output folder.

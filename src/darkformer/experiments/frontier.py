@@ -25,9 +25,9 @@ from ..cost import model_bytes
 from ..hf.cache import cache_bytes
 from ..hf.convert import convert, converted_modules, dark_layers, revert
 from ..hf.layers import config_of
+from ..records import environment, read_json, write_json
+from ..reporting import Reporter, Silent
 from ..train.evaluate import evaluate
-from ..train.record import environment, read_json, write_json
-from ..train.report import Reporter, Silent
 from .bench_paths import DTYPES
 from .recall import RecallTask, recall
 

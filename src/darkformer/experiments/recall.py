@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
-from ..train.evaluate import Progress
+from ..reporting import Progress
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 BEFORE, NEEDLE, QUESTION = (

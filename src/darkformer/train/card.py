@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..config import InputError, RunFolderError
-from .record import read_json
+from ..records import read_json
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _STAGES = {"softmax": "softmax, before", "converted": "converted, calibrated", "finetuned": "finetuned"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,10 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import InputError, NonFiniteError
-
-#: Called with (done, total) batches.
-Progress = Callable[[int, int], None]
-
+from ..reporting import Progress
 
 #: Tokens in one forward pass of `evaluate`, unless one block is longer: logits of a large vocabulary are large.
 TOKENS_AT_ONCE = 2048

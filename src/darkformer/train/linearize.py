@@ -7,28 +7,43 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..calibration.budget import Budget, Choice, choose_budget, full_context
+from ..calibration.budget import (
+    Budget,
+    Choice,
+    cache_element_bytes,
+    calibrate_within,
+    choose_budget,
+    full_context,
+)  # fmt: skip
+from ..calibration.calibrate import calibrate
 from ..calibration.sensitivity import sensitivity
 from ..config import ConfigError, DarkConfig, RunFolderError, TrainConfig
 from ..hf.convert import convert, plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer, save_model
-from .calibrate import calibrate
+from ..records import RUN_FILE, environment, open_run, read_json, write_json
+from ..reporting import Reporter, Silent
 from .card import model_card
 from .data import load_documents, split_documents, token_blocks
 from .evaluate import TOKENS_AT_ONCE, evaluate
 from .finetune import finetune
-from .record import RUN_FILE, environment, open_run, read_json, write_json
-from .report import Reporter, Silent
 
 #: Tokens of the calibration pass, and of the held-out text that scores are measured on.
 CALIBRATION_TOKENS, EVALUATION_TOKENS = 8192, 8192
 #: Tokens of a sequence that a model is calibrated, chosen and scored at.
 CONTEXT = 2048
+
+
+class Within(NamedTuple):
+    """Bytes that a calibrated model has to keep within: the arguments of `calibrate_within`."""
+
+    limit: int | None
+    length: int
+    element_bytes: int
 
 
 def calibration_batches(blocks: Tensor) -> list[Tensor]:
@@ -37,12 +52,17 @@ def calibration_batches(blocks: Tensor) -> list[Tensor]:
     return list(chosen.split(2 if blocks.shape[1] <= CONTEXT // 2 else 1))
 
 
-def calibrated(model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporter, title: str) -> list[dict[str, Any]]:
-    """Converts `model` in place and calibrates it; returns the heads' choices as plain dicts."""
+def calibrated(
+    model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporter, title: str, within: Within | None = None
+) -> list[dict[str, Any]]:
+    """Converts `model` in place and calibrates it, within bytes if there are any; the heads' choices as plain dicts."""
     convert(model, config)
     batches = calibration_batches(blocks)
     with reporter.stage(f"{title}: calibrate", len(batches)) as advance:
-        return [asdict(choice) for choice in calibrate(model, batches, progress=advance)]
+        if within is None:
+            return [asdict(choice) for choice in calibrate(model, batches, progress=advance)]
+        choices = calibrate_within(model, batches, **within._asdict(), progress=advance)
+        return [asdict(choice) for choice in choices]
 
 
 def scored(model: nn.Module, blocks: Tensor, budget: TrainConfig, reporter: Reporter, title: str) -> dict[str, Any]:
@@ -99,7 +119,7 @@ def load_context_text(
 
 def chosen(
     model: Any, tokenizer: Any, blocks: Tensor, limit: Budget, config: DarkConfig, reporter: Reporter, folder: Path,
-    dtype: str,
+    dtype: str, count_features: bool,
 ) -> Choice:  # fmt: skip
     """Exact heads and windows for one budget, from the first blocks (N, context) of the training text."""
     batches, file = calibration_batches(blocks), folder / "choice.json"
@@ -111,7 +131,8 @@ def chosen(
         )  # fmt: skip
     with reporter.stage("heads and windows for the budget", 1) as advance:
         (choice,) = choose_budget(
-            model, batches, [limit], tokenizer=tokenizer, config=config, found=found, dtype=dtype, progress=advance
+            model, batches, [limit], tokenizer=tokenizer, config=config, found=found, dtype=dtype,
+            count_features=count_features, progress=advance,
         )  # fmt: skip
     write_json(file, choice.to_dict())
     return choice
@@ -174,12 +195,18 @@ def linearize(
         reporter.say(f"{out} is finished: nothing left to do.")
         return read_json(out / "record.json")
     scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
-    choice = None
+    choice, within = None, None
     if limit is not None:
-        choice = chosen(model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype)
+        trains = budget.steps > 0 and budget.train != "none"
+        choice = chosen(
+            model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype, trains
+        )  # fmt: skip
         reporter.say(f"a budget of {limit}: {choice}")
         config = choice.config
-    choices = calibrated(model, config, long_blocks, reporter, config.method)
+        if not trains:  # else features may learn what they do not do yet, and were counted
+            size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
+            within = Within(size, limit.length, cache_element_bytes(model, budget.dtype))
+    choices = calibrated(model, config, long_blocks, reporter, config.method, within)
     scores["converted"] = scored(model, validation, budget, reporter, "converted")
     losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
     if budget.steps and budget.train != "none":

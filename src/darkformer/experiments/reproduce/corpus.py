@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ...config import InputError
 from ...hf.load import load_tokenizer
+from ...records import read_json, write_json
 from ...train.data import load_documents, split_documents, token_blocks
-from ...train.record import read_json, write_json
 from .bases import model_folder
 from .plan import Base, Scale
 from .records import is_writer

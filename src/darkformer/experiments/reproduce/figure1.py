@@ -9,7 +9,7 @@ from typing import Any
 
 from ...config import RunFolderError
 from ...plots.reproduction import Curve, Panel, draw_panels
-from ...train.report import Reporter
+from ...reporting import Reporter
 from ..bench import WIDE, Bench, Plan, Sweep
 from ..bench_targets import slope
 from .plan import Scale

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import InputError
-from ...train.record import RUN_FILE, read_json, write_text
+from ...records import RUN_FILE, read_json, write_text
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

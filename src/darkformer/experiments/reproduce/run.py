@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...config import DarkformerError, NonFiniteError, TrainConfig
 from ...hf.convert import convert
+from ...records import environment
+from ...reporting import Reporter
 from ...train.evaluate import evaluate
 from ...train.finetune import finetune
 from ...train.linearize import calibrated
-from ...train.record import environment
-from ...train.report import Reporter
 from .bases import grown_weights, keep_grown, make_model
 from .corpus import Corpus
 from .mechanism import measure

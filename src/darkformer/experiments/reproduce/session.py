@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import ConfigError, InputError, RunFolderError
-from ...train.record import open_run
+from ...records import open_run
 from ..console import RichReporter
 from . import figure1, figure2, figure3, figure4, figure5, timing, verdicts
 from .bases import check_available

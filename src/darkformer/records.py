@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
-from ..config import RunFolderError
+from ._version import __version__
+from .config import RunFolderError
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 RUN_FILE = "run.json"

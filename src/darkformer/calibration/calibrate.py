@@ -20,7 +20,7 @@ from ..diagnostics.probe import SpreadProbe, real_tokens
 from ..features.maps import FeatureMap
 from ..features.moments import HeadProposals, Moments, set_transforms
 from ..hf.convert import converted_modules, dark_layers, drop_features, observing
-from .evaluate import Progress
+from ..reporting import Progress
 
 #: Scales of the starting geometry that the line search tries: a colder kernel is biased but far less noisy.
 SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
@@ -235,7 +235,7 @@ def _set_closed_forms(
 
 
 def keys_of_features(fm: FeatureMap, key_bytes: int) -> int:
-    """How many keys, with their values, take as many bytes as a head's features; `key_bytes` of one of both together."""
+    """How many keys take as many bytes as a head's features; `key_bytes`: of one key and its value."""
     return math.ceil(4 * fm.config.feature_count * (fm.head_dim + 2) / key_bytes)
 
 

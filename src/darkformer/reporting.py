@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
+
+#: What a function takes that has one number to show: called with (done, total) units.
+Progress = Callable[[int, int], None]
 
 
 class Advance(Protocol):
