@@ -19,7 +19,7 @@ from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
 from ..records import RUN_FILE, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
-from ..train.linearize import CONTEXT, EVALUATION_TOKENS, calibration_batches, load_context_text
+from ..train.linearize import CONTEXT, EVALUATION_TOKENS, calibration_batches, choice_batches, load_context_text
 from .frontier import FrontierRow, FrontierSettings, measure_frontier
 
 #: Budgets of the frontier.
@@ -76,7 +76,7 @@ def measured_choices(
     Raises:
         ConfigError: none of the budgets fits.
     """
-    batches = calibration_batches(blocks)
+    batches = choice_batches(blocks)
     with reporter.stage("which heads need softmax", 1) as advance:
         found = sensitivity(
             model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, folder=folder, progress=advance

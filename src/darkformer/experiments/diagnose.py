@@ -25,7 +25,7 @@ from ..hf.load import load_model, load_tokenizer
 from ..records import environment, write_json
 from ..reporting import Reporter, Silent
 from ..train.data import load_documents, token_blocks
-from ..train.linearize import CONTEXT, calibration_batches
+from ..train.linearize import CONTEXT, choice_batches
 from .diagnosis_report import write_diagnosis
 
 #: Tokens whose moments are collected, in sequences of `Effort.tokens`, before the probe sequence.
@@ -185,7 +185,7 @@ def needs(
     Args:
         blocks: (N, context) tokens.
     """
-    batches = calibration_batches(blocks)
+    batches = choice_batches(blocks)
     with reporter.stage("which heads need softmax", 1) as advance:
         found = sensitivity(model, batches, tokenizer=tokenizer, sinks=config.sinks, progress=advance)
     with reporter.stage("what a budget would keep", 1) as advance:

@@ -32,8 +32,8 @@ from .data import load_documents, split_documents, token_blocks
 from .evaluate import TOKENS_AT_ONCE, evaluate
 from .finetune import finetune
 
-#: Tokens of the calibration pass, and of the held-out text that scores are measured on.
-CALIBRATION_TOKENS, EVALUATION_TOKENS = 8192, 8192
+#: Tokens of the calibration pass, of the text that heads are chosen on, and of the one that scores are measured on.
+CALIBRATION_TOKENS, CHOICE_TOKENS, EVALUATION_TOKENS = 12288, 8192, 8192
 #: Tokens of a sequence that a model is calibrated, chosen and scored at.
 CONTEXT = 2048
 
@@ -47,9 +47,19 @@ class Within(NamedTuple):
 
 
 def calibration_batches(blocks: Tensor) -> list[Tensor]:
-    """The first `CALIBRATION_TOKENS` of the training text, in batches of two blocks, or of one long one."""
+    """The first `CALIBRATION_TOKENS` of the training text in batches of two blocks, long ones alone but for the last two.
+
+    Scale and bias are chosen on one half of the last batch and checked on the other.
+    """
     chosen = blocks[: max(2, CALIBRATION_TOKENS // blocks.shape[1])]
-    return list(chosen.split(2 if blocks.shape[1] <= CONTEXT // 2 else 1))
+    if blocks.shape[1] <= CONTEXT // 2:
+        return list(chosen.split(2))
+    return [*chosen[:-2].split(1), chosen[-2:]] if len(chosen) > 2 else [chosen]
+
+
+def choice_batches(blocks: Tensor) -> list[Tensor]:
+    """The first `CHOICE_TOKENS` of the training text, one block a batch."""
+    return list(blocks[: max(2, CHOICE_TOKENS // blocks.shape[1])].split(1))
 
 
 def calibrated(
@@ -122,7 +132,7 @@ def chosen(
     dtype: str, count_features: bool,
 ) -> Choice:  # fmt: skip
     """Exact heads and windows for one budget, from the first blocks (N, context) of the training text."""
-    batches, file = calibration_batches(blocks), folder / "choice.json"
+    batches, file = choice_batches(blocks), folder / "choice.json"
     if file.is_file():  # of a run that goes on
         return Choice.from_dict(read_json(file))
     with reporter.stage("which heads need softmax", 1) as advance:
