@@ -38,6 +38,9 @@ ROWS_AT_ONCE = 4
 #: Rows of text, and as many of recall, that one round of the elimination looks at; they take turns. Once no more than
 #: this share of the heads is exact, every row: one head more or less decides there.
 ROWS_A_ROUND, EVERY_ROW_FROM = 2, 0.15
+#: Bytes that one backward pass may keep; above, layers compute again in it (a third more time). What a layer keeps of
+#: a token for each number of its hidden state, in bytes.
+KEPT_BYTES, BYTES_A_NUMBER = 4 << 30, 80
 #: Nats per token of all heads together below which a loss needs no far field: shares of it would be noise.
 SMALLEST_TOTAL = 0.01
 FILE = "sensitivity.json"
@@ -159,7 +162,8 @@ class Measure:
                 gate = torch.full((len(state.others[other]),), at, device=self._device(index), requires_grad=True)
                 state.gates[other] = gate
         count = 0
-        with mixed.active(), checkpointed(mixed, self.blocks or ()), torch.enable_grad():
+        blocks = self.blocks if self.blocks is not None and self._needs_checkpoints(rows) else ()
+        with mixed.active(), checkpointed(mixed, blocks), torch.enable_grad():
             for i in range(len(rows)) if part is None else part:
                 row = rows[i : i + 1]
                 loss = row_losses(self.model, row, self.dtype).sum()
@@ -177,6 +181,11 @@ class Measure:
             found[other] = torch.tensor(values, dtype=torch.float64) / max(1, count)
         mixed.reset()
         return found
+
+    def _needs_checkpoints(self, rows: Rows) -> bool:
+        """Whether what a backward pass over one row keeps would be more than `KEPT_BYTES`, by a generous estimate."""
+        hidden = self.model.config.get_text_config(decoder=True).hidden_size
+        return rows.ids.shape[1] * hidden * len(self.mixed.layers) * BYTES_A_NUMBER > KEPT_BYTES
 
     def _device(self, index: int) -> torch.device:
         weight = next((x for x in self.mixed.modules[index].parameters() if not x.is_meta), None)

@@ -47,10 +47,7 @@ class Within(NamedTuple):
 
 
 def calibration_batches(blocks: Tensor) -> list[Tensor]:
-    """The first `CALIBRATION_TOKENS` of the training text in batches of two blocks, long ones alone but for the last two.
-
-    Scale and bias are chosen on one half of the last batch and checked on the other.
-    """
+    """The first `CALIBRATION_TOKENS` of the training text, two blocks a batch; long blocks alone, but the last two."""
     chosen = blocks[: max(2, CALIBRATION_TOKENS // blocks.shape[1])]
     if blocks.shape[1] <= CONTEXT // 2:
         return list(chosen.split(2))
