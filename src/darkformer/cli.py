@@ -303,7 +303,6 @@ def demo(
     prompt: Annotated[str, typer.Option(help=field_help(DemoConfig, "prompt"))] = DEMO.prompt,
     new_tokens: Annotated[int, typer.Option(help=field_help(DemoConfig, "new_tokens"), min=1)] = DEMO.new_tokens,
     features: Features = DARK.num_features,
-    window: Window = DARK.window,
     sinks: Sinks = DARK.sinks,
     train: Train = TRAIN.train,
     steps: Steps = 0,
@@ -327,7 +326,7 @@ def demo(
         train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size, dtype=dtype,
         seed=seed,
     )  # fmt: skip
-    default = DarkConfig(num_features=features, window=window, sinks=sinks, seed=seed)
+    default = DarkConfig(num_features=features, sinks=sinks, seed=seed)
     settings = DemoConfig(model, tuple(data), context, attention_budget, eval_tokens, prompt, new_tokens)
     record = Demo(settings, default, budget, out, RichReporter()).run(overwrite=overwrite)
     print_demo(record, console)

@@ -36,7 +36,9 @@ SMALL = FrontierSettings(
 def chosen() -> Any:
     """A choice of heads that takes no time."""
     with pytest.MonkeyPatch.context() as patch:
-        stub = lambda *args, **_: (None, [("40%", Choice(replace(args[4], keep_exact=(1,)), 1, 2, 3))])  # noqa: E731
+        stub = lambda *args, **_: (  # noqa: E731
+            None, [("0", Choice(args[4], 1, 2, 3)), ("40%", Choice(replace(args[4], keep_exact=(1,)), 1, 2, 3))],
+        )  # fmt: skip
         patch.setattr(demo, "measured_choices", stub)
         yield
 

@@ -278,6 +278,7 @@ def choose_budget(
     dtype: str = "auto",
     by_layer: bool = True,
     count_features: bool = True,
+    prompts: int = 4,
     folder: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -301,7 +302,7 @@ def choose_budget(
             what is left, where they beat a wider window: see `calibrate_within`.
         by_layer: windows may differ by layer: twice the width where that gains most, half where it costs least; taken
             if that loses less when measured.
-        folder, seed, progress: as for `sensitivity`.
+        prompts, folder, seed, progress: as for `sensitivity`.
 
     Returns:
         One `Choice` a budget, in their order.
@@ -313,8 +314,8 @@ def choose_budget(
     config, batches = config or DarkConfig(), list(batches)
     if found is None:
         found = sensitivity(
-            model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, folder=folder, seed=seed,
-            progress=progress,
+            model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, prompts=prompts, folder=folder,
+            seed=seed, progress=progress,
         )  # fmt: skip
     dtype = native_dtype() if dtype == "auto" else dtype
     changes: dict[int, list[WindowChange]] = {}
@@ -330,7 +331,8 @@ def choose_budget(
         return changes[choice.window]
 
     measure = measurement(
-        model, batches, tokenizer=tokenizer, sinks=config.sinks, longest=WINDOWS[0], context=None, prompts=4, seed=seed,
+        model, batches, tokenizer=tokenizer, sinks=config.sinks, longest=WINDOWS[0], context=None, prompts=prompts,
+        seed=seed,
         dtype=dtype,
     )  # fmt: skip
     context = max(rows.ids.shape[1] for rows in measure.rows.values())

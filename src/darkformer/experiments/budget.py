@@ -65,21 +65,23 @@ def frontier_rows(choices: Sequence[tuple[str, Choice]], windows: Sequence[int],
 
 def measured_choices(
     model: Any, tokenizer: Any, blocks: Tensor, budgets: Sequence[str], config: DarkConfig, *, at: int | None,
-    dtype: str, folder: Path, reporter: Reporter,
+    dtype: str, folder: Path, reporter: Reporter, rows: int | None = None,
 ) -> tuple[Sensitivity, list[tuple[str, Choice]]]:  # fmt: skip
     """Which heads need softmax, and what each budget keeps. A budget that is too small for the model is left out.
 
     Args:
         blocks: (N, context) tokens to choose on.
         folder: partial results are kept there.
+        rows: of text, and as many of recall, that the choice is made on; None: what `choice_batches` gives.
 
     Raises:
         ConfigError: none of the budgets fits.
     """
-    batches = choice_batches(blocks)
+    batches = choice_batches(blocks)[:rows]
     with reporter.stage("which heads need softmax", 1) as advance:
         found = sensitivity(
-            model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, folder=folder, progress=advance
+            model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, prompts=rows or 4, folder=folder,
+            progress=advance,
         )  # fmt: skip
     length, choices, problem = at or full_context(model), list[tuple[str, Choice]](), ConfigError("none was asked for")
     with reporter.stage("heads and windows for each budget", len(budgets)) as advance:
@@ -92,7 +94,7 @@ def measured_choices(
                 try:
                     (choice,) = choose_budget(
                         model, batches, [Budget.parse(text, length)], tokenizer=tokenizer, config=config, found=found,
-                        dtype=dtype, count_features=False,
+                        dtype=dtype, prompts=rows or 4, count_features=False,
                     )  # fmt: skip
                 except ConfigError as error:
                     problem = error
@@ -109,13 +111,13 @@ def measured_choices(
 
 
 def calibration(
-    choices: Sequence[tuple[str, Choice]], blocks: Tensor, element_bytes: int
+    choices: Sequence[tuple[str, Choice]], batches: Sequence[Tensor], element_bytes: int
 ) -> Callable[[Any], list[HeadChoice]]:
     """For `measure_frontier`: calibrates a converted model within the bytes of the budget that it was chosen for."""
     by_config = {choice.config: (text, choice) for text, choice in choices}
 
     def calibrated(model: Any) -> list[HeadChoice]:
-        batches, limit, length = calibration_batches(blocks), None, 1
+        limit, length = None, 1
         if (known := by_config.get(config_of(model))) is not None:
             text, choice = known
             budget, length = Budget.parse(text, choice.length), choice.length
@@ -168,7 +170,7 @@ def run_budget(
     record = measure_frontier(
         model, tokenizer, frontier_rows(choices, task.windows, config.sinks),
         held_out[: max(1, task.eval_tokens // task.context)], out, settings=settings,
-        calibrate=calibration(choices, blocks, settings.element_bytes or 4), reporter=reporter,
+        calibrate=calibration(choices, calibration_batches(blocks), settings.element_bytes or 4), reporter=reporter,
     )  # fmt: skip
     record |= {
         "command": "budget", "task": {**claim, "model": Path(model_name).name}, "sensitivity": found.to_dict(),

@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.calibrate import calibrate
+from ..calibration.budget import Choice
+from ..calibration.calibrate import HeadChoice, calibrate
 from ..config import ConfigError, DarkConfig, DemoConfig, TrainConfig
+from ..hf.layers import config_of
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
 from ..records import RUN_FILE, environment, open_run, read_json, write_json
 from ..train.data import load_documents, split_documents, token_blocks
 from ..train.linearize import trained
-from .budget import measured_choices
+from .budget import calibration, measured_choices
 from .console import RichReporter
 from .frontier import (
     FrontierRow,
@@ -34,6 +36,8 @@ SETTINGS = FrontierSettings(
     recall=RecallTask(distances=(512, 1900), trials=20, numbers=8, batch_size=1), repeats=2, batches=(1, 8),
     new_tokens=8,
 )  # fmt: skip
+#: Rows of text and of recall that heads are chosen on: half of what `darkformer budget` takes, for half the time.
+CHOICE_ROWS = 2
 #: Blocks of the context that calibration sees; the last one is held back for its line search.
 CALIBRATION_BLOCKS = 3
 #: Rough seconds of a training step, of choosing heads and of a generation on two cores: for shares of the bar only.
@@ -89,18 +93,18 @@ class Demo:
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         return record
 
-    def rows(self, chosen: DarkConfig) -> tuple[FrontierRow, ...]:
+    def rows(self, constant: DarkConfig, chosen: DarkConfig) -> tuple[FrontierRow, ...]:
         """Softmax, window and sinks alone, constant state with features, the budget."""
         return (
             FrontierRow("softmax", "softmax", None),
-            FrontierRow("local", f"window {self.default.window} and sinks", replace(self.default, method="local")),
-            FrontierRow("constant", "constant state, with features", self.default, "constant"),
+            FrontierRow("local", f"window {constant.window} and sinks", replace(constant, method="local")),
+            FrontierRow("constant", "constant state, with features", constant, "constant"),
             FrontierRow("budget", f"budget {self.demo.budget}", chosen, self.demo.budget),
         )
 
     def _work(self, validation: Tensor) -> tuple[float, float]:
         """(all, done already) for the bar over everything."""
-        rows = self.rows(self.default)
+        rows = self.rows(self.default, self.default)
         work = {row.name: sum(row_work(row, validation, self.frontier).values()) for row in rows}
         work |= {"chosen": CHOICE, "speed": speed_work(len(rows), self.frontier)}
         work["trained"] = STEP * self.steps + work["softmax"] if self.steps else 0.0
@@ -113,12 +117,17 @@ class Demo:
             self.reporter.weigh(CHOICE)
             _, choices = measured_choices(
                 model, tokenizer, blocks, ["0", self.demo.budget], self.default, at=None, dtype=self.frontier.dtype,
-                folder=self.out / "stages" / "sensitivity", reporter=self.reporter,
+                folder=self.out / "stages" / "sensitivity", reporter=self.reporter, rows=CHOICE_ROWS,
             )  # fmt: skip
-            write_json(file, choices[0][1].config.to_dict())
+            write_json(file, [[text, choice.to_dict()] for text, choice in choices])
+        choices = [(text, Choice.from_dict(values)) for text, values in read_json(file)]
+        constant, chosen = choices[0][1].config, choices[-1][1].config
+        batches = list(blocks[:CALIBRATION_BLOCKS].split(1))
+        within = calibration(choices[1:], batches, self.frontier.element_bytes or 4)
 
-        def calibrated(converted: Any) -> list[dict[str, Any]]:
-            return [asdict(choice) for choice in calibrate(converted, list(blocks[:CALIBRATION_BLOCKS].split(1)))]
+        def calibrated(converted: Any) -> list[HeadChoice]:
+            # The row of constant state shows what features do; in a budget they must pay for their bytes.
+            return calibrate(converted, batches) if config_of(converted) == constant else within(converted)
 
         def also(row: FrontierRow, converted: Any) -> dict[str, Any]:
             if row.name == "budget":
@@ -126,7 +135,7 @@ class Demo:
             return self._generation(converted, tokenizer) if row.name in ("softmax", "budget") else {}
 
         return measure_frontier(
-            model, tokenizer, self.rows(DarkConfig.from_dict(read_json(file))), validation, self.out,
+            model, tokenizer, self.rows(constant, chosen), validation, self.out,
             settings=self.frontier, calibrate=calibrated, filler=self._filler(blocks), reporter=self.reporter,
             also=also,
         )  # fmt: skip
