@@ -9,10 +9,20 @@ import pytest
 import torch
 from hf.families import converted, tiny, tokens
 
-from darkformer import ConfigError, ConversionError, DarkConfig, InputError, convert
-from darkformer.calibration.budget import Budget, Choice, choose_budget, full_context
-from darkformer.calibration.sensitivity import Sensitivity, WindowChange, measurement, sensitivity
-from darkformer.cost import kv_cache_bytes, model_bytes
+from darkformer import ConfigError, ConversionError, DarkConfig, InputError, convert, dark_layers
+from darkformer.calibration.budget import (
+    Budget,
+    Choice,
+    Chooser,
+    calibrate_within,
+    choose_budget,
+    converted_bytes,
+    full_context,
+)
+from darkformer.calibration.calibrate import keys_of_features
+from darkformer.calibration.sensitivity import Sensitivity, WindowChange, sensitivity
+from darkformer.cost import kv_cache_bytes, model_bytes, state_bytes
+from darkformer.diagnostics.probe import SpreadProbe
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.layers import converted_modules
 
@@ -123,12 +133,7 @@ class TestBadInput:
 
 
 def test_wider_windows_go_where_they_gain_and_are_paid_for(model: Any, found: Sensitivity) -> None:
-    from darkformer.calibration.budget import _Chooser
-
-    measure = measurement(
-        model, BATCHES, tokenizer=None, sinks=2, longest=64, context=None, prompts=0, seed=0, dtype="float32"
-    )  # fmt: skip
-    chooser = _Chooser(measure, found, FORM, 4)
+    chooser = Chooser(model, BATCHES, found, config=FORM, dtype="float32")
     config = replace(FORM, window=64, keep_exact=("0.0",))
     heads = [(layer, head) for layer in range(3) for head in range(2) if (layer, head) != (0, 0)]
     gains = {0: -3.0, 1: -1e-6, 2: -1e-6}  # of twice the window: only layer 0 gains anything
@@ -143,3 +148,54 @@ def test_wider_windows_go_where_they_gain_and_are_paid_for(model: Any, found: Se
 
 def test_the_length_that_a_model_reads(model: Any) -> None:
     assert full_context(model) == model.config.max_position_embeddings
+
+
+class TestWithin:
+    """Features beside a budget: only where they beat what their bytes buy, and only within the bytes."""
+
+    FORM = DarkConfig(num_features=8, window=16, sinks=2, keep_exact=("0.0",))
+
+    def _calibrated(self, limit: int | None) -> tuple[Any, list[Any]]:
+        linear = converted(tiny("llama"), self.FORM)
+        return linear, calibrate_within(
+            linear, [tokens(2, 96), tokens(2, 96, seed=1)], limit, length=500, element_bytes=4
+        )
+
+    def test_features_that_a_wider_window_beats_are_off(self) -> None:
+        linear, choices = self._calibrated(None)
+        for choice in choices:
+            for pays, error, wider in zip(choice.features, choice.error, choice.error_equal_bytes, strict=True):
+                assert not pays or error < wider
+        off = {f"{c.layer}.{h}" for c in choices for h, pays in zip(c.heads, c.features, strict=True) if not pays}
+        names = linear.config.darkformer["no_features"]
+        assert off == {
+            f"{layer}.{g}" for layer in range(3) for g in range(2) if layer in names or f"{layer}.{g}" in names
+        }
+
+    def test_without_room_all_go(self) -> None:
+        bare = replace(self.FORM, no_features=(0, 1, 2))
+        linear = converted(tiny("llama"), bare)
+        least = converted_bytes(linear, 500, 4)
+        model, choices = self._calibrated(least)
+        assert converted_bytes(model, 500, 4) <= least
+        assert not any(pays for choice in choices for pays in choice.features)
+
+    def test_a_wider_window_takes_as_many_bytes(self) -> None:
+        fm = next(dark_layers(converted(tiny("llama"), self.FORM)))
+        keys = keys_of_features(fm, key_bytes=4 * 16)
+        one, other = replace(self.FORM, window=16 + keys, method="local"), self.FORM
+        sizes = [state_bytes(form, num_kv_heads=1, head_dim=8) for form in (one, other)]
+        assert 0 <= sizes[0] - sizes[1] < 4 * 16
+
+
+def test_the_error_of_a_window_is_that_of_a_model_with_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 150, 8, generator=generator) for h in (4, 2, 2))
+    probes = [
+        SpreadProbe(q, k, v, None, 1.0, config=DarkConfig(window=window, sinks=2), queries=200) for window in (8, 40)
+    ]
+    wider, wanted = probes[0].errors_of_window(40, [probes[0].rows]), probes[1].errors_exact_part([probes[1].rows])
+    assert torch.allclose(wider, wanted, rtol=1e-5)
+    assert torch.allclose(
+        probes[0].errors_of_window(8, [probes[0].rows]), probes[0].errors_exact_part([probes[0].rows]), rtol=1e-5
+    )

@@ -17,7 +17,20 @@ from darkformer.cli import app, main
 from darkformer.config import DarkConfig, TrainConfig
 from darkformer.train.finetune import Interrupted
 
-SMALL = ["--seq-len", "64", "--batch-size", "2", "--features", "16", "--window", "8", "--dtype", "float32"]
+SMALL = [
+    "--seq-len",
+    "64",
+    "--context",
+    "64",
+    "--batch-size",
+    "2",
+    "--features",
+    "16",
+    "--window",
+    "8",
+    "--dtype",
+    "float32",
+]
 
 
 def run(*words: str) -> str:

@@ -102,7 +102,7 @@ class TestProbe:
         late = SpreadProbe(query, key, value, None, 0.1, config=FORM, queries=96)
         assert float(early.error_exact_part().max()) < 1e-6
         assert float(late.error_exact_part().min()) > 0.05
-        assert _search_layer(_map(), late, None).features == [True, True]
+        assert _search_layer(_map(), late, None, 64).features == [True, True]
 
 
 #: No token comes twice, so that a query that looks for its own token finds it nowhere else.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
 from .mixed import EXACT
 from .sensitivity import (
-    Measure,
     Sensitivity,
     WindowChange,
     frozen,
@@ -177,18 +176,87 @@ def calibrate_within(
     return choices
 
 
-class _Chooser:
-    """Candidates for a budget: their bytes, and what they lose."""
+class Chooser:
+    """Chooses exact heads and windows for budgets; what was measured for one of them serves the others.
+
+    Args: see `choose_budget`.
+    """
 
     def __init__(
-        self, measure: Measure, found: Sensitivity, config: DarkConfig, element_bytes: int, count_features: bool = True
-    ) -> None:
-        self.measure, self.order, self.config, self.count_features = measure, found.order, config, count_features
-        self.layers, self.element_bytes = measure.mixed.layers, element_bytes
-        self.settings = measure.model.config.get_text_config(decoder=True)
+        self, model: Any, batches: Iterable[Any], found: Sensitivity, *, tokenizer: Any = None,
+        config: DarkConfig | None = None, dtype: str = "auto", by_layer: bool = True, count_features: bool = True,
+        prompts: int = 4, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.model, self.batches, self.order = model, list(batches), found.order
+        self.config, self.by_layer, self.count_features = config or DarkConfig(), by_layer, count_features
+        dtype = native_dtype() if dtype == "auto" else dtype
+        self.options: dict[str, Any] = dict(tokenizer=tokenizer, sinks=self.config.sinks, seed=seed, dtype=dtype)
+        self.measure = measurement(
+            model, self.batches, longest=WINDOWS[0], context=None, prompts=prompts, **self.options
+        )  # fmt: skip
+        self.context = max(rows.ids.shape[1] for rows in self.measure.rows.values())
+        self.windows = [w for w in WINDOWS if w + self.config.sinks < self.context // 2] or [WINDOWS[0]]
+        self.layers, self.element_bytes = self.measure.mixed.layers, cache_element_bytes(model, dtype)
+        self.settings = model.config.get_text_config(decoder=True)
         self.gaps = {name: max(found.cut[name] - found.exact[name], SMALLEST_GAP) for name in found.exact}
         self.exact = found.exact
         self._known: dict[DarkConfig, dict[str, Any]] = {}
+        self._changes: dict[int, list[WindowChange]] = {}
+
+    def choose(self, budget: Budget) -> Choice:
+        """What loses least for a budget.
+
+        Raises:
+            ConfigError: not even the smallest windows fit in (says the least).
+        """
+        length, softmax = budget.length, self.bytes_of(None, budget.length)
+        size = budget.bytes_of(softmax)
+        if size >= softmax:
+            return Choice(dataclasses.replace(self.config, method="exact"), softmax, softmax, length)
+        if budget.share == 0.0:
+            constant = self.candidate(min(CONSTANT_WINDOW, max(self.windows)), 0)
+            return Choice(constant, self.bytes_of(constant, length), softmax, length)
+        possible = [x for x in (self.filled(window, size, length) for window in self.windows) if x is not None]
+        if not possible:
+            least = self.bytes_of(self.candidate(self.windows[0], 0), length)
+            features = self.config.feature_count if self.count_features else 0
+            raise ConfigError(
+                f"a budget of {budget} is {size / 1e6:.2f} MB, and windows of {self.windows[0]}, sinks and {features} "
+                f"features everywhere take {least / 1e6:.2f} MB ({least / softmax:.1%}) without any exact head: give "
+                "at least that, or 0 for constant state."
+            )
+        with frozen(self.model):
+            best, tried = self._climbed(possible, length)
+            if self.by_layer and best.keep_exact and 2 * best.window + best.sinks + 1 < self.context:
+                refined = self.refined(best, self._changes_at(best))
+                if refined.layer_windows and self.bytes_of(refined, length) <= size:
+                    tried.append(self.row(refined, length))
+                    best = refined if tried[-1]["score"] < self.row(best, length)["score"] else best
+        return Choice(best, self.bytes_of(best, length), softmax, length, tuple(tried))
+
+    def _climbed(self, possible: Sequence[DarkConfig], length: int) -> tuple[DarkConfig, list[dict[str, Any]]]:
+        """The best of candidates with ascending windows, by steps from the middle, and the rows of those measured."""
+        at = min(range(len(possible)), key=lambda i: abs(possible[i].window - CONSTANT_WINDOW))
+        score = lambda i: self.row(possible[i], length)["score"]  # noqa: E731
+        seen = {at}
+        while True:
+            near = [i for i in (at - 1, at + 1) if 0 <= i < len(possible)]
+            seen |= set(near)
+            best = min([at, *near], key=score)
+            if best == at:
+                return possible[at], [self.row(possible[i], length) for i in sorted(seen)]
+            at = best
+
+    def _changes_at(self, config: DarkConfig) -> list[WindowChange]:
+        """First-order losses of half and twice the window; kept by window: a few exact heads more change them little."""
+        window = config.window
+        if window not in self._changes:
+            exact = [(layer, head) for layer, head in self.order if f"{layer}.{head}" in config.keep_exact]
+            self._changes[window] = window_changes(
+                self.model, self.batches[:2], exact=exact, windows=window, others=(window // 2, 2 * window),
+                **self.options,
+            )  # fmt: skip
+        return self._changes[window]
 
     def bytes_of(self, config: DarkConfig | None, length: int) -> int:
         """Bytes one sequence of `length` tokens keeps, by a configuration or by softmax (None)."""
@@ -317,70 +385,13 @@ def choose_budget(
             model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, prompts=prompts, folder=folder,
             seed=seed, progress=progress,
         )  # fmt: skip
-    dtype = native_dtype() if dtype == "auto" else dtype
-    changes: dict[int, list[WindowChange]] = {}
-
-    def changes_at(choice: DarkConfig) -> list[WindowChange]:
-        """First-order losses of other windows; by window alone, as a few exact heads more change them little."""
-        if choice.window not in changes:
-            exact = [(layer, head) for layer, head in found.order if f"{layer}.{head}" in choice.keep_exact]
-            changes[choice.window] = window_changes(
-                model, batches[:2], exact=exact, windows=choice.window, others=(choice.window // 2, 2 * choice.window),
-                tokenizer=tokenizer, sinks=config.sinks, seed=seed, dtype=dtype,
-            )  # fmt: skip
-        return changes[choice.window]
-
-    measure = measurement(
-        model, batches, tokenizer=tokenizer, sinks=config.sinks, longest=WINDOWS[0], context=None, prompts=prompts,
-        seed=seed,
-        dtype=dtype,
+    chooser = Chooser(
+        model, batches, found, tokenizer=tokenizer, config=config, dtype=dtype, by_layer=by_layer,
+        count_features=count_features, prompts=prompts, seed=seed,
     )  # fmt: skip
-    context = max(rows.ids.shape[1] for rows in measure.rows.values())
-    element_bytes = cache_element_bytes(model, dtype)
-    chooser = _Chooser(measure, found, config, element_bytes, count_features)
-    windows = [w for w in WINDOWS if w + config.sinks < context // 2] or [WINDOWS[0]]
     choices = []
-    with frozen(model):
-        for i, budget in enumerate(budgets):
-            choices.append(_choose(chooser, budget, windows, changes_at if by_layer else None))
-            if progress:
-                progress(i + 1, len(budgets))
+    for i, budget in enumerate(budgets):
+        choices.append(chooser.choose(budget))
+        if progress:
+            progress(i + 1, len(budgets))
     return choices
-
-
-def _choose(
-    chooser: _Chooser, budget: Budget, windows: Sequence[int],
-    changes_at: Callable[[DarkConfig], Sequence[WindowChange]] | None,
-) -> Choice:  # fmt: skip
-    """One budget's choice; `changes_at` gives the losses of other windows, None: one window for all layers."""
-    length, softmax = budget.length, chooser.bytes_of(None, budget.length)
-    size = budget.bytes_of(softmax)
-    if size >= softmax:
-        return Choice(dataclasses.replace(chooser.config, method="exact"), softmax, softmax, length)
-    if budget.share == 0.0:
-        constant = chooser.candidate(min(CONSTANT_WINDOW, max(windows)), 0)
-        return Choice(constant, chooser.bytes_of(constant, length), softmax, length)
-    candidates = [x for x in (chooser.filled(window, size, length) for window in windows) if x is not None]
-    if not candidates:
-        least = chooser.bytes_of(chooser.candidate(windows[0], 0), length)
-        raise ConfigError(
-            f"a budget of {budget} is {size / 1e6:.2f} MB, and windows of {windows[0]}, sinks and "
-            f"{chooser.config.feature_count} features everywhere take {least / 1e6:.2f} MB ({least / softmax:.1%}) "
-            "without any exact head: give at least that, or fewer features."
-        )
-    best, tried = None, []
-    for candidate in candidates:
-        row = chooser.row(candidate, length)
-        tried.append(row)
-        if best is None or row["score"] < chooser.row(best, length)["score"]:
-            best = candidate
-        elif row["score"] > 1.5 * chooser.row(best, length)["score"]:
-            break  # wider windows take more and more heads away
-    assert best is not None
-    context = max(rows.ids.shape[1] for rows in chooser.measure.rows.values())
-    if changes_at is not None and best.keep_exact and 2 * best.window + best.sinks + 1 < context:
-        refined = chooser.refined(best, changes_at(best))
-        if refined.layer_windows and chooser.bytes_of(refined, length) <= size:
-            tried.append(chooser.row(refined, length))
-            best = refined if tried[-1]["score"] < chooser.row(best, length)["score"] else best
-    return Choice(best, chooser.bytes_of(best, length), softmax, length, tuple(tried))

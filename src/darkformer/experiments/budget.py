@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.budget import Budget, Choice, calibrate_within, choose_budget, full_context
+from ..calibration.budget import Budget, Choice, Chooser, calibrate_within, full_context
 from ..calibration.calibrate import HeadChoice
 from ..calibration.sensitivity import Sensitivity, sensitivity
 from ..config import ConfigError, DarkConfig, option
@@ -83,6 +83,7 @@ def measured_choices(
             model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, prompts=rows or 4, folder=folder,
             progress=advance,
         )  # fmt: skip
+    chooser: Chooser | None = None
     length, choices, problem = at or full_context(model), list[tuple[str, Choice]](), ConfigError("none was asked for")
     with reporter.stage("heads and windows for each budget", len(budgets)) as advance:
         for i, text in enumerate(budgets):
@@ -91,11 +92,12 @@ def measured_choices(
             if kept.get("budget") == [text, length]:
                 choices.append((text, Choice.from_dict(kept["choice"])))
             else:
+                chooser = chooser or Chooser(
+                    model, batches, found, tokenizer=tokenizer, config=config, dtype=dtype, prompts=rows or 4,
+                    count_features=False,
+                )  # fmt: skip
                 try:
-                    (choice,) = choose_budget(
-                        model, batches, [Budget.parse(text, length)], tokenizer=tokenizer, config=config, found=found,
-                        dtype=dtype, prompts=rows or 4, count_features=False,
-                    )  # fmt: skip
+                    choice = chooser.choose(Budget.parse(text, length))
                 except ConfigError as error:
                     problem = error
                     reporter.say(f"left out: {error}")
