@@ -71,7 +71,7 @@ def test_linearize_within_a_budget(model_folder: Path, text_glob: str, tmp_path:
     run(*words, "--steps", "0", "--out", str(tmp_path / "untrained"))
     record = json.loads((tmp_path / "untrained" / "record.json").read_text())
     kept = record["choice"]["config"]["keep_exact"]
-    assert (kept and ", ".join(map(str, kept)) in " ".join(output.split())) or record["memory"] == "40%"
+    assert kept and record["memory"] == "40%"
     model = darkformer.load_model(str(tmp_path / "untrained" / "model"))
     assert config_of(model).to_dict() == record["converted_config"] and config_of(model).keep_exact == tuple(kept)
     with torch.no_grad():

@@ -248,7 +248,7 @@ class Chooser:
             at = best
 
     def _changes_at(self, config: DarkConfig) -> list[WindowChange]:
-        """First-order losses of half and twice the window; kept by window: a few exact heads more change them little."""
+        """First-order losses of half and twice the window, kept by window: a few exact heads change them little."""
         window = config.window
         if window not in self._changes:
             exact = [(layer, head) for layer, head in self.order if f"{layer}.{head}" in config.keep_exact]
