@@ -151,6 +151,10 @@ def linearize(
     drop_features: DropFeatures = DARK.drop_features,
     memory: Annotated[str, typer.Option("--budget", help=BUDGET_HELP, rich_help_panel="Attention")] = "",
     budget_at: BudgetAt = 0,
+    frontier: Annotated[
+        bool,
+        typer.Option("--frontier/--no-frontier", help="With --budget: measure and print other budgets first."),
+    ] = True,
     context: Context = 2048,
     train: Train = TRAIN.train,
     steps: Steps = TRAIN.steps,
@@ -189,9 +193,10 @@ def linearize(
         train=train, steps=steps, lr=lr, geometry_lr=geometry_lr, seq_len=seq_len, batch_size=batch_size,
         save_every=save_every, dtype=dtype, redraw_every=redraw_every, seed=seed,
     )  # fmt: skip
+    before = _frontier(config, context, budget_at, dtype) if memory and frontier else None
     record = run(
         model, out, data=data, held_out=held_out, config=config, budget=budget, context=context, memory=memory or None,
-        memory_at=budget_at or None, resume=resume, overwrite=overwrite, reporter=RichReporter(),
+        memory_at=budget_at or None, before=before, resume=resume, overwrite=overwrite, reporter=RichReporter(),
     )  # fmt: skip
     _print_scores(record["scores"])
     console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'", markup=False)
@@ -201,6 +206,28 @@ def _print_scores(scores: dict[str, dict[str, Any]], **options: Any) -> None:
     from .experiments.evaluation import print_scores
 
     print_scores(scores, console, **options)
+
+
+def _frontier(config: DarkConfig, context: int, at: int, dtype: str) -> Any:
+    """What `linearize` does before it trains: other budgets measured and printed."""
+    from .experiments.budget import PICTURE, BudgetTask, measure_budgets
+    from .experiments.console import RichReporter
+    from .experiments.frontier import FrontierSettings
+    from .experiments.frontier_report import frontier_notes, frontier_table
+
+    def before(model: Any, tokenizer: Any, blocks: Any, held_out: Any, out: Path) -> dict[str, Any]:
+        task = BudgetTask(at=at or None, context=context)
+        record = measure_budgets(
+            model, tokenizer, blocks, held_out, out / "frontier", task, config, FrontierSettings(dtype=dtype),
+            folder=out / "sensitivity", reporter=RichReporter(),
+        )  # fmt: skip
+        console.print(frontier_table(record))
+        for note in frontier_notes(record):
+            console.print(note, style="dim", markup=False)
+        console.print(f"Picture: {out / 'frontier' / PICTURE}", markup=False)
+        return record
+
+    return before
 
 
 def _model_folder(folder: str) -> str:

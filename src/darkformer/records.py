@@ -130,5 +130,5 @@ def _clear(out: Path) -> None:
     """Deletes what runs of this library write, and nothing else."""
     for name in (RUN_FILE, "record.json", "report.html"):
         (out / name).unlink(missing_ok=True)
-    for name in ("stages", "checkpoints", "model", "plots", "records", "sensitivity", "tables", "text"):
+    for name in ("stages", "checkpoints", "model", "plots", "records", "sensitivity", "frontier", "tables", "text"):
         shutil.rmtree(out / name, ignore_errors=True)

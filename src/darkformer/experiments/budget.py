@@ -162,8 +162,31 @@ def run_budget(
         model = load_model(model_name)
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     open_run(out, claim, resume=resume, overwrite=overwrite)
+    record = measure_budgets(
+        model, tokenizer, blocks, held_out, out, task, config, settings, folder=out / "sensitivity", reporter=reporter
+    )  # fmt: skip
+    record["task"]["model"] = Path(model_name).name
+    record["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(out / RECORD, record)
+    write_json(out / RUN_FILE, {"settings": claim, "finished": True})
+    return record
+
+
+def measure_budgets(
+    model: Any, tokenizer: Any, blocks: Tensor, held_out: Tensor, out: Path, task: BudgetTask, config: DarkConfig,
+    settings: FrontierSettings, *, folder: Path, reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Chooses and measures every budget of the task on a softmax model; `budget.json` and `frontier.png` in `out`.
+
+    Args:
+        blocks, held_out: (N, context) tokens to choose and calibrate on, and to score.
+        folder: partial results of the choice.
+
+    Returns:
+        See `run_budget`.
+    """
     found, choices = measured_choices(
-        model, tokenizer, blocks, task.budgets, config, at=task.at, dtype=settings.dtype, folder=out / "sensitivity",
+        model, tokenizer, blocks, task.budgets, config, at=task.at, dtype=settings.dtype, folder=folder,
         reporter=reporter,
     )  # fmt: skip
     if settings.recall is not None:
@@ -175,13 +198,12 @@ def run_budget(
         calibrate=calibration(choices, calibration_batches(blocks), settings.element_bytes or 4), reporter=reporter,
     )  # fmt: skip
     record |= {
-        "command": "budget", "task": {**claim, "model": Path(model_name).name}, "sensitivity": found.to_dict(),
+        "command": "budget", "config": config.to_dict(), "sensitivity": found.to_dict(),
+        "task": {name: list(x) if isinstance(x, tuple) else x for name, x in vars(task).items()},
         "choices": [{"budget": text, **choice.to_dict()} for text, choice in choices],
-        "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
     write_json(out / RECORD, record)
     from ..plots import quality_against_bytes
 
     quality_against_bytes(record, out / PICTURE)
-    write_json(out / RUN_FILE, {"settings": claim, "finished": True})
     return record

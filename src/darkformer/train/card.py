@@ -56,7 +56,7 @@ _TEXT = """
 # {title}
 
 {base} with its softmax attention replaced by linear attention (`{method}`, {features}), by
-[darkformer](https://arxiv.org/abs/2603.04127) {version}. The state it keeps while generating does not grow.
+[darkformer](https://arxiv.org/abs/2603.04127) {version}. {memory}
 
 ```python
 import darkformer  # before loading: without it transformers computes plain softmax attention with these weights
@@ -113,7 +113,21 @@ def model_card(record: Mapping[str, Any], repo_id: str = "") -> ModelCard:
     if steps := len(record["losses"]):
         tokens = f"{budget['batch_size']} × {budget['seq_len']} tokens"
         trained = f"Finetuned for {steps} steps of {tokens} (`train={budget['train']}`)."
+    # Records of earlier versions say of the configuration only what was asked for.
+    kept = record.get("converted_config", config).get("keep_exact") or []
+    memory = "The state it keeps while generating does not grow."
+    if kept:
+        memory = (
+            f"Softmax stays in {', '.join(map(str, kept))} (layers, or key/value heads of layers): their keys and "
+            "values grow with the text, what the others keep does not."
+        )
+    if choice := record.get("choice"):
+        memory += (
+            f" Within a budget of {record['memory']}: {choice['size'] / 1e6:.1f} MB at {choice['length']:,} tokens"
+        )
+        memory += f", softmax {choice['softmax'] / 1e6:.1f} MB."
     body = _TEXT.format(
+        memory=memory,
         title=title, base=base, method=config["method"], repo=repo_id or ".", text=text, scores=_scores(record),
         features=f"{config['num_features']} features, window {config['window']}, {config['sinks']} sinks",
         version=made["versions"]["darkformer"], training=trained, options=_options(record),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,6 +156,7 @@ def linearize(
     context: int = CONTEXT,
     memory: str | None = None,
     memory_at: int | None = None,
+    before: Callable[[Any, Any, Tensor, Tensor, Path], dict[str, Any]] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
@@ -172,6 +173,9 @@ def linearize(
         memory: bytes a sequence may keep, as `calibration.budget.Budget.parse` reads them (`10%`, `64MB`, `0`): exact
             heads and windows are chosen for it, in place of those of `config`. None: `config` as it is.
         memory_at: tokens it is counted at; the most that the model reads without.
+        before: called once a budget's heads are chosen and before anything else happens to the model, with the softmax
+            model, the tokenizer, blocks (N, context) to choose and calibrate on, others that scores use, and the run's
+            folder; what it returns goes into the record as `frontier`.
 
     Returns:
         The record, as written to `record.json`.
@@ -202,7 +206,7 @@ def linearize(
         reporter.say(f"{out} is finished: nothing left to do.")
         return read_json(out / "record.json")
     scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
-    choice, within = None, None
+    choice, within, frontier = None, None, None
     if limit is not None:
         trains = budget.steps > 0 and budget.train != "none"
         choice = chosen(
@@ -210,6 +214,7 @@ def linearize(
         )  # fmt: skip
         reporter.say(f"a budget of {limit}: {choice}")
         config = choice.config
+        frontier = None if before is None else before(model, tokenizer, long_blocks, validation, out)
         if not trains:  # else features may learn what they do not do yet, and were counted
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
             within = Within(size, limit.length, cache_element_bytes(model, budget.dtype))
@@ -224,6 +229,7 @@ def linearize(
         **settings, "environment": environment(), "scores": scores, "losses": losses, "calibration": choices,
         "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),
         "choice": None if choice is None else choice.to_dict(), "converted_config": config_of(model).to_dict(),
+        "frontier": frontier,
     }  # fmt: skip
     write_json(out / "record.json", record)
     model_card(record).save(out / "model" / "README.md")
