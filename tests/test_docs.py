@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import darkformer
 from darkformer.experiments.bench_targets import targets_markdown
 from darkformer.experiments.diagnosis_report import comparison
-from darkformer.experiments.report import markdown_table, notes
+from darkformer.experiments.frontier_report import frontier_markdown, frontier_notes
 from darkformer.experiments.reproduce.records import read_lines, unfinished
 from darkformer.experiments.reproduce.session import chosen_figures, draw, record_file, table_markdown
 from darkformer.hf.load import demo_model_path, load_tokenizer, save_model
@@ -25,7 +25,6 @@ ROOT = Path(__file__).parent.parent
 #: Pages whose blocks are one program.
 PAGES_WITH_CODE = ("huggingface.md",)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECORD = json.loads((ROOT / "benchmarks" / "records" / "demo.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.xdist_group("smollm2")
@@ -65,13 +64,17 @@ def test_the_table_of_families_is_the_tests_own(page: str) -> None:
     assert before.strip() and after.strip()
 
 
-@pytest.mark.xfail(raises=KeyError, reason="the committed record is of the demo before budgets")
-def test_the_demos_table_is_the_committed_record() -> None:
-    assert markdown_table(RECORD) in README
-    for note in notes(RECORD):
-        assert note in README
-    for name in ("frontier", "error"):
-        assert (ROOT / "docs" / "figures" / f"demo-{name}.png").is_file()
+@pytest.mark.parametrize(
+    ("page", "names"), [("README.md", ["smollm2"]), ("docs/budget.md", ["smollm2", "gemma3"])], ids=["README", "budget"]
+)
+def test_the_frontiers_are_the_records(page: str, names: list[str]) -> None:
+    parts = (ROOT / page).read_text(encoding="utf-8").split("<!-- frontier -->")
+    for shown, name in zip(parts[1::2], names, strict=True):
+        file = ROOT / "benchmarks" / "records" / f"frontier-{name}.json"
+        record = json.loads(file.read_text(encoding="utf-8"))
+        notes = "\n".join(f"- {note}" for note in frontier_notes(record))
+        assert shown.strip() == f"{frontier_markdown(record)}\n\n{notes}"
+        assert (ROOT / "docs" / "figures" / f"frontier-{name}.png").is_file()
 
 
 def test_the_table_of_diagnoses_is_the_records() -> None:
@@ -106,10 +109,16 @@ def test_the_table_of_generation_is_the_record() -> None:
     assert record["environment"]["commit"] and "changes" not in record["environment"]["commit"]
 
 
-def test_the_default_beats_the_papers_form_in_the_record() -> None:
-    after = {row["name"]: row["after"] for row in RECORD["rows"]}
-    assert after["default"]["accuracy"] > after["dark-paper"]["accuracy"]
-    assert after["default"]["loss"] < after["dark-paper"]["loss"]
+def test_what_the_frontier_says_of_smollm2() -> None:
+    record = json.loads((ROOT / "benchmarks" / "records" / "frontier-smollm2.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in record["rows"]}
+    softmax = rows["softmax"]["score"]["accuracy"]
+    for name, share in (("budget-0", 0.93), ("budget-10", 0.97), ("budget-20", 0.985)):
+        assert rows[name]["score"]["accuracy"] >= share * softmax, name
+    for name in ("5", "10", "20", "30", "50"):
+        kept, whole = (rows[f"budget-{name}"][of]["8192"] for of in ("bytes", "kv_cache_bytes"))
+        assert kept <= int(name) / 100 * whole
+    assert record["environment"]["commit"] and "changes" not in record["environment"]["commit"]
 
 
 def test_the_file_tree_is_complete() -> None:
