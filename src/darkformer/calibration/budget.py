@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from .sensitivity import (
 #: Windows that a budget chooses from; constant state alone (budget 0) has `CONSTANT_WINDOW`.
 WINDOWS = (64, 128, 256, 512)
 CONSTANT_WINDOW = 256
-#: Nats per token below which all heads' far fields together are worth nothing: shares of it would be noise.
-SMALLEST_GAP = 0.01
+#: What is left of a first-order loss of recall when it is measured: halfway between two windows its slope is too steep
+#: (SmolLM2: about three-fold).
+RECALL_SLOPE = 1 / 3
 #: Length that budgets count bytes at, where the model does not say how many tokens it reads.
 USUAL_LENGTH = 8192
 
@@ -89,7 +91,8 @@ class Choice:
         size, softmax: bytes one sequence keeps with it and with softmax, at `length` tokens; features that were not
             counted (`choose_budget`) come on top where calibration leaves them on.
         tried: the candidates, one a row: window, heads (exact ones), size, text, recall (losses in nats per token of
-            window and sinks beside the exact heads, no features), score (share of what is lost without any far field).
+            window and sinks beside the exact heads, no features), score (the share that a token's probability loses
+            against softmax, geometric mean, of text and of recall added up).
     """
 
     config: DarkConfig
@@ -198,7 +201,6 @@ class Chooser:
         self.windows = [w for w in WINDOWS if w + self.config.sinks < self.context // 2] or [WINDOWS[0]]
         self.layers, self.element_bytes = self.measure.mixed.layers, cache_element_bytes(model, dtype)
         self.settings = model.config.get_text_config(decoder=True)
-        self.gaps = {name: max(found.cut[name] - found.exact[name], SMALLEST_GAP) for name in found.exact}
         self.exact = found.exact
         self._known: dict[DarkConfig, dict[str, Any]] = {}
         self._changes: dict[int, list[WindowChange]] = {}
@@ -297,9 +299,9 @@ class Chooser:
         window = config.window
         values: dict[tuple[int, int], float] = {}
         for change in changes:
-            value = change.text / self.gaps["text"]
+            value = change.text
             if change.recall is not None:
-                value += change.recall / self.gaps["recall"]
+                value += RECALL_SLOPE * change.recall
             key = (change.layer, change.window)
             values[key] = values.get(key, 0.0) + value
         heads = {x.layer: x.num_kv_heads - len(config.parts_of(x.layer, x.num_kv_heads).exact) for x in self.layers}
@@ -327,7 +329,7 @@ class Chooser:
         """A candidate with what it loses."""
         if config not in self._known:
             losses = self.measure.losses(self.windows_of(config))
-            score = sum((losses[name] - self.exact[name]) / self.gaps[name] for name in losses)
+            score = sum(1 - math.exp(self.exact[name] - losses[name]) for name in losses)
             self._known[config] = {
                 "window": config.window, "heads": len(config.keep_exact), "layer_windows": len(config.layer_windows),
                 "size": self.bytes_of(config, length), **losses, "score": score,
