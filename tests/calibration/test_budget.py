@@ -27,6 +27,7 @@ from darkformer.diagnostics.probe import SpreadProbe
 from darkformer.experiments.budget import BudgetTask, calibration
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.layers import converted_modules
+from darkformer.train.linearize import check_context
 
 CONTEXT, LENGTH = 320, 4000
 FORM = DarkConfig(num_features=4, sinks=2)
@@ -199,6 +200,15 @@ class TestWhatChoosersRemember:
 
 def test_the_length_that_a_model_reads(model: Any) -> None:
     assert full_context(model) == model.config.max_position_embeddings
+
+
+def test_a_context_beyond_learned_positions(model: Any) -> None:
+    longer = 1 + full_context(model)
+    check_context(model, longer)  # rotations have no end
+    learned = tiny("gpt2")
+    check_context(learned, full_context(learned))
+    with pytest.raises(InputError, match=r"has positions for \d+ tokens. Give a smaller --context"):
+        check_context(learned, 1 + full_context(learned))
 
 
 class TestWithin:

@@ -19,7 +19,14 @@ from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
 from ..records import RUN_FILE, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
-from ..train.linearize import CONTEXT, EVALUATION_TOKENS, calibration_batches, choice_batches, load_context_text
+from ..train.linearize import (
+    CONTEXT,
+    EVALUATION_TOKENS,
+    calibration_batches,
+    check_context,
+    choice_batches,
+    load_context_text,
+)  # fmt: skip
 from .frontier import FrontierRow, FrontierSettings, measure_frontier
 
 #: Budgets of the frontier.
@@ -172,6 +179,7 @@ def run_budget(
         tokenizer = load_tokenizer(model_name)
         blocks, held_out = load_context_text(task.data, task.held_out, tokenizer, task.context)
         model = load_model(model_name)
+    check_context(model, task.context)
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     open_run(out, claim, resume=resume, overwrite=overwrite)
     record = measure_budgets(

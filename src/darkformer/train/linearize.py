@@ -22,7 +22,7 @@ from ..calibration.budget import (
 )  # fmt: skip
 from ..calibration.calibrate import calibrate
 from ..calibration.sensitivity import sensitivity
-from ..config import ConfigError, DarkConfig, RunFolderError, TrainConfig
+from ..config import ConfigError, DarkConfig, InputError, RunFolderError, TrainConfig
 from ..hf.convert import convert, plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer, save_model
@@ -125,6 +125,18 @@ def load_context_text(
     )
 
 
+def check_context(model: Any, context: int) -> None:
+    """Sequences of `context` tokens must find their positions: a model with an embedding of each has no more.
+
+    Raises:
+        InputError: they do not.
+    """
+    settings = model.config.get_text_config(decoder=True)
+    most = getattr(settings, "max_position_embeddings", None)
+    if most and context > most and not getattr(settings, "rope_parameters", None):
+        raise InputError(f"context={context}: this model has positions for {most} tokens. Give a smaller --context.")
+
+
 def chosen(
     model: Any, tokenizer: Any, blocks: Tensor, limit: Budget, config: DarkConfig, reporter: Reporter, folder: Path,
     dtype: str, count_features: bool,
@@ -205,6 +217,7 @@ def linearize(
         validation = validation[: max(1, EVALUATION_TOKENS // context)]
         blocks, _ = load_text(data, held_out, tokenizer, budget.seq_len)
         model = load_model(model_name)
+    check_context(model, context)
     limit = None if memory is None else Budget.parse(memory, memory_at or full_context(model))
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
