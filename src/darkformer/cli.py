@@ -46,7 +46,7 @@ class _Verbs(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             errors.print(f"{str(interrupt) or 'interrupted'}")
-            errors.print("Run the same command again to continue (linearize and reproduce: with --resume).")
+            errors.print("Run the same command again to continue (budget, linearize and reproduce: with --resume).")
             raise typer.Exit(130) from interrupt
 
 
@@ -287,7 +287,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Continue a prompt, token by token as they come; the state does not grow."""
+    """Continue a prompt, token by token as they come; only softmax that was kept makes the state grow."""
     import torch
     from transformers import TextStreamer
 

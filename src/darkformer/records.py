@@ -128,7 +128,7 @@ def open_run(out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite:
 
 def _clear(out: Path) -> None:
     """Deletes what runs of this library write, and nothing else."""
-    for name in (RUN_FILE, "record.json", "report.html"):
+    for name in (RUN_FILE, "record.json", "report.html", "budget.json", "frontier.json", "frontier.png"):
         (out / name).unlink(missing_ok=True)
     for name in ("stages", "checkpoints", "model", "plots", "records", "sensitivity", "frontier", "tables", "text"):
         shutil.rmtree(out / name, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ from darkformer.calibration.calibrate import keys_of_features
 from darkformer.calibration.sensitivity import Sensitivity, WindowChange, sensitivity
 from darkformer.cost import kv_cache_bytes, model_bytes, state_bytes
 from darkformer.diagnostics.probe import SpreadProbe
+from darkformer.experiments.budget import BudgetTask, calibration
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.layers import converted_modules
+from darkformer.train.linearize import check_context
 
 CONTEXT, LENGTH = 320, 4000
 FORM = DarkConfig(num_features=4, sinks=2)
@@ -118,6 +121,18 @@ class TestChoice:
 
 
 class TestBadInput:
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"budgets": ("10%", "5%", "10 %")}, "budget=10%, 5%, 10 %: one of them is there twice"),
+            ({"budgets": ("0", "0%")}, "twice"), ({"windows": (64, 64)}, "window=64, 64: one"),
+            ({"windows": (64, 0)}, "window=0: a row"), ({"at": -5}, "at=-5"), ({"context": 1}, "context=1"),
+        ],
+    )  # fmt: skip
+    def test_tasks_that_would_fail_late(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            BudgetTask(**values)
+
     def test_too_little(self, model: Any, found: Sensitivity) -> None:
         with pytest.raises(ConfigError, match=r"a budget of 1% at 4,000 tokens is .* take .* MB \(\d+\.\d%\)"):
             chosen(model, found, "1%")
@@ -146,8 +161,54 @@ def test_wider_windows_go_where_they_gain_and_are_paid_for(model: Any, found: Se
     assert chooser.bytes_of(refined, LENGTH) <= chooser.bytes_of(config, LENGTH)
 
 
+def test_candidates_say_their_size_at_the_length_of_each_budget(model: Any, found: Sensitivity) -> None:
+    budgets = [Budget.parse("40%", LENGTH), Budget.parse("40%", LENGTH + 100)]
+    choices = choose_budget(
+        model, BATCHES, budgets, config=FORM, found=found, dtype="float32", by_layer=False, count_features=False
+    )
+    for choice in choices:
+        own = [row["size"] for row in choice.tried if row["window"] == choice.config.window]
+        assert own == [choice.size]
+
+
+class TestWhatChoosersRemember:
+    """What was measured for one budget serves others only where it says something about their heads."""
+
+    CONFIGS = tuple(
+        replace(FORM, window=64, keep_exact=names) for names in (("0.0", "1.1", "2.0"), ("0.0",), ("0.0", "1.1"))
+    )
+
+    def _heads(self, chooser: Chooser, config: DarkConfig) -> set[str]:
+        return {f"{change.layer}.{change.head}" for change in chooser._changes_at(config)}
+
+    def test_every_head_that_is_not_exact_counts_and_no_other(self, model: Any, found: Sensitivity) -> None:
+        chooser = Chooser(model, BATCHES, found, config=FORM, dtype="float32")
+        every = {f"{layer}.{head}" for layer in range(3) for head in range(2)}
+        for config in self.CONFIGS:
+            assert self._heads(chooser, config) == every - set(config.keep_exact)
+
+    def test_a_chooser_that_goes_on_uses_what_the_first_one_measured(
+        self, model: Any, found: Sensitivity, tmp_path: Path
+    ) -> None:
+        first, second = (Chooser(model, BATCHES, found, config=FORM, dtype="float32", folder=tmp_path) for _ in "ab")
+        _, few, more = self.CONFIGS
+        first._changes_at(few)
+        assert second._changes_at(more) == first._changes_at(more)
+        fresh = Chooser(model, BATCHES, found, config=FORM, dtype="float32")
+        assert fresh._changes_at(more) != first._changes_at(more)  # else this test shows nothing
+
+
 def test_the_length_that_a_model_reads(model: Any) -> None:
     assert full_context(model) == model.config.max_position_embeddings
+
+
+def test_a_context_beyond_learned_positions(model: Any) -> None:
+    longer = 1 + full_context(model)
+    check_context(model, longer)  # rotations have no end
+    learned = tiny("gpt2")
+    check_context(learned, full_context(learned))
+    with pytest.raises(InputError, match=r"has positions for \d+ tokens. Give a smaller --context"):
+        check_context(learned, 1 + full_context(learned))
 
 
 class TestWithin:
@@ -179,6 +240,28 @@ class TestWithin:
         model, choices = self._calibrated(least)
         assert converted_bytes(model, 500, 4) <= least
         assert not any(pays for choice in choices for pays in choice.features)
+
+    @pytest.mark.parametrize("changes", [{"drop_features": False}, {"cold_start": False, "far_bias": False}])
+    def test_the_limit_holds_where_calibration_drops_or_measures_nothing(self, changes: dict[str, Any]) -> None:
+        form = replace(self.FORM, **changes)
+        bare = converted_bytes(converted(tiny("llama"), replace(form, no_features=(0, 1, 2))), 500, 4)
+        linear = converted(tiny("llama"), form)
+        one = 4 * 8 * (8 + 2)
+        choices = calibrate_within(
+            linear, [tokens(2, 96), tokens(2, 96, seed=1)], bare + one, length=500, element_bytes=4
+        )
+        assert bare <= converted_bytes(linear, 500, 4) <= bare + one
+        off = {f"{c.layer}.{h}" for c in choices for h, pays in zip(c.heads, c.features, strict=True) if not pays}
+        assert len(off) >= 4 or not choices
+
+    def test_two_budgets_that_buy_the_same_keep_within_the_smaller(self) -> None:
+        bare = converted_bytes(converted(tiny("llama"), replace(self.FORM, no_features=(0, 1, 2))), 500, 4)
+        choices = [
+            (text, Choice(self.FORM, bare, 10 * bare, 500)) for text in (f"{bare + 10}B", f"{9 * bare}B", "0")
+        ]  # fmt: skip
+        linear = converted(tiny("llama"), self.FORM)
+        calibration(choices, [tokens(2, 96), tokens(2, 96, seed=1)], 4)(linear)
+        assert converted_bytes(linear, 500, 4) <= bare + 10
 
     def test_a_wider_window_takes_as_many_bytes(self) -> None:
         fm = next(dark_layers(converted(tiny("llama"), self.FORM)))

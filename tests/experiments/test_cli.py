@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import darkformer
 from darkformer.cli import app, main
-from darkformer.config import DarkConfig, TrainConfig
+from darkformer.config import ConfigError, DarkConfig, TrainConfig
 from darkformer.train.finetune import Interrupted
 
 SMALL = [
@@ -234,3 +234,27 @@ def test_resume_of_an_interrupted_run_gives_the_uninterrupted_record(
     assert again["losses"] == pytest.approx(whole["losses"], rel=1e-6) and len(again["losses"]) == 4
     for name in whole["scores"]:
         assert again["scores"][name]["loss"] == pytest.approx(whole["scores"][name]["loss"], rel=1e-6)
+
+
+def test_a_budget_in_the_record_is_what_the_saved_model_keeps(
+    model_folder: Path, text_glob: str, tmp_path: Path
+) -> None:
+    from darkformer.calibration.budget import converted_bytes
+    from darkformer.hf.load import load_model
+
+    words = ["linearize", str(model_folder), "--data", text_glob, "--steps", "0", "--no-frontier", "--context", "300"]
+    words += ["--features", "8", "--dtype", "float32", "--seq-len", "64"]
+    for name, extra in (("off", []), ("on", ["--keep-features"])):
+        run(*words, "--budget", "60%", *extra, "--out", str(tmp_path / name))
+        record = json.loads((tmp_path / name / "record.json").read_text())
+        choice = record["choice"]
+        assert record["kept_bytes"] == converted_bytes(load_model(str(tmp_path / name / "model")), choice["length"], 4)
+        assert record["kept_bytes"] <= int(0.6 * choice["softmax"])
+
+
+@pytest.mark.parametrize("words", [["--layer-window", "1=64"], ["--keep-exact", "1"], ["--method", "exact"]])
+def test_what_a_budget_chooses_is_not_given_beside_it(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{words[0]}.* beside --budget"):
+        CliRunner().invoke(
+            app, ["linearize", "x", "--budget", "10%", *words, "--out", str(tmp_path)], catch_exceptions=False
+        )

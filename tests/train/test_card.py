@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,21 @@ def test_a_calibrated_model_and_a_local_base(record: dict[str, Any]) -> None:
     assert card.data.base_model is None and "Calibrated, not finetuned" in card.text
     assert "/data/models" not in str(card) and 'from_pretrained(".")' in card.text
     assert card.data.eval_results[0].metric_value == 2.0**2.75
+
+
+def test_a_budget_says_what_was_converted_and_what_is_kept(record: dict[str, Any]) -> None:
+    asked = DarkConfig(num_features=96)
+    chosen = replace(asked, window=256, keep_exact=("3.1",), layer_windows=((2, 128),))
+    choice = {"size": 1_000_000, "softmax": 9_000_000, "length": 8192}  # features are not counted in it
+    made = {
+        **record, "memory": "20%", "converted_config": chosen.to_dict(), "choice": choice, "kept_bytes": 1_700_000,
+    }  # fmt: skip
+    text = model_card(made).text
+    assert "Softmax stays in 3.1" in text and "window 256 (some layers differ), 4 sinks" in text
+    assert "Within a budget of 20%: 1.7 MB at 8,192 tokens, softmax 9.0 MB." in text
+    assert "| window | 256 |" in text and "['3.1']" in text
+    everything = {**made, "memory": "100%", "converted_config": replace(asked, method="exact").to_dict()}
+    assert "Softmax stays everywhere" in model_card(everything).text
 
 
 def test_the_card_reads_back(record: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ..config import ConfigError, DarkConfig, native_dtype
 from ..cost import model_bytes
 from ..hf.convert import converted_modules, drop_features
 from ..hf.layers import config_of
+from ..records import read_json, write_json
 from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
 from .mixed import EXACT
@@ -154,7 +155,7 @@ def calibrate_within(
 
     Args:
         limit: bytes one sequence of `length` tokens may keep; None: whatever the configuration keeps. Beyond it the
-            features go first that gain least.
+            features go first that gain least, with `drop_features=False` too.
         element_bytes: of a number in keys and values.
 
     Raises:
@@ -163,32 +164,39 @@ def calibrate_within(
     choices = calibrate(model, batches, equal_bytes=True, element_bytes=element_bytes, progress=progress)
     if limit is None:
         return choices
-    gains = [
-        (without - error, choice.layer, head, choice, i)
-        for choice in choices
-        for i, (head, error, without) in enumerate(
-            zip(choice.heads, choice.error, choice.error_equal_bytes, strict=True)
-        )
-        if choice.features[i]
-    ]  # fmt: skip
-    for _, layer, head, choice, i in sorted(gains, key=lambda gain: gain[:3]):
+    measured = {(choice.layer, head): (choice, i) for choice in choices for i, head in enumerate(choice.heads)}
+
+    def gain(at: tuple[int, int]) -> float:
+        if at not in measured:
+            return -math.inf  # a form of features without scale or bias has no line search
+        choice, i = measured[at]
+        return choice.error_equal_bytes[i] - choice.error[i]
+
+    config, layers = config_of(model), [module.__dict__["dark_layer"] for module in converted_modules(model)]
+    left = {(x.layer, g) for x in layers for g in config.parts_of(x.layer, x.num_kv_heads).features}
+    for at in sorted(left, key=lambda at: (gain(at), at)):
         if converted_bytes(model, length, element_bytes) <= limit:
             break
-        drop_features(model, [(layer, head)])
-        choice.features[i] = False
+        drop_features(model, [at])
+        if at in measured:
+            choice, i = measured[at]
+            choice.features[i] = False
     return choices
 
 
 class Chooser:
     """Chooses exact heads and windows for budgets; what was measured for one of them serves the others.
 
-    Args: see `choose_budget`.
+    Args:
+        folder: of the `sensitivity`: what is measured of windows is kept there too, so that a chooser that goes on
+            after some of the budgets chooses what it would have chosen.
+        model, batches, found, tokenizer, config, dtype, by_layer, count_features, prompts, seed: see `choose_budget`.
     """
 
     def __init__(
         self, model: Any, batches: Iterable[Any], found: Sensitivity, *, tokenizer: Any = None,
         config: DarkConfig | None = None, dtype: str = "auto", by_layer: bool = True, count_features: bool = True,
-        prompts: int = 4, seed: int = 0,
+        prompts: int = 4, seed: int = 0, folder: str | Path | None = None,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.order = model, list(batches), found.order
         self.config, self.by_layer, self.count_features = config or DarkConfig(), by_layer, count_features
@@ -202,8 +210,9 @@ class Chooser:
         self.layers, self.element_bytes = self.measure.mixed.layers, cache_element_bytes(model, dtype)
         self.settings = model.config.get_text_config(decoder=True)
         self.exact = found.exact
+        self.folder = None if folder is None else Path(folder)
         self._known: dict[DarkConfig, dict[str, Any]] = {}
-        self._changes: dict[int, list[WindowChange]] = {}
+        self._changes: dict[int, tuple[set[str], list[WindowChange]]] = {}  # with the exact heads they were taken at
 
     def choose(self, budget: Budget) -> Choice:
         """What loses least for a budget.
@@ -250,15 +259,26 @@ class Chooser:
             at = best
 
     def _changes_at(self, config: DarkConfig) -> list[WindowChange]:
-        """First-order losses of half and twice the window, kept by window: a few exact heads change them little."""
-        window = config.window
-        if window not in self._changes:
-            exact = [(layer, head) for layer, head in self.order if f"{layer}.{head}" in config.keep_exact]
-            self._changes[window] = window_changes(
-                self.model, self.batches[:2], exact=exact, windows=window, others=(window // 2, 2 * window),
+        """First-order losses of half and twice the window for the heads that are not exact.
+
+        Kept by window, as a few exact heads change them little; measured anew where a head was exact then and is not
+        now, because nothing is known of it.
+        """
+        window, exact = config.window, set(map(str, config.keep_exact))
+        file = None if self.folder is None else self.folder / f"windows-{window}.json"
+        if window not in self._changes and file is not None and file.is_file():
+            kept = read_json(file)
+            self._changes[window] = set(kept["exact"]), [WindowChange(**values) for values in kept["changes"]]
+        if window not in self._changes or not self._changes[window][0] <= exact:
+            heads = [(layer, head) for layer, head in self.order if f"{layer}.{head}" in exact]
+            changes = window_changes(
+                self.model, self.batches[:2], exact=heads, windows=window, others=(window // 2, 2 * window),
                 **self.options,
             )  # fmt: skip
-        return self._changes[window]
+            self._changes[window] = exact, changes
+            if file is not None:
+                write_json(file, {"exact": sorted(exact), "changes": list(map(dataclasses.asdict, changes))})
+        return [change for change in self._changes[window][1] if f"{change.layer}.{change.head}" not in exact]
 
     def bytes_of(self, config: DarkConfig | None, length: int) -> int:
         """Bytes one sequence of `length` tokens keeps, by a configuration or by softmax (None)."""
@@ -332,9 +352,9 @@ class Chooser:
             score = sum(1 - math.exp(self.exact[name] - losses[name]) for name in losses)
             self._known[config] = {
                 "window": config.window, "heads": len(config.keep_exact), "layer_windows": len(config.layer_windows),
-                "size": self.bytes_of(config, length), **losses, "score": score,
+                **losses, "score": score,
             }  # fmt: skip
-        return self._known[config]
+        return self._known[config] | {"size": self.bytes_of(config, length)}  # the length may differ by budget
 
 
 def choose_budget(

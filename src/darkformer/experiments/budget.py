@@ -19,7 +19,14 @@ from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
 from ..records import RUN_FILE, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
-from ..train.linearize import CONTEXT, EVALUATION_TOKENS, calibration_batches, choice_batches, load_context_text
+from ..train.linearize import (
+    CONTEXT,
+    EVALUATION_TOKENS,
+    calibration_batches,
+    check_context,
+    choice_batches,
+    load_context_text,
+)  # fmt: skip
 from .frontier import FrontierRow, FrontierSettings, measure_frontier
 
 #: Budgets of the frontier.
@@ -32,7 +39,8 @@ class BudgetTask:
     """What a frontier is made of.
 
     Raises:
-        ConfigError: a budget that is none.
+        ConfigError: a budget that is none, or one that is given twice; a window of no key, or one given twice;
+            a length or context below 1 or 2 tokens.
     """
 
     data: tuple[str, ...] = option(("pydoc",), "Text that heads are chosen and calibrated on.")
@@ -44,8 +52,15 @@ class BudgetTask:
     eval_tokens: int = option(EVALUATION_TOKENS, "Tokens of held-out text that every score is measured on.")
 
     def __post_init__(self) -> None:
-        for text in self.budgets:
-            Budget.parse(text, self.at or 1)
+        budgets = [Budget.parse(text, self.at or 1) for text in self.budgets]
+        for name, values, given in (("budget", budgets, self.budgets), ("window", self.windows, self.windows)):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name}={', '.join(map(str, given))}: one of them is there twice. Give each once.")
+        if min(self.windows, default=1) < 1:
+            raise ConfigError(f"window={min(self.windows)}: a row of a window alone needs one key at least.")
+        for name, number, least in (("at", self.at or 1, 1), ("context", self.context, 2)):
+            if number < least:
+                raise ConfigError(f"{name}={number}: must be at least {least} tokens.")
 
 
 def frontier_rows(choices: Sequence[tuple[str, Choice]], windows: Sequence[int], sinks: int) -> list[FrontierRow]:
@@ -94,7 +109,7 @@ def measured_choices(
             else:
                 chooser = chooser or Chooser(
                     model, batches, found, tokenizer=tokenizer, config=config, dtype=dtype, prompts=rows or 4,
-                    count_features=False,
+                    count_features=False, folder=folder,
                 )  # fmt: skip
                 try:
                     choice = chooser.choose(Budget.parse(text, length))
@@ -115,15 +130,19 @@ def measured_choices(
 def calibration(
     choices: Sequence[tuple[str, Choice]], batches: Sequence[Tensor], element_bytes: int
 ) -> Callable[[Any], list[HeadChoice]]:
-    """For `measure_frontier`: calibrates a converted model within the bytes of the budget that it was chosen for."""
-    by_config = {choice.config: (text, choice) for text, choice in choices}
+    """For `measure_frontier`: calibrates a converted model within the bytes of the budget that it was chosen for.
+
+    Budgets that lie close together may buy the same heads and windows; such models keep within the smallest of them.
+    """
+    limits: dict[DarkConfig, tuple[int, int]] = {}
+    for text, choice in choices:
+        budget = Budget.parse(text, choice.length)
+        if budget.share != 0.0:
+            limit = budget.bytes_of(choice.softmax), choice.length
+            limits[choice.config] = min(limit, limits.get(choice.config, limit))
 
     def calibrated(model: Any) -> list[HeadChoice]:
-        limit, length = None, 1
-        if (known := by_config.get(config_of(model))) is not None:
-            text, choice = known
-            budget, length = Budget.parse(text, choice.length), choice.length
-            limit = None if budget.share == 0.0 else budget.bytes_of(choice.softmax)
+        limit, length = limits.get(config_of(model), (None, 1))
         return calibrate_within(model, batches, limit, length=length, element_bytes=element_bytes)
 
     return calibrated
@@ -160,6 +179,7 @@ def run_budget(
         tokenizer = load_tokenizer(model_name)
         blocks, held_out = load_context_text(task.data, task.held_out, tokenizer, task.context)
         model = load_model(model_name)
+    check_context(model, task.context)
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     open_run(out, claim, resume=resume, overwrite=overwrite)
     record = measure_budgets(

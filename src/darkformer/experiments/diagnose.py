@@ -25,7 +25,7 @@ from ..hf.load import load_model, load_tokenizer
 from ..records import environment, write_json
 from ..reporting import Reporter, Silent
 from ..train.data import load_documents, token_blocks
-from ..train.linearize import CONTEXT, choice_batches
+from ..train.linearize import CONTEXT, check_context, choice_batches
 from .diagnosis_report import write_diagnosis
 
 #: Tokens whose moments are collected, in sequences of `Effort.tokens`, before the probe sequence.
@@ -248,6 +248,7 @@ def run_diagnosis(
     result = diagnose(model, blocks, config, effort, layers=layers, exact_share=exact_share, reporter=reporter)
     if context:
         try:
+            check_context(model, context)
             advice = "give more text, or a smaller --context (0 leaves the sensitivity of heads out)"
             long_blocks = token_blocks(tokenizer, documents, context, "the", advice)
             result["needs"] = needs(model, tokenizer, long_blocks, budget, config, reporter)

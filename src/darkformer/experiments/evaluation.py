@@ -18,7 +18,7 @@ from ..hf.load import load_model, load_tokenizer
 from ..records import environment, write_json
 from ..reporting import Reporter
 from ..train.data import load_documents, split_documents, token_blocks
-from ..train.linearize import scored
+from ..train.linearize import check_context, scored
 from .recall import RecallTask, recall
 
 #: What `evaluate` writes into its output folder.
@@ -63,6 +63,7 @@ def text_scores(
         title = Path(name).name
         with reporter.stage(f"{title}: load text and model", 1):
             tokenizer, model = load_tokenizer(name), load_model(name)
+            check_context(model, context)
             blocks = text_blocks(tokenizer, data, context, whole=whole)
         blocks = blocks[: max(1, max_tokens // context)] if max_tokens else blocks
         rows[name] = {"window": _window(model), "text": scored(model, blocks, budget, reporter, title)}

@@ -87,7 +87,8 @@ The licence and the limits of {base} apply.
 
 
 def _options(record: Mapping[str, Any]) -> str:
-    sides = (record["config"].items(), record["budget"].items())
+    # What was converted with; records of earlier versions say only what was asked for.
+    sides = (record.get("converted_config", record["config"]).items(), record["budget"].items())
     rows = zip_longest(*sides, fillvalue=("", ""))
     return "\n".join("| " + " | ".join(str(cell) for pair in row for cell in pair) + " |" for row in rows)
 
@@ -106,30 +107,31 @@ def model_card(record: Mapping[str, Any], repo_id: str = "") -> ModelCard:
         raise InputError(
             f"a record of {record.get('command')!r}: model cards are written from records of darkformer linearize."
         )
-    config, budget, made = record["config"], record["budget"], record["environment"]
+    config, budget, made = record.get("converted_config", record["config"]), record["budget"], record["environment"]
     base, text = _shown(record["model"]), ", ".join(map(_shown, record["held_out"] or record["data"]))
     title = repo_id.rsplit("/", 1)[-1] or f"{Path(base).stem}-{config['method']}"
     trained = "Calibrated, not finetuned."
     if steps := len(record["losses"]):
         tokens = f"{budget['batch_size']} × {budget['seq_len']} tokens"
         trained = f"Finetuned for {steps} steps of {tokens} (`train={budget['train']}`)."
-    # Records of earlier versions say of the configuration only what was asked for.
-    kept = record.get("converted_config", config).get("keep_exact") or []
+    kept = config.get("keep_exact") or []
     memory = "The state it keeps while generating does not grow."
-    if kept:
+    if config["method"] == "exact":
+        memory = "Softmax stays everywhere: its keys and values grow with the text."
+    elif kept:
         memory = (
             f"Softmax stays in {', '.join(map(str, kept))} (layers, or key/value heads of layers): their keys and "
             "values grow with the text, what the others keep does not."
         )
     if choice := record.get("choice"):
-        memory += (
-            f" Within a budget of {record['memory']}: {choice['size'] / 1e6:.1f} MB at {choice['length']:,} tokens"
-        )
+        size = record.get("kept_bytes") or choice["size"]  # what was chosen may not count the features
+        memory += f" Within a budget of {record['memory']}: {size / 1e6:.1f} MB at {choice['length']:,} tokens"
         memory += f", softmax {choice['softmax'] / 1e6:.1f} MB."
+    others = " (some layers differ)" if config.get("layer_windows") else ""
     body = _TEXT.format(
         memory=memory,
         title=title, base=base, method=config["method"], repo=repo_id or ".", text=text, scores=_scores(record),
-        features=f"{config['num_features']} features, window {config['window']}, {config['sinks']} sinks",
+        features=f"{config['num_features']} features, window {config['window']}{others}, {config['sinks']} sinks",
         version=made["versions"]["darkformer"], training=trained, options=_options(record),
         versions=", ".join(f"{name} {number}" for name, number in made["versions"].items()),
         commit=made["commit"] or "unknown", device=made["device"], date=made["date"],

@@ -17,11 +17,12 @@ from ..calibration.budget import (
     cache_element_bytes,
     calibrate_within,
     choose_budget,
+    converted_bytes,
     full_context,
 )  # fmt: skip
 from ..calibration.calibrate import calibrate
 from ..calibration.sensitivity import sensitivity
-from ..config import ConfigError, DarkConfig, RunFolderError, TrainConfig
+from ..config import ConfigError, DarkConfig, InputError, RunFolderError, TrainConfig
 from ..hf.convert import convert, plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer, save_model
@@ -124,6 +125,18 @@ def load_context_text(
     )
 
 
+def check_context(model: Any, context: int) -> None:
+    """Sequences of `context` tokens must find their positions: a model with an embedding of each has no more.
+
+    Raises:
+        InputError: they do not.
+    """
+    settings = model.config.get_text_config(decoder=True)
+    most = getattr(settings, "max_position_embeddings", None)
+    if most and context > most and not getattr(settings, "rope_parameters", None):
+        raise InputError(f"context={context}: this model has positions for {most} tokens. Give a smaller --context.")
+
+
 def chosen(
     model: Any, tokenizer: Any, blocks: Tensor, limit: Budget, config: DarkConfig, reporter: Reporter, folder: Path,
     dtype: str, count_features: bool,
@@ -188,6 +201,10 @@ def linearize(
         raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
     if memory is not None and config.keep_exact:
         raise ConfigError("--keep-exact beside --budget: a budget chooses the exact heads itself. Give one of them.")
+    if memory is not None and config.layer_windows:
+        raise ConfigError("--layer-window beside --budget: a budget chooses the windows itself. Give one of them.")
+    if memory is not None and config.method == "exact":
+        raise ConfigError("--method exact beside --budget: softmax everywhere is a budget of 100%. Give one of them.")
     started = time.perf_counter()
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
@@ -200,17 +217,19 @@ def linearize(
         validation = validation[: max(1, EVALUATION_TOKENS // context)]
         blocks, _ = load_text(data, held_out, tokenizer, budget.seq_len)
         model = load_model(model_name)
+    check_context(model, context)
     limit = None if memory is None else Budget.parse(memory, memory_at or full_context(model))
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
         reporter.say(f"{out} is finished: nothing left to do.")
         return read_json(out / "record.json")
     scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
-    choice, within, frontier = None, None, None
+    choice, within, frontier, kept = None, None, None, None
     if limit is not None:
         trains = budget.steps > 0 and budget.train != "none"
         choice = chosen(
-            model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype, trains
+            model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype,
+            trains or not config.drop_features,
         )  # fmt: skip
         reporter.say(f"a budget of {limit}: {choice}")
         config = choice.config
@@ -219,6 +238,9 @@ def linearize(
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
             within = Within(size, limit.length, cache_element_bytes(model, budget.dtype))
     choices = calibrated(model, config, long_blocks, reporter, config.method, within)
+    if limit is not None:
+        kept = converted_bytes(model, limit.length, cache_element_bytes(model, budget.dtype))
+        reporter.say(f"after calibration: {kept / 1e6:.1f} MB at {limit.length:,} tokens, with the features left on.")
     scores["converted"] = scored(model, validation, budget, reporter, "converted")
     losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
     if budget.steps and budget.train != "none":
@@ -229,7 +251,7 @@ def linearize(
         **settings, "environment": environment(), "scores": scores, "losses": losses, "calibration": choices,
         "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),
         "choice": None if choice is None else choice.to_dict(), "converted_config": config_of(model).to_dict(),
-        "frontier": frontier,
+        "kept_bytes": kept, "frontier": frontier,
     }  # fmt: skip
     write_json(out / "record.json", record)
     model_card(record).save(out / "model" / "README.md")
