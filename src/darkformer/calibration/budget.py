@@ -239,7 +239,7 @@ class Chooser:
         with frozen(self.model):
             best, tried = self._climbed(possible, length)
             if self.by_layer and best.keep_exact and 2 * best.window + best.sinks + 1 < self.context:
-                refined = self.refined(best, self._changes_at(best))
+                refined = self.refined(best, self._changes_at(best), size - self.bytes_of(best, length))
                 if refined.layer_windows and self.bytes_of(refined, length) <= size:
                     tried.append(self.row(refined, length))
                     best = refined if tried[-1]["score"] < self.row(best, length)["score"] else best
@@ -310,10 +310,11 @@ class Chooser:
             rows.append([EXACT if g in exact else config.window_of(layer.layer) for g in range(layer.num_kv_heads)])
         return rows
 
-    def refined(self, config: DarkConfig, changes: Sequence[WindowChange]) -> DarkConfig:
+    def refined(self, config: DarkConfig, changes: Sequence[WindowChange], spare: int = 0) -> DarkConfig:
         """`config` with wider windows in the layers that gain most, paid for by narrower ones where that costs least.
 
         Args:
+            spare: bytes that the budget has left.
             changes: first-order losses of twice and of half the window, of every head that is not exact.
         """
         window = config.window
@@ -329,7 +330,8 @@ class Chooser:
         wider = sorted(open_layers, key=lambda x: values.get((x, 2 * window), 0.0) / heads[x])
         narrower = sorted(open_layers, key=lambda x: values.get((x, window // 2), 0.0) / heads[x])
         windows: dict[int, int] = {}
-        saved = 0  # keys that narrowed windows have saved and no wider one uses
+        # Keys that no wider window uses: what the budget has left, and later what narrowed windows have saved.
+        saved = spare // (2 * self.element_bytes * max(layer.head_dim for layer in self.layers))
         for layer in wider:
             gain, cost, given = -values.get((layer, 2 * window), 0.0), 0.0, list[int]()
             for other in narrower:
