@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -70,12 +71,18 @@ def frontier_markdown(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
-def frontier_table(record: Mapping[str, Any]) -> Table:
-    """The table for a terminal."""
+def frontier_table(record: Mapping[str, Any]) -> Group:
+    """The table for a terminal, in two halves, so that it fits eighty columns: quality, and what it costs."""
     columns, rows = frontier_cells(record)
-    table = Table(title=Text(record["model"]), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
-    for cells in rows:
-        table.add_row(*map(Text, cells))
-    return table
+    cost = next(i for i, column in enumerate(columns) if column.startswith("MB at"))
+    tables = []
+    for title, chosen in (("quality", range(1, cost)), ("cost", range(cost, len(columns)))):
+        table = Table(
+            title=Text(f"{record['model']}: {title}"), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True
+        )  # fmt: skip
+        for i in (0, *chosen):
+            table.add_column(columns[i], justify="right" if i else "left", no_wrap=i == 0)
+        for cells in rows:
+            table.add_row(*(Text(cells[i]) for i in (0, *chosen)))
+        tables.append(table)
+    return Group(*tables)
