@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, convert, dark_layers
@@ -199,6 +199,18 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> T
     if mask is None:
         return model(input_ids=ids, use_cache=False).logits
     return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+
+
+class Whole(nn.Module):
+    """A model as `torch.export` takes it: ids and mask (B, L) to the logits of one forward pass without a cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        place = (mask.cumsum(1) - 1).clamp(min=0)
+        return self.model(ids, attention_mask=mask, position_ids=place, use_cache=False).logits
 
 
 @torch.no_grad()

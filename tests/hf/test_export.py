@@ -15,22 +15,12 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from darkformer import AttentionState, convert
 from darkformer.hf.convert import converted_modules
 from darkformer.hf.saved_cache import cache_of
-from hf.families import DARK, disturb, left_mask, linear, logits, positions, tiny, tokens
+from hf.families import DARK, Whole, disturb, left_mask, linear, logits, positions, tiny, tokens
 
 FIELDS = [f.name for f in dataclasses.fields(AttentionState)]
 LENGTH = torch.export.Dim("length", min=2, max=4096)
 #: Sums behind single tokens are rescaled at other tokens than those of a whole sequence.
 STEPPED = 10 * STREAM
-
-
-class Whole(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        place = (mask.cumsum(1) - 1).clamp(min=0)
-        return self.model(ids, attention_mask=mask, position_ids=place, use_cache=False).logits
 
 
 class WithStates(nn.Module):

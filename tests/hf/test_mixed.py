@@ -42,7 +42,20 @@ from darkformer.hf.cache import DarkCacheLayer, cache_bytes
 from darkformer.hf.convert import converted_modules, drop_features
 from darkformer.hf.parts import parts_of
 from darkformer.hf.saved_cache import cache_of
-from hf.families import DARK, SIZES, converted, disturb, left_mask, linear, logits, positions, streamed, tiny, tokens
+from hf.families import (
+    DARK,
+    SIZES,
+    Whole,
+    converted,
+    disturb,
+    left_mask,
+    linear,
+    logits,
+    positions,
+    streamed,
+    tiny,
+    tokens,
+)
 
 #: Layer by layer: all three kinds; two kinds, apart, under a longer window; none with features; softmax throughout.
 MIXED = replace(
@@ -728,16 +741,6 @@ class TestOtherModels:
         assert relative_error(streamed(model, IDS, MASK, [9, 10, 20])[REAL], wanted[REAL]) <= STREAM
         found = model.generate(IDS, cache_implementation="static", **GREEDY)
         assert torch.equal(found, model.generate(IDS, **GREEDY))
-
-
-class Whole(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        place = (mask.cumsum(1) - 1).clamp(min=0)
-        return self.model(ids, attention_mask=mask, position_ids=place, use_cache=False).logits
 
 
 @torch.no_grad()

@@ -140,11 +140,16 @@ def cache_element_bytes(model: Any, dtype: str) -> int:
     return 2 if dtype == "bfloat16" else int(next(model.parameters()).element_size())
 
 
-def converted_bytes(model: Any, length: int, element_bytes: int) -> int:
-    """Bytes that one sequence of `length` tokens keeps in a converted model."""
+def kept_bytes(model: Any, config: DarkConfig | None, length: int, element_bytes: int) -> int:
+    """Bytes one sequence of `length` tokens keeps in a model, its converted layers by `config`; None: softmax."""
     layers = [module.__dict__["dark_layer"] for module in converted_modules(model)]
     settings = model.config.get_text_config(decoder=True)
-    return model_bytes(settings, layers, config_of(model), length, element_bytes=element_bytes)
+    return model_bytes(settings, layers, config, length, element_bytes=element_bytes)
+
+
+def converted_bytes(model: Any, length: int, element_bytes: int) -> int:
+    """Bytes that one sequence of `length` tokens keeps in a converted model."""
+    return kept_bytes(model, config_of(model), length, element_bytes)
 
 
 def calibrate_within(

@@ -21,6 +21,7 @@ from ..features.maps import FeatureMap
 from ..features.moments import HeadProposals, Moments, set_transforms
 from ..hf.convert import converted_modules, dark_layers, drop_features, observing
 from ..reporting import Progress
+from .rows import inputs_of
 
 #: Scales of the starting geometry that the line search tries: a colder kernel is biased but far less noisy.
 SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
@@ -59,14 +60,6 @@ class HeadChoice:
     error_equal_bytes: list[float]  # without features, the window wider by as many keys as they take bytes
 
 
-def _inputs(batch: Any) -> dict[str, Tensor]:
-    if isinstance(batch, Tensor):
-        return {"input_ids": batch}
-    if not hasattr(batch, "keys") or "input_ids" not in batch:
-        raise InputError(f"a calibration batch is a {type(batch).__name__}: give input_ids (B, L) or a dict with them.")
-    return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-
-
 def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     device = next(model.parameters()).device
     # Nobody reads the logits, which are the largest tensor of the pass.
@@ -85,7 +78,7 @@ def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Momen
 
     with observing(model, observer):
         for batch in batches:
-            _forward(model, _inputs(batch))
+            _forward(model, inputs_of(batch))
             tick()
     return moments
 
@@ -138,7 +131,7 @@ def _output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
                 if isinstance(module, nn.Linear | Conv1D):
                     handles.append(module.register_forward_pre_hook(watching(attention)))
         with observing(model, observer):
-            _forward(model, {"input_ids": _inputs(batch)["input_ids"][:1, :_TRIAL_TOKENS]})
+            _forward(model, {"input_ids": inputs_of(batch)["input_ids"][:1, :_TRIAL_TOKENS]})
     finally:
         for handle in handles:
             handle.remove()
@@ -259,7 +252,7 @@ def _line_search(
     if searched:
         grams = _output_grams(model, batch)
         with observing(model, observer):
-            _forward(model, _inputs(batch))
+            _forward(model, inputs_of(batch))
     return choices
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,19 @@ class Rows:
         return len(self.ids)
 
 
+def inputs_of(batch: Any) -> dict[str, Tensor]:
+    """What a model is called with for a batch: token ids (B, L), or a dict that holds them and maybe a padding mask.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    if not hasattr(batch, "keys") or "input_ids" not in batch:
+        raise InputError(f"a batch is a {type(batch).__name__}: give input_ids (B, L) or a dict with them.")
+    return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+
+
 def text_rows(batches: Iterable[Any]) -> Rows:
     """All rows of the batches: token ids (B, L), or dicts with input_ids and attention_mask; of one length.
 
@@ -71,10 +84,8 @@ def text_rows(batches: Iterable[Any]) -> Rows:
     ids: list[Tensor] = []
     masks: list[Tensor] = []
     for batch in batches:
-        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-        if not isinstance(given, Mapping) and not hasattr(given, "keys"):
-            raise InputError(f"a batch is a {type(batch).__name__}: give input_ids (B, L) or a dict with them.")
-        if "input_ids" not in given or given["input_ids"].dim() != 2:
+        given = inputs_of(batch)
+        if given["input_ids"].dim() != 2:
             raise InputError("a batch has no input_ids of shape (B, L): give token ids, or a dict with them.")
         ids.append(given["input_ids"].cpu())
         mask = given.get("attention_mask")

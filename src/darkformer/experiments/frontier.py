@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..calibration.budget import kept_bytes
 from ..config import ConfigError, DarkConfig, InputError, native_dtype
-from ..cost import model_bytes
 from ..hf.cache import cache_bytes
 from ..hf.convert import convert, converted_modules, dark_layers, revert
 from ..hf.layers import config_of
@@ -94,13 +94,8 @@ class FrontierSettings:
 
 def sequence_bytes(model: Any, seq_len: int, *, element_bytes: int) -> tuple[int, int]:
     """(bytes one sequence of `seq_len` tokens keeps in this model, bytes of its softmax cache)."""
-    settings = model.config.get_text_config(decoder=True)
-    modules = converted_modules(model)
-    layers = [module.__dict__["dark_layer"] for module in modules]
-    config = config_of(model) if modules else None
-    own, cache = (
-        model_bytes(settings, layers, form, seq_len, element_bytes=element_bytes) for form in (config, None)
-    )  # fmt: skip
+    cache = kept_bytes(model, None, seq_len, element_bytes)
+    own = kept_bytes(model, config_of(model), seq_len, element_bytes) if converted_modules(model) else cache
     return own, cache
 
 

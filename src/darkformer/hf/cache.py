@@ -145,6 +145,7 @@ class DarkCacheLayer(CacheLayerMixin):
             ConversionError: see `check_past`.
         """
         new, constant = key.shape[2], [part for part in parts if part.feature_map is not None]
+        exact = parts[-1] if len(constant) < len(parts) else None
         while len(self.streams) < (turn + 1) * len(constant):
             self.streams.append(Stream(records=self.is_croppable))
         streams = self.streams[turn * len(constant) :][: len(constant)]
@@ -153,12 +154,12 @@ class DarkCacheLayer(CacheLayerMixin):
             read = None if mask is None or mask.shape[1] != before + new else mask[:, :before]
             if turn == 0:
                 self.seen = 0
-                self._read(read if len(constant) < len(parts) else None, before)
+                self._read(None if exact is None else read, before)
             for part, stream in zip(constant, streams, strict=True):
                 keys, values = map(part.of_keys, self.inherited)
                 stream.absorb(keys, values, read, part.feature_map, **options)
-            if len(constant) < len(parts):
-                keys, values = map(parts[-1].of_keys, self.inherited)
+            if exact is not None:
+                keys, values = map(exact.of_keys, self.inherited)
                 self._keep(turn, keys, values.to(keys.dtype))
         if turn == 0:
             if self.inherited is not None and self.seen > self.inherited[0].shape[2]:
@@ -167,13 +168,12 @@ class DarkCacheLayer(CacheLayerMixin):
                 self.check_past(mask, new)
         mask = None if mask is None else mask[:, -new:]
         if turn == 0:
-            self._read(mask if len(constant) < len(parts) else None, new)
+            self._read(None if exact is None else mask, new)
         outputs = []
         for part, stream in zip(constant, streams, strict=True):
             given = part.of_queries(query), part.of_keys(key), part.of_keys(value)
             outputs.append(stream.extend(*given, mask, part.feature_map, **options))
-        if len(constant) < len(parts):
-            exact = parts[-1]
+        if exact is not None:
             keys, values = self._keep(turn, exact.of_keys(key), exact.of_keys(value))
             allowed = allowed_keys(self.real, None, new, self.seen, options["is_causal"], query.device)
             outputs.append(softmax_attention(exact.of_queries(query), keys, values, allowed=allowed, **options))

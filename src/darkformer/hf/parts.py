@@ -54,9 +54,14 @@ def joined(parts: Sequence[Part], outputs: Sequence[Tensor]) -> Tensor:
     """Outputs (B, H of the part, L, d_v) of all parts as one (B, H, L, d_v), heads in the layer's order."""
     if len(outputs) == 1:
         return outputs[0]
-    order = [head for part in parts for head in part.query_heads]
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat(list(outputs), dim=1).index_select(1, torch.tensor(inverse, device=outputs[0].device))
+    places = _places(tuple(head for part in parts for head in part.query_heads))
+    return torch.cat(list(outputs), dim=1).index_select(1, torch.tensor(places, device=outputs[0].device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(order: tuple[int, ...]) -> list[int]:
+    """Where each head stands in `order`: the same for every token of a layer."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 @functools.lru_cache(maxsize=1024)
