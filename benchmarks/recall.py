@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from darkformer import DarkConfig, calibrate, convert
-from darkformer.experiments.recall import RecallTask, recall
+from darkformer.evaluation.recall import RecallTask, recall
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
 from darkformer.plots import recall_against_distance
 from darkformer.records import environment, write_json

@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from darkformer import DarkConfig, convert
+from darkformer.calibration.moments import HeadProposals, Moments
+from darkformer.calibration.probe import Probe
 from darkformer.diagnostics.estimators import closed_form_map
-from darkformer.diagnostics.probe import Probe
-from darkformer.experiments.diagnose import Collector, rounded
-from darkformer.features.maps import FeatureMap
-from darkformer.features.moments import HeadProposals, Moments
+from darkformer.diagnostics.run import Collector, rounded
+from darkformer.features.feature_map import FeatureMap
 from darkformer.hf.convert import observing
 from darkformer.hf.load import load_model, load_tokenizer
 from darkformer.records import environment, read_json, write_json

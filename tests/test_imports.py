@@ -13,7 +13,7 @@ from hang import HANG_SECONDS
 
 import darkformer
 from darkformer import BrokenPackageError, InputError, MissingExtraError
-from darkformer.config import import_problem
+from darkformer.errors import import_problem
 
 LAZY = "Could not import module 'Trainer'. Are this object's requirements defined correctly?"
 

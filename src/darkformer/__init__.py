@@ -9,24 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .config import (
+from .config import DarkConfig, TrainConfig
+from .errors import (
     BrokenPackageError,
     ConfigError,
     ConversionError,
-    DarkConfig,
     DarkformerError,
     DerivativeError,
     InputError,
     MissingExtraError,
     NonFiniteError,
     RunFolderError,
-    TrainConfig,
     import_problem,
 )
-from .features.maps import FeatureMap, feature_map
+from .features.feature_map import FeatureMap, feature_map
 from .hf.autoload import install as _install_autoload
 from .ops.attention import attention
-from .ops.problem import AttentionState
+from .ops.state import AttentionState
 
 if TYPE_CHECKING:
     from .calibration.calibrate import calibrate

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ._version import __version__
-from .config import RunFolderError
+from .errors import RunFolderError
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 RUN_FILE = "run.json"

@@ -21,10 +21,10 @@ from darkformer.calibration.budget import (
     full_context,
 )
 from darkformer.calibration.calibrate import keys_of_features
+from darkformer.calibration.probe import SpreadProbe
 from darkformer.calibration.sensitivity import Sensitivity, WindowChange, sensitivity
 from darkformer.cost import kv_cache_bytes, model_bytes, state_bytes
-from darkformer.diagnostics.probe import SpreadProbe
-from darkformer.experiments.budget import BudgetTask, calibration
+from darkformer.evaluation.budget import BudgetTask, calibration
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.layers import converted_modules
 from darkformer.train.linearize import check_context

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from darkformer import DarkConfig
+from darkformer.calibration.moments import Moments
 from darkformer.diagnostics.estimators import (
     ESTIMATORS,
     balanced_covariance,
@@ -17,7 +18,6 @@ from darkformer.diagnostics.estimators import (
 )
 from darkformer.diagnostics.noise import Draws, output_noise, sample_draws, typical_noise
 from darkformer.diagnostics.summary import rank_correlation, ranks
-from darkformer.features.moments import Moments
 
 D, LENGTH = 4, 60
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from darkformer import DarkConfig
+from darkformer.calibration.moments import Moments
+from darkformer.calibration.probe import Probe
 from darkformer.diagnostics.estimators import estimator_map
 from darkformer.diagnostics.prediction import Predictor
-from darkformer.diagnostics.probe import Probe
-from darkformer.features.moments import Moments
 
 GROUPS, HEADS, LENGTH, DIM = 2, 4, 96, 6
 FORMS = {"features": DarkConfig.paper(64), "default": DarkConfig(num_features=64, window=12, sinks=2)}

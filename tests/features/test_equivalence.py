@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from darkformer import InputError
-from darkformer.features.bounds import (
+from darkformer.research.bounds import (
     log_lower_bound,
     log_mean_kernel,
     log_mean_square,

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from darkformer import DarkConfig, attention, convert, dark_layers, feature_map
-from darkformer.config import ConversionError
+from darkformer.errors import ConversionError
 from darkformer.hf.convert import observing
 from darkformer.hf.stream import Stream
 from hf.families import DARK, disturb, left_mask, linear, logits, tiny, tokens

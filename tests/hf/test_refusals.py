@@ -35,7 +35,7 @@ from darkformer import (
     revert,
 )
 from darkformer.diagnostics.layer import Effort
-from darkformer.experiments.diagnose import diagnose
+from darkformer.diagnostics.run import diagnose
 from darkformer.hf import load
 from darkformer.hf.convert import observing
 from darkformer.hf.interface import dark_attention

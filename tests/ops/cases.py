@@ -15,7 +15,7 @@ from torch import Tensor
 
 from darkformer import AttentionState, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.ops import native
-from darkformer.ops.problem import LOG_ZERO
+from darkformer.ops.state import LOG_ZERO
 
 #: The terms a gradient is the difference of, relative to which rounding is measured: see `differences`.
 FLOOR = 1e-3

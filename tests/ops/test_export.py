@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from darkformer import AttentionState, ConfigError, InputError, attention
 from darkformer.ops import chunk_scan
 from darkformer.ops.chunked import chunked
-from darkformer.ops.problem import LOG_ZERO
+from darkformer.ops.state import LOG_ZERO
 
 from .cases import Case, Way, make_inputs, make_map, make_mask, make_state, needs_native
 

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 from darkformer import AttentionState, InputError, attention
-from darkformer.config import DerivativeError
+from darkformer.errors import DerivativeError
 from darkformer.ops.native import stepper
 
 from .cases import STATE_LEAVES, Case, make_inputs, make_map, make_mask, make_state, needs_native

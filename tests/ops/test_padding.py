@@ -10,7 +10,7 @@ from torch import Tensor
 from darkformer import FeatureMap, attention
 from darkformer.config import METHODS
 from darkformer.ops import attention as door
-from darkformer.ops.problem import next_buffers, reorder
+from darkformer.ops.state import next_buffers, reorder
 
 from .cases import Case, Way, make_inputs, make_map
 from .test_recurrent import state_errors

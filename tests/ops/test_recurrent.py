@@ -11,7 +11,7 @@ from torch import Tensor
 
 from darkformer import AttentionState, FeatureMap, attention
 from darkformer.config import METHODS
-from darkformer.ops.problem import LOG_ZERO
+from darkformer.ops.state import LOG_ZERO
 
 from .cases import Case, above, differences, make_inputs, make_map, make_mask, make_state, solve
 

@@ -9,7 +9,7 @@ from darkformer import DarkConfig, attention, feature_map
 from darkformer.ops import native
 from darkformer.ops.chunk_features import Scratch
 from darkformer.ops.log_domain import count_log_domain
-from darkformer.ops.problem import LOG_ZERO
+from darkformer.ops.state import LOG_ZERO
 
 from .cases import Case, make_inputs, make_map, needs_native
 from .cases import solve as solve_case

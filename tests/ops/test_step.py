@@ -11,7 +11,7 @@ from torch import Tensor
 from darkformer import AttentionState, FeatureMap, NonFiniteError, attention
 from darkformer.ops.native import stepper
 from darkformer.ops.native.step import Step
-from darkformer.ops.problem import LOG_ZERO
+from darkformer.ops.state import LOG_ZERO
 
 from .cases import ODD_SIZES, Case, make_inputs, make_map, make_state, needs_native
 from .test_linear import Count

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, FeatureMap, calibrate, convert, dark_layers
 from darkformer.calibration.calibrate import _looked_at, _output_grams, _search_layer
-from darkformer.diagnostics.probe import FarField, Probe, SpreadProbe, spread_queries
+from darkformer.calibration.probe import FarField, Probe, SpreadProbe, spread_queries
 from darkformer.hf.convert import observing
 from darkformer.hf.layers import converted_modules
 from train.capture import captured

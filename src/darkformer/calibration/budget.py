@@ -10,22 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError, DarkConfig, native_dtype
+from ..config import DarkConfig, native_dtype
 from ..cost import model_bytes
+from ..errors import ConfigError
 from ..hf.convert import converted_modules, drop_features
 from ..hf.layers import config_of
 from ..records import read_json, write_json
 from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
 from .mixed import EXACT
-from .sensitivity import (
-    Sensitivity,
-    WindowChange,
-    frozen,
-    measurement,
-    sensitivity,
-    window_changes,
-)
+from .sensitivity import Sensitivity, WindowChange, frozen, measurement, sensitivity, window_changes
 
 #: Windows that a budget chooses from; constant state alone (budget 0) has `CONSTANT_WINDOW`.
 WINDOWS = (64, 128, 256, 512)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import ConversionError, InputError
-from ..diagnostics.probe import SpreadProbe, real_tokens
-from ..features.maps import FeatureMap
-from ..features.moments import HeadProposals, Moments, set_transforms
+from ..errors import ConversionError, InputError
+from ..features.feature_map import FeatureMap
 from ..hf.convert import converted_modules, dark_layers, drop_features, observing
 from ..reporting import Progress
+from .moments import HeadProposals, Moments, set_transforms
+from .probe import SpreadProbe, real_tokens
 from .rows import inputs_of
 
 #: Scales of the starting geometry that the line search tries: a colder kernel is biased but far less noisy.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import ConversionError, DarkConfig
-from ..features.maps import FeatureMap
+from ..config import DarkConfig
+from ..errors import ConversionError
+from ..features.feature_map import FeatureMap
 from ..hf.interface import Received, attending, receive, softmax_of, stays
 from ..hf.layers import Layer, converted_modules
 from ..hf.masks import read_mask

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..config import InputError
+from ..errors import InputError
 
 #: The label of a token that is not scored, as in torch's cross-entropy.
 IGNORED = -100

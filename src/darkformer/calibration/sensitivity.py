@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, InputError, NonFiniteError, RunFolderError, native_dtype
+from ..config import native_dtype
+from ..errors import ConfigError, InputError, NonFiniteError, RunFolderError
 from ..hf.fingerprint import describe_base
 from ..records import read_json, write_json
 from ..reporting import Progress

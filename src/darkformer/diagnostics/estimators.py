@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..calibration.moments import HeadProposals, Moments, feature_moments, set_transforms
 from ..config import DarkConfig
-from ..features.maps import FeatureMap
-from ..features.moments import HeadProposals, Moments, feature_moments, set_transforms
+from ..features.feature_map import FeatureMap
 from ..features.proposals import PairMoments, expected_log_moment, log_weight, proposal_covariance
 from ..features.transforms import regularise, symmetric_power, whitening
 

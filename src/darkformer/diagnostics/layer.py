@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.moments import Moments, head_rows
+from ..calibration.probe import Probe
 from ..config import DarkConfig
-from ..features.maps import FeatureMap
-from ..features.moments import Moments, head_rows
+from ..features.feature_map import FeatureMap
 from .estimators import (
     ESTIMATORS,
     balanced_covariance,
@@ -22,7 +23,6 @@ from .estimators import (
     spectrum,
 )
 from .prediction import Predictor
-from .probe import Probe
 
 #: Numbers of features at which the output error is measured.
 COUNTS = (16, 32, 64, 128, 256, 512, 1024)

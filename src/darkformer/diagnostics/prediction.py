@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..features.colder import best_scale, colder_error
+from ..calibration.probe import Probe
 from ..features.log_features import FeatureParameters
+from .colder import best_scale, colder_error
 from .noise import Draws, OutputNoise, output_noise, sample_draws, typical_noise
-from .probe import Probe
 
 
 class Predictor:

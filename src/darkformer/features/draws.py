@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from ..config import DRAWS, ConfigError
+from ..config import DRAWS
+from ..errors import ConfigError
 
 
 def head_generator(seed: int, layer: int, head: int, step: int = 0) -> torch.Generator:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import PROPOSALS, ConfigError
+from ..config import PROPOSALS
+from ..errors import ConfigError
 from .transforms import symmetric_power
 
 

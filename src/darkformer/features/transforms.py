@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, InputError
+from ..errors import ConfigError, InputError
 
 
 def symmetric_power(matrix: Tensor, power: float, floor: float = 0.0) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import InputError
-from ..features.maps import LEARNED, FeatureMap
+from ..errors import InputError
+from ..features.feature_map import LEARNED, FeatureMap
 
 #: What offsets may be kept in; a quantized model's weights may be of no such dtype.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from ..config import InputError
+from ..errors import InputError
 
 _TARGET = "transformers.modeling_utils"
 

@@ -17,11 +17,12 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from ..config import ConversionError, DarkConfig
-from ..features.maps import FeatureMap
+from ..config import DarkConfig
+from ..errors import ConversionError
+from ..features.feature_map import FeatureMap
 from ..features.tracing import traced
 from ..ops.exact import softmax_attention
-from ..ops.problem import AttentionState
+from ..ops.state import AttentionState
 from .added import read
 from .calls import AttentionCall
 from .fingerprint import digest

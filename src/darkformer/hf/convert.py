@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import ConversionError, DarkConfig
-from ..features.maps import FeatureMap
+from ..config import DarkConfig
+from ..errors import ConversionError
+from ..features.feature_map import FeatureMap
 from .added import offset_dtype
 from .fingerprint import describe_base
 from .interface import NAME, Observation, Observer, enter, observed

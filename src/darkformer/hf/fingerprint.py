@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import InputError
+from ..errors import InputError
 from .added import own_entries, read
 
 #: Elements hashed at a time, so that a half-precision model is never held in float32 as a whole.

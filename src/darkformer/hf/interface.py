@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ..config import ConversionError, NonFiniteError
-from ..features.maps import FeatureMap
+from ..errors import ConversionError, NonFiniteError
+from ..features.feature_map import FeatureMap
 from ..ops.attention import attention, check_finite
 from ..ops.exact import softmax_attention
 from .cache import own_layer

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import DarkConfig
-from ..features.maps import FeatureMap
+from ..features.feature_map import FeatureMap
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._version import __version__
-from ..config import ConfigError, ConversionError, DarkConfig, InputError
+from ..config import DarkConfig
+from ..errors import ConfigError, ConversionError, InputError
 from .added import added_values, set_added
 from .convert import convert_by, dark_layers, plan_conversion, revert
 from .fingerprint import describe_base

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ..config import DarkformerError, InputError, MissingExtraError
+from ..errors import DarkformerError, InputError, MissingExtraError
 from .light import LIGHT_FILE
 
 #: What `save_model` leaves beside the weights; `sha256sum -c` reads it as well.

@@ -16,7 +16,7 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
-from ..config import ConversionError
+from ..errors import ConversionError
 from ..features.tracing import traced, transformed
 
 MaskFunction = Callable[..., Any]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import DarkConfig
-from ..features.maps import FeatureMap
+from ..features.feature_map import FeatureMap
 from .layers import Layer
 
 

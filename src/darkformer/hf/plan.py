@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..config import ConversionError, DarkConfig
+from ..config import DarkConfig
+from ..errors import ConversionError
 from .interface import NAME
 from .layers import Layer, inner_names, uses_interface
 from .trial import (

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 from .._version import __version__
-from ..config import ConversionError, DarkConfig, InputError
-from ..ops.problem import AttentionState
+from ..config import DarkConfig
+from ..errors import ConversionError, InputError
+from ..ops.state import AttentionState
 from .added import added_values
 from .cache import DarkCacheLayer, Stream, whole
 from .fingerprint import digest, digest_own

@@ -13,7 +13,7 @@ from ..features.tracing import traced
 from ..ops.attention import attention
 from ..ops.native import stepper
 from ..ops.native.step import Step
-from ..ops.problem import AttentionState
+from ..ops.state import AttentionState
 
 #: Tokens that can be taken back at least, while a cache records (fewer if it has recorded fewer).
 CROP = 256

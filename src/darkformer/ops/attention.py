@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, InputError, NonFiniteError
+from ..errors import ConfigError, InputError, NonFiniteError
+from ..features.feature_map import FeatureMap
 from ..features.log_features import FeatureParameters
-from ..features.maps import FeatureMap
 from ..features.tracing import traced, transformed
 from . import functional
 from .assembled import assembled
@@ -23,9 +23,9 @@ from .exact import exact
 from .native import native
 from .native import why_not as _why_not_native
 from .packing import apart, check_documents
-from .problem import AttentionState, Problem, check_state, compact, reorder
 from .recurrent import recurrent
 from .reference import reference
+from .state import AttentionState, Problem, check_state, compact, reorder
 
 
 class Backend(NamedTuple):

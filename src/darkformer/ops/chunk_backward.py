@@ -17,7 +17,7 @@ from torch import Tensor
 from .chunk_features import LOG2E, Features
 from .chunk_forward import Kept, Sums
 from .log_domain import log_domain_gradients
-from .problem import LOG_ZERO
+from .state import LOG_ZERO
 from .super_chunks import Exact, RowGradients, SuperChunks, Tensors, drain
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .log_domain import log_domain_chunks, note
-from .problem import LOG_ZERO
+from .state import LOG_ZERO
 from .super_chunks import SuperChunks, drain
 
 #: Normalisers below this are recomputed in the log domain. Far above the smallest number, so that what a row does see

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..features.log_features import key_log_features, query_log_features
 from .chunk_forward import Sums
-from .problem import LOG_ZERO, capped, gather_tokens
+from .state import LOG_ZERO, capped, gather_tokens
 from .super_chunks import Frame, Tensors
 
 CHUNK, BLOCK = 16, 128

@@ -20,7 +20,7 @@ from .chunk_backward import Backward
 from .chunk_features import LOG2E, Form, forms
 from .chunk_forward import Forward, Kept, Sums
 from .chunk_scan import scan_pass
-from .problem import LOG_ZERO, AttentionState, Problem, next_buffers
+from .state import LOG_ZERO, AttentionState, Problem, next_buffers
 from .super_chunks import Frame, Tensors
 
 #: Tokens of one super-chunk at most, and (query head, token) rows: what is in the caches at once.

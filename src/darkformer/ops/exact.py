@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import AttentionState, Problem, capped, next_buffers
+from .state import AttentionState, Problem, capped, next_buffers
 
 
 def softmax_attention(

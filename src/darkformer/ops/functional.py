@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import DerivativeError
+from ..errors import DerivativeError
 
 Arguments = Sequence[Tensor | None]
 #: Dimensions that `vmap` maps over, None for a tensor that all samples share.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import LOG_ZERO
+from .state import LOG_ZERO
 
 #: Elements of the (chunk, query, key, feature) tensor that is in memory at once.
 SLICE = 1 << 21

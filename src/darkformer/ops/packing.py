@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import InputError
+from ..errors import InputError
 from ..features.tracing import traced
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..features.log_features import key_log_features, query_log_features
-from .problem import LOG_ZERO, AttentionState, Problem, capped
+from .state import LOG_ZERO, AttentionState, Problem, capped
 
 
 def _weighted_mean(

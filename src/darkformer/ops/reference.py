@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..features.log_features import key_log_features, query_log_features
-from .problem import LOG_ZERO, AttentionState, Problem, capped, next_buffers
+from .state import LOG_ZERO, AttentionState, Problem, capped, next_buffers
 
 
 def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

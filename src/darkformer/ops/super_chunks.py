@@ -15,7 +15,7 @@ from torch import Tensor
 from ..features.log_features import FeatureParameters
 from .chunk_features import LOG2E, Features, Form, Scratch, Side
 from .log_domain import ChunkTerms
-from .problem import LOG_ZERO, gather_tokens
+from .state import LOG_ZERO, gather_tokens
 
 
 class Tensors(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ..config import InputError, RunFolderError
+from ..errors import InputError, RunFolderError
 from ..records import read_json
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import InputError, MissingExtraError
+from ..errors import InputError, MissingExtraError
 from .docstrings import docstring_documents, pydoc_documents
 
 #: The text every machine with Python has: the language reference's topics.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import InputError, NonFiniteError
+from ..errors import InputError, NonFiniteError
 from ..reporting import Progress
 
 #: Tokens in one forward pass of `evaluate`, unless one block is longer: logits of a large vocabulary are large.

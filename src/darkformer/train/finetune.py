@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..config import ConfigError, NonFiniteError, RunFolderError, TrainConfig
+from ..config import TrainConfig
+from ..errors import ConfigError, NonFiniteError, RunFolderError
 from ..hf.convert import dark_layers
 from ..hf.load import without_bars
 from .redraw import Redraw

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..calibration.budget import (
+from ..calibration.budget import (  # fmt: skip
     Budget,
     Choice,
     cache_element_bytes,
@@ -19,10 +19,11 @@ from ..calibration.budget import (
     choose_budget,
     converted_bytes,
     full_context,
-)  # fmt: skip
+)
 from ..calibration.calibrate import calibrate
 from ..calibration.sensitivity import sensitivity
-from ..config import ConfigError, DarkConfig, InputError, RunFolderError, TrainConfig
+from ..config import DarkConfig, TrainConfig
+from ..errors import ConfigError, InputError, RunFolderError
 from ..hf.convert import convert, plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer, save_model

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ..config import ConfigError, ConversionError
+from ..errors import ConfigError, ConversionError
 from ..hf.convert import dark_layers
 
 

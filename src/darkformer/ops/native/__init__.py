@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...features.maps import FeatureMap
+from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
-from ..problem import AttentionState, Problem, next_buffers
+from ..state import AttentionState, Problem, next_buffers
 from . import load
 from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
 from .maps import sides

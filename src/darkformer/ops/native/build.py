@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ...config import DarkformerError
+from ...errors import DarkformerError
 
 SOURCES = Path(__file__).parent
 #: Compiler flags of each instruction set, best first. `DARKFORMER_NATIVE_ISA` picks one by name.

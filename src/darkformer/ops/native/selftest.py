@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...config import DarkConfig
-from ...features.maps import FeatureMap
-from ..problem import AttentionState, Problem
+from ...features.feature_map import FeatureMap
 from ..reference import reference
+from ..state import AttentionState, Problem
 from . import load
 from .build import BuildError
 from .load import Inputs, Sizes

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import NonFiniteError
-from ...features.maps import FeatureMap
+from ...errors import NonFiniteError
+from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
-from ..problem import AttentionState
+from ..state import AttentionState
 from . import load
 from .maps import sides
 

@@ -1,0 +1,168 @@
+"""The demo: one real pretrained model, linearized within budgets, compared with softmax; training is optional."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..calibration.budget import Choice
+from ..calibration.calibrate import HeadChoice, calibrate
+from ..config import DarkConfig, DemoConfig, TrainConfig
+from ..console import RichReporter
+from ..errors import ConfigError
+from ..hf.layers import config_of
+from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
+from ..records import RUN_FILE, environment, open_run, read_json, write_json
+from ..train.data import load_documents, split_documents, token_blocks
+from ..train.linearize import trained
+from .budget import calibration, measured_choices
+from .demo_report import write_report
+from .frontier import FrontierRow, FrontierSettings, measure_frontier, measure_quality, row_work, speed_work
+from .generation import generate_text
+from .recall import RecallTask
+
+#: What is measured of every row, beside loss and accuracy.
+SETTINGS = FrontierSettings(
+    recall=RecallTask(distances=(512, 1900), trials=20, numbers=8, batch_size=1), repeats=2, batches=(1, 8),
+    new_tokens=8,
+)  # fmt: skip
+#: Rows of text and of recall that heads are chosen on: half of what `darkformer budget` takes, for half the time.
+CHOICE_ROWS = 2
+#: Blocks of the context that calibration sees; the last one is held back for its line search.
+CALIBRATION_BLOCKS = 3
+#: Rough seconds of a training step, of choosing heads and of a generation on two cores: for shares of the bar only.
+STEP, CHOICE, GENERATION = 3.5, 120.0, 6.0
+
+
+class Demo:
+    """Measures the rows one after the other; each finished one is a JSON file that a later run starts from."""
+
+    def __init__(
+        self, demo: DemoConfig, default: DarkConfig, budget: TrainConfig, out: Path, reporter: RichReporter,
+        settings: FrontierSettings = SETTINGS,
+    ) -> None:  # fmt: skip
+        if default.window == 0:
+            raise ConfigError("window=0: the demo also measures window and sinks alone: give a window of at least 1.")
+        if budget.train == "geometry" and default.method not in ("dark", "lfk"):
+            raise ConfigError(f"train='geometry' with method={default.method!r}, which has none: use all, qkv or none.")
+        self.demo, self.default, self.budget, self.out, self.reporter = demo, default, budget, out, reporter
+        self.frontier = replace(settings, dtype=budget.dtype, element_bytes=None)
+        self.steps = budget.steps if budget.train != "none" else 0
+        self.model_name = demo.model or str(demo_model_path())
+        # The package's path differs from machine to machine; its file's name says which model it is.
+        shown = demo.model or Path(self.model_name).name
+        self.settings = {
+            "command": "demo", **asdict(demo), "model": shown, "data": list(demo.data), "config": default.to_dict(),
+            "train": asdict(budget),
+        }  # fmt: skip
+
+    def run(self, *, overwrite: bool = False) -> dict[str, Any]:
+        """All rows, then table, plots, report and record. Returns the record."""
+        if open_run(self.out, self.settings, resume=True, overwrite=overwrite):
+            if read_json(self.out / RUN_FILE)["finished"]:
+                self.reporter.say(f"{self.out} holds this run, finished: here is its record. --overwrite runs again.")
+                return read_json(self.out / "record.json")
+            self.reporter.say(f"continuing the run in {self.out}")
+        with self.reporter.stage(f"load text and {self.settings['model']}", 1):
+            tokenizer = load_tokenizer(self.model_name)
+            train, held_out = split_documents(load_documents(self.demo.data))
+            advice = "give more text or a smaller --context"
+            blocks = token_blocks(tokenizer, train, self.demo.context, "the training", advice)
+            validation = token_blocks(tokenizer, held_out, self.demo.context, "the held-out", advice)
+            validation = validation[: max(1, self.demo.eval_tokens // self.demo.context)]
+            model = load_model(self.model_name)
+        with self.reporter.whole("everything", *self._work(validation)):
+            record = self._measured(model, tokenizer, blocks, validation)
+            budget = next(row for row in record["rows"] if row["name"] == "budget")
+            if self.steps and budget["error"] is None:
+                record["rows"].append(self._trained_row(budget, tokenizer, train, blocks, validation))
+        record = {**self.settings, **record, "environment": environment()}
+        write_json(self.out / "record.json", record)
+        write_report(record, self.out)
+        write_json(self.out / RUN_FILE, {"settings": self.settings, "finished": True})
+        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        return record
+
+    def rows(self, constant: DarkConfig, chosen: DarkConfig) -> tuple[FrontierRow, ...]:
+        """Softmax, window and sinks alone, constant state with features, the budget."""
+        return (
+            FrontierRow("softmax", "softmax", None),
+            FrontierRow("local", f"window {constant.window} and sinks", replace(constant, method="local")),
+            FrontierRow("constant", "constant state, with features", constant, "constant"),
+            FrontierRow("budget", f"budget {self.demo.budget}", chosen, self.demo.budget),
+        )
+
+    def _work(self, validation: Tensor) -> tuple[float, float]:
+        """(all, done already) for the bar over everything."""
+        rows = self.rows(self.default, self.default)
+        work = {row.name: sum(row_work(row, validation, self.frontier).values()) for row in rows}
+        work |= {"chosen": CHOICE, "speed": speed_work(len(rows), self.frontier)}
+        work["trained"] = STEP * self.steps + work["softmax"] if self.steps else 0.0
+        done = sum(amount for name, amount in work.items() if (self.out / "stages" / f"{name}.json").is_file())
+        return sum(work.values()) + 2 * GENERATION, done
+
+    def _measured(self, model: Any, tokenizer: Any, blocks: Tensor, validation: Tensor) -> dict[str, Any]:
+        file = self.out / "stages" / "chosen.json"
+        if not file.is_file():
+            self.reporter.weigh(CHOICE)
+            _, choices = measured_choices(
+                model, tokenizer, blocks, ["0", self.demo.budget], self.default, at=None, dtype=self.frontier.dtype,
+                folder=self.out / "stages" / "sensitivity", reporter=self.reporter, rows=CHOICE_ROWS,
+            )  # fmt: skip
+            write_json(file, [[text, choice.to_dict()] for text, choice in choices])
+        choices = [(text, Choice.from_dict(values)) for text, values in read_json(file)]
+        constant, chosen = choices[0][1].config, choices[-1][1].config
+        batches = list(blocks[:CALIBRATION_BLOCKS].split(1))
+        within = calibration(choices[1:], batches, self.frontier.element_bytes or 4)
+
+        def calibrated(converted: Any) -> list[HeadChoice]:
+            # The row of constant state shows what features do; in a budget they must pay for their bytes.
+            return calibrate(converted, batches) if config_of(converted) == constant else within(converted)
+
+        def also(row: FrontierRow, converted: Any) -> dict[str, Any]:
+            if row.name == "budget":
+                save_model(converted, tokenizer, self.out / "model")
+            return self._generation(converted, tokenizer) if row.name in ("softmax", "budget") else {}
+
+        return measure_frontier(
+            model, tokenizer, self.rows(constant, chosen), validation, self.out,
+            settings=self.frontier, calibrate=calibrated, filler=self._filler(blocks), reporter=self.reporter,
+            also=also,
+        )  # fmt: skip
+
+    def _filler(self, blocks: Tensor) -> Tensor:
+        """Text around recalled numbers: what calibration has not seen, if there is any."""
+        return blocks[CALIBRATION_BLOCKS:] if len(blocks) > CALIBRATION_BLOCKS else blocks
+
+    def _trained_row(
+        self, before: dict[str, Any], tokenizer: Any, train: list[str], blocks: Tensor, validation: Tensor
+    ) -> dict[str, Any]:
+        """The budget's row after training: quality anew; bytes and speed do not depend on the weights."""
+        file = self.out / "stages" / "trained.json"
+        if file.is_file():
+            return {**before, **read_json(file)}
+        title = f"{before['title']}, {self.steps} steps"
+        row: dict[str, Any] = {"name": "trained", "title": title, "budget": ""}
+        model = load_model(str(self.out / "model"))
+        text = token_blocks(tokenizer, train, self.budget.seq_len, "the training")
+        self.reporter.weigh(STEP * self.steps)
+        row["losses"] = trained(model, text, self.budget, self.out / "checkpoints" / "trained", self.reporter, title)
+        measure_quality(
+            model, tokenizer, validation, self.frontier, row, filler=self._filler(blocks), reporter=self.reporter,
+            title=title,
+        )  # fmt: skip
+        row |= self._generation(model, tokenizer)
+        save_model(model, tokenizer, self.out / "model")
+        write_json(file, row)
+        return {**before, **row}
+
+    def _generation(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        self.reporter.weigh(GENERATION)
+        with self.reporter.stage("generate", 1) as advance:
+            result = generate_text(model, tokenizer, self.demo.prompt, self.demo.new_tokens)
+            advance(1, 1)
+        return {"continued": result}

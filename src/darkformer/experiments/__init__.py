@@ -1,1 +1,0 @@
-"""Whole experiments, from a pretrained model to tables and figures."""

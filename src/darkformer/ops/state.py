@@ -1,0 +1,201 @@
+"""What every backend receives: a checked problem whose real tokens are contiguous, and the running state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import DarkConfig
+from ..errors import InputError
+from ..features.log_features import FeatureParameters
+from ..features.tracing import traced, transformed
+
+#: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
+LOG_ZERO = -1e30
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Everything a causal layer remembers. Its size does not depend on how many tokens went in.
+
+    The sums run over the keys at positions sinks … count-window-1 and are stored scaled by exp(-log_scale).
+
+    Attributes:
+        count: (B,) int64, real tokens seen.
+        feature_values: (B, G, m, d_v) Σ_j exp(ℓ_k(j) - log_scale) v_j. float32 (float64 for float64 inputs).
+        feature_sum: (B, G, m) Σ_j exp(ℓ_k(j) - log_scale).
+        log_scale: (B, G, m) running maximum of the keys' log-features.
+        recent_key, recent_value: (B, G, window, d or d_v), the last `window` keys, right-aligned.
+        sink_key, sink_value: (B, G, sinks, d or d_v), the first keys.
+    """
+
+    count: Tensor
+    feature_values: Tensor
+    feature_sum: Tensor
+    log_scale: Tensor
+    recent_key: Tensor
+    recent_value: Tensor
+    sink_key: Tensor
+    sink_value: Tensor
+
+    @classmethod
+    def empty(
+        cls, config: DarkConfig, key: Tensor, value: Tensor, *, batch: int, compute: torch.dtype
+    ) -> AttentionState:
+        """The state before the first token; `key` (B, G, L, d) and `value` give sizes, dtype and device."""
+        state = cls.expanded(config, key, value, batch=batch, compute=compute)
+        return state.select(torch.arange(batch, device=key.device))
+
+    @classmethod
+    def expanded(
+        cls, config: DarkConfig, key: Tensor, value: Tensor, *, batch: int, compute: torch.dtype
+    ) -> AttentionState:
+        """`empty` to read only: its sums are single numbers, so that a short call need not fill memory for them."""
+        groups, m = key.shape[1], config.feature_count
+        window, sinks = (0, 0) if config.method == "exact" else (config.window, config.sinks)
+        d, d_v, device = key.shape[-1], value.shape[-1], key.device
+        zero = torch.zeros((), dtype=compute, device=device)
+        return cls(
+            count=torch.zeros(batch, dtype=torch.int64, device=device),
+            feature_values=zero.expand(batch, groups, m, d_v),
+            feature_sum=zero.expand(batch, groups, m),
+            log_scale=torch.full((), LOG_ZERO, dtype=compute, device=device).expand(batch, groups, m),
+            recent_key=key.new_zeros(batch, groups, window, d),
+            recent_value=value.new_zeros(batch, groups, window, d_v),
+            sink_key=key.new_zeros(batch, groups, sinks, d),
+            sink_value=value.new_zeros(batch, groups, sinks, d_v),
+        )
+
+    def select(self, rows: Tensor) -> AttentionState:
+        """The state of batch rows `rows` (int64), in that order; repeats allowed."""
+        return AttentionState(**{f.name: getattr(self, f.name).index_select(0, rows) for f in fields(self)})
+
+    def detach(self) -> AttentionState:
+        """The same numbers outside the autograd graph."""
+        return AttentionState(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
+
+
+class Problem(NamedTuple):
+    """One call after the public door: real tokens first in every row, pads after them and zero."""
+
+    query: Tensor  # (B, G, R, L, d)
+    key: Tensor  # (B, G, L, d)
+    value: Tensor  # (B, G, L, d_v)
+    lengths: Tensor  # (B,) int64, real tokens of each row
+    scaling: float
+    parameters: FeatureParameters  # in the compute dtype
+    state: AttentionState
+    is_causal: bool
+    padded: bool  # whether any row is shorter than L
+    softcap: float | None = None  # the exact part's logits are softcap·tanh(logit / softcap); features are not capped
+    fresh: bool = False  # the state is the one before the first token
+    wants_state: bool = True  # whether the state after the last token is looked at
+    traced: bool = False  # nothing may be decided by numbers, nor by the length: see `features.tracing`
+
+    @property
+    def config(self) -> DarkConfig:
+        return self.parameters.config
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap·tanh(logits / softcap), or the logits as they are without a cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def compact(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Order that puts each row's real tokens first. mask (B, L) bool → (order and its inverse (B, L), lengths (B,))."""
+    real, lengths = mask.cumsum(1), mask.sum(1)
+    token = torch.arange(mask.shape[1], device=mask.device).expand_as(real)
+    place = torch.where(mask, real - 1, lengths[:, None] + token - real)
+    return torch.zeros_like(place).scatter(1, place, token), place, lengths
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, G, …, L, d) at token positions index (B, K) → (B, G, …, K, d), a view of (B, K, G, …, d) in memory.
+
+    By rows of d numbers: `torch.gather` goes number by number, two to five times as long.
+    """
+    row = torch.arange(index.shape[0], device=index.device)[:, None]
+    return x.movedim(-2, 1)[row, index].movedim(1, -2)
+
+
+class _Reorder(torch.autograd.Function):
+    """`gather_tokens` by a permutation. Its gradient is one too; in general it would be a sum, slow on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return gather_tokens(x, order)
+
+    @staticmethod
+    def backward(ctx: Any, change: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(change, inverse, order), None, None
+
+
+def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x (B, G, …, L, d) with the tokens of each row in another order; both orders (B, L)."""
+    if transformed() or traced(x):  # one of torch's own operators
+        return gather_tokens(x, order)
+    return _Reorder.apply(x, order, inverse)
+
+
+def _recent(problem: Problem, recent: Tensor, new: Tensor, keep: int) -> Tensor:
+    """The last `keep` rows of [recent | new real tokens], zeros before the first; a copy, never longer than `keep`."""
+    window, length = recent.shape[2], new.shape[2]
+    if not keep or not length:
+        return recent
+    if not (problem.padded or problem.traced):  # slices: a gather costs a short call a sixth of its time
+        first = window + length - keep
+        return torch.cat([recent[:, :, first:], new[:, :, max(first - window, 0) :]], dim=2)
+    shift = torch.arange(keep, device=new.device) - (keep - window)
+    index = problem.lengths[:, None] + shift  # into [recent | new], invalid ones negative
+    entering = gather_tokens(new, (index - window).clamp(0, length - 1))
+    if window:
+        staying = gather_tokens(recent, index.clamp(0, window - 1))
+        entering = torch.where((index < window)[:, None, :, None], staying, entering)
+    return entering.masked_fill((index < 0)[:, None, :, None], 0)
+
+
+def next_buffers(problem: Problem) -> dict[str, Tensor]:
+    """Counts, recent and sink keys after this call, as fields of `AttentionState`."""
+    state, config = problem.state, problem.config
+    window, length, sinks = state.recent_key.shape[2], problem.key.shape[2], state.sink_key.shape[2]
+    result = {"count": state.count + problem.lengths}
+    keep = config.window if config.method != "exact" else window + length
+    if sinks and length:
+        slots = torch.arange(sinks, device=problem.key.device) - state.count[:, None]
+        fresh = ((slots >= 0) & (slots < problem.lengths[:, None]))[:, None, :, None]
+    for name, new in (("key", problem.key), ("value", problem.value)):
+        result[f"recent_{name}"] = _recent(problem, getattr(state, f"recent_{name}").to(new.dtype), new, keep)
+        sink = getattr(state, f"sink_{name}").to(new.dtype)
+        if sinks and length:
+            sink = torch.where(fresh, gather_tokens(new, slots.clamp(0, length - 1)), sink)
+        result[f"sink_{name}"] = sink
+    return result
+
+
+def check_state(state: AttentionState, expected: AttentionState, config: DarkConfig) -> AttentionState:
+    """Refuses a state of another layer, configuration or batch; gives its tensors the dtypes of `expected`.
+
+    Raises:
+        InputError: names the first tensor whose shape differs.
+    """
+    for f in fields(AttentionState):
+        got, want = getattr(state, f.name).shape, getattr(expected, f.name).shape
+        grows = config.method == "exact" and f.name.startswith("recent_")
+        if got != want and not (grows and (got[:2], got[3:]) == (want[:2], want[3:])):
+            raise InputError(
+                f"initial_state.{f.name} has shape {tuple(got)}, this call needs {tuple(want)}: "
+                "the state belongs to another batch, layer or configuration."
+            )
+    names = [f.name for f in fields(AttentionState)]
+    return AttentionState(**{name: getattr(state, name).to(getattr(expected, name).dtype) for name in names})
