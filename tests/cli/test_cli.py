@@ -61,9 +61,9 @@ def test_linearize_writes_a_model_and_a_true_record(linearized: Path, text_glob:
     # The saved model really scores what the record says.
     from darkformer.hf.load import load_tokenizer
     from darkformer.train.evaluate import evaluate
-    from darkformer.train.linearize import EVALUATION_TOKENS, load_text
+    from darkformer.train.linearize import EVALUATION_TOKENS, load_context_text
 
-    _, blocks = load_text([text_glob], (), load_tokenizer(str(linearized / "model")), 64)
+    _, blocks = load_context_text([text_glob], (), load_tokenizer(str(linearized / "model")), 64)
     score = evaluate(model, blocks[: EVALUATION_TOKENS // 64])
     assert score.loss == pytest.approx(record["scores"]["finetuned"]["loss"], rel=1e-5)
 

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from darkformer import ConversionError, DarkConfig, convert, revert
+from darkformer.hf.plan import plan_conversion
 from hf.families import disturb, left_mask, positions
 from hf.tiny_models import SPECIAL, pair, tiny_model
 
@@ -101,11 +102,21 @@ def _traces(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-class _Sweep:
-    """The checks of one model_type, on 16 tokens, or in the full form on 20 with padding and checkpoints."""
+def _keeping_a_head(model: PreTrainedModel) -> DarkConfig:
+    several = (layer.layer for *_, layer in plan_conversion(model, LINEAR).layers if layer.num_kv_heads > 1)
+    if (layer := next(several, None)) is None:
+        raise ConversionError("no layer has a second kv head")
+    return replace(LINEAR, keep_exact=(f"{layer}.0",))
 
-    def __init__(self, model_type: str, full: bool) -> None:
-        self.model_type, self.full = model_type, full
+
+class _Sweep:
+    """The checks of one model_type, on 16 tokens, or in the full form on 20 with padding and checkpoints.
+
+    kept: a kv head of the first layer that has several keeps softmax.
+    """
+
+    def __init__(self, model_type: str, full: bool, kept: bool) -> None:
+        self.model_type, self.full, self.kept = model_type, full, kept
         self.failures: list[str] = []
         self.notes: list[str] = []
         self.ids = _tokens(20 if full else 16)
@@ -126,7 +137,7 @@ class _Sweep:
         self.crossed = self._with_encoder(model)
         self.before = _traces(model)
         try:
-            self._convert(model, LINEAR)
+            self._convert(model, _keeping_a_head(model) if self.kept else LINEAR)
         except ConversionError as error:
             self._unchanged("refused", model)
             return Outcome("refused", " ".join(str(error).split()), self.failures)
@@ -274,14 +285,14 @@ class _Sweep:
         return None
 
 
-_outcomes: dict[tuple[Any, bool], Outcome] = {}
+_outcomes: dict[tuple[Any, bool, bool], Outcome] = {}
 
 
-def sweep(model_type: str, full: bool = False) -> Outcome:
+def sweep(model_type: str, full: bool = False, kept: bool = False) -> Outcome:
     """The outcome of one model_type; several that lead to the same classes are run once in a process."""
-    key = (pair(model_type), full)
+    key = (pair(model_type), full, kept)
     if key not in _outcomes:
-        _outcomes[key] = _Sweep(model_type, full).run()
+        _outcomes[key] = _Sweep(model_type, full, kept).run()
     return _outcomes[key]
 
 

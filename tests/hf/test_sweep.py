@@ -48,6 +48,16 @@ def test_in_full(model_type: str) -> None:
         pytest.skip(outcome.reason)
 
 
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_with_a_head_that_keeps_softmax(model_type: str) -> None:
+    outcome = sweep(model_type, full=True, kept=True)
+    assert not outcome.failures, "\n".join([f"{label(model_type)} ({outcome.status})", *outcome.failures])
+    if outcome.status != "converted":
+        pytest.skip(outcome.reason)
+
+
 @pytest.mark.skipif(not PINNED, reason=f"the table is of transformers {VERSION}")
 def test_the_table_has_every_class_and_no_other() -> None:
     named = {re.sub(r" \(.*", "", name) for name in TABLE}

@@ -1,15 +1,30 @@
 """Text sources, their refusals, the split and the token blocks."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from hang import HANG_SECONDS
 from transformers import PreTrainedTokenizerFast
 
 from darkformer import InputError, MissingExtraError
+from darkformer.hf.load import demo_model_path, load_tokenizer
 from darkformer.train import data, docstrings
-from darkformer.train.data import load_documents, pydoc_documents, read_file, split_documents, token_blocks
+from darkformer.train.data import (
+    LargeText,
+    blocks_of,
+    load_documents,
+    load_texts,
+    pydoc_documents,
+    read_file,
+    split_documents,
+    text_size,
+    token_blocks,
+    tokens_of,
+)
 
 
 def test_files_and_globs_in_order(tmp_path: Path) -> None:
@@ -73,6 +88,105 @@ class TestDocstrings:
         assert documents == [*pydoc_documents(), f"{self.LONG} a", f"{self.LONG} b"]
 
 
+class TestLargeFiles:
+    """Files that are read piece by piece are the same text and the same tokens."""
+
+    @pytest.fixture(scope="class")
+    def text(self) -> str:
+        return "".join(pydoc_documents()) + "\nÄ 汉字 🦀 " * 5000
+
+    @pytest.fixture
+    def large(self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LargeText:
+        monkeypatch.setattr(data, "LARGE_FILE", 1000)
+        (tmp_path / "large.txt").write_text(text, "utf-8")
+        (document,) = load_documents([str(tmp_path / "large.txt")])
+        assert isinstance(document, LargeText)
+        return document
+
+    @pytest.mark.parametrize("size", [7, 1000, 2**20])
+    def test_chunks_are_the_text(self, size: int, text: str, large: LargeText, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(data, "PIECE", size)
+        assert "".join(large.chunks()) == text == load_texts([str(large.path)])[0]
+
+    def test_a_single_one_is_cut_between_characters(self, text: str, large: LargeText) -> None:
+        (first,), (rest,) = split_documents([large])
+        parts = ["".join(part.chunks()) for part in (first, rest)]
+        assert "".join(parts) == text and first != rest
+        for share in (0.995, 0.9951, 0.9952, 0.9953):  # among characters of two to four bytes
+            assert "".join(part for half in large.divided(share) for part in half.chunks()) == text
+
+    def test_the_same_text_twice_counts_once(self, text: str, large: LargeText, tmp_path: Path) -> None:
+        (tmp_path / "copy.txt").write_text(text, "utf-8")
+        (tmp_path / "other.txt").write_text("other " + text, "utf-8")
+        documents = load_documents([str(tmp_path / "*.txt")])
+        training, held = split_documents(documents)
+        assert len(documents) == 3 and len(training) + len(held) == 2
+
+    def test_bytes_that_are_not_utf8(self, large: LargeText, monkeypatch: pytest.MonkeyPatch) -> None:
+        content = large.path.read_bytes()
+        for at in (3000, 4095, 4096, 4097, len(content)):
+            large.path.write_bytes(content[:at] + b"\xff" + content[at:])
+            monkeypatch.setattr(data, "PIECE", 4096)
+            with pytest.raises(InputError, match=rf"byte 0xff at offset {at} is not UTF-8"):
+                read_file(large.path)
+        large.path.write_bytes(content + "é".encode()[:1])
+        with pytest.raises(InputError, match=rf"byte 0xc3 at offset {len(content)} is not UTF-8"):
+            read_file(large.path)
+
+    @pytest.mark.parametrize("piece", [300, 5000])
+    def test_tokens_of_pieces_are_those_of_the_whole(self, piece: int, text: str, large: LargeText) -> None:
+        tokenizer = load_tokenizer(str(demo_model_path()))
+        whole = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        seen: list[tuple[int, int]] = []
+        found = tokens_of(tokenizer, [large], piece=piece, progress=lambda *state: seen.append(state))
+        assert found.tolist() == [*whole, tokenizer.eos_token_id]
+        assert len(seen) > len(text) / piece / 2 and seen[-1] == (text_size([large]),) * 2
+        assert torch.equal(tokens_of(tokenizer, [text], piece=piece), found)
+
+    def test_text_without_any_space_is_cut_all_the_same(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        assert len(tokens_of(tokenizer, ["x" * 5000], piece=100)) > 10
+
+    def test_many_tokens_go_to_a_file(
+        self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(data, "TOKENS_IN_MEMORY", 1000)
+        monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path))
+        text = " ".join(["one two three four"] * 4000)
+        found = tokens_of(tokenizer, [text], piece=500)
+        assert found.tolist() == [2, 3, 4, 5] * 4000 + [0] and list(tmp_path.iterdir()) == []
+        found[:10] = 1  # a private page, as of any tensor
+        assert blocks_of(found, 8)[0].tolist() == [1] * 8
+
+    def test_no_room_for_them(self, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(**options: object) -> object:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(data, "TOKENS_IN_MEMORY", 10)
+        monkeypatch.setattr(data.tempfile, "TemporaryFile", full)
+        with pytest.raises(InputError, match=r"do not fit .*No space left on device.*TMPDIR"):
+            tokens_of(tokenizer, ["one two three " * 100])
+
+    def test_memory_of_a_long_line(self, tmp_path: Path) -> None:
+        """20 MB in one line took 4.7 GB as one piece."""
+        file = tmp_path / "line.txt"
+        file.write_text("the words of one very long line " * 640_000)
+        program = (
+            "import resource, sys\n"
+            "from darkformer.hf.load import demo_model_path, load_tokenizer\n"
+            "from darkformer.train.data import load_documents, tokens_of\n"
+            "tokenizer = load_tokenizer(str(demo_model_path()))\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "tokens = tokens_of(tokenizer, load_documents([sys.argv[1]]))\n"
+            "print(len(tokens), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", program, str(file)], capture_output=True, text=True, timeout=HANG_SECONDS
+        )
+        assert run.returncode == 0, run.stderr
+        count, kilobytes = map(int, run.stdout.split())
+        assert count > 4_000_000 and kilobytes < 500_000
+
+
 class TestRefusals:
     def test_bytes_that_are_not_utf8(self, tmp_path: Path) -> None:
         file = tmp_path / "latin.txt"
@@ -83,11 +197,11 @@ class TestRefusals:
             load_documents([str(file)])
 
     def test_a_file_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(self: Path) -> bytes:
+        def refuse(self: Path, *args: object) -> bytes:
             raise PermissionError(13, "Permission denied")
 
         (tmp_path / "a.txt").write_text("text", "utf-8")
-        monkeypatch.setattr(Path, "read_bytes", refuse)
+        monkeypatch.setattr(Path, "open", refuse)
         with pytest.raises(InputError, match=r"a\.txt: cannot be read: Permission denied"):
             load_documents([str(tmp_path / "a.txt")])
 

@@ -176,9 +176,9 @@ def run_budget(
         "command": "budget", "model": model_name, "config": config.to_dict(),
         **{name: list(x) if isinstance(x, tuple) else x for name, x in vars(task).items()},
     }  # fmt: skip
-    with reporter.stage("load text and model", 1):
-        tokenizer = load_tokenizer(model_name)
-        blocks, held_out = load_context_text(task.data, task.held_out, tokenizer, task.context)
+    tokenizer = load_tokenizer(model_name)
+    blocks, held_out = load_context_text(task.data, task.held_out, tokenizer, task.context, reporter)
+    with reporter.stage("load the model", 1):
         model = load_model(model_name)
     check_context(model, task.context)
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed

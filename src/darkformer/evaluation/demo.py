@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..hf.layers import config_of
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
 from ..records import RUN_FILE, environment, open_run, read_json, write_json
-from ..train.data import load_documents, split_documents, token_blocks
+from ..train.data import Document, load_documents, split_documents, token_blocks
 from ..train.linearize import trained
 from .budget import calibration, measured_choices
 from .demo_report import write_report
@@ -139,7 +139,7 @@ class Demo:
         return blocks[CALIBRATION_BLOCKS:] if len(blocks) > CALIBRATION_BLOCKS else blocks
 
     def _trained_row(
-        self, before: dict[str, Any], tokenizer: Any, train: list[str], blocks: Tensor, validation: Tensor
+        self, before: dict[str, Any], tokenizer: Any, train: list[Document], blocks: Tensor, validation: Tensor
     ) -> dict[str, Any]:
         """The budget's row after training: quality anew; bytes and speed do not depend on the weights."""
         file = self.out / "stages" / "trained.json"

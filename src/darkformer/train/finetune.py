@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -198,6 +199,19 @@ def _step_of(checkpoint: str) -> int:
     return int(checkpoint.rsplit("-", 1)[1])
 
 
+class _Blocks(Dataset[Tensor]):
+    """Rows of a tensor, which may be mapped from a file."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.blocks[index]
+
+
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
     ids = torch.stack(list(rows))
     return {"input_ids": ids, "labels": ids}
@@ -265,7 +279,7 @@ def finetune(
             added,
             model=model,
             args=_arguments(budget, Path(out)),
-            train_dataset=list(blocks),
+            train_dataset=_Blocks(blocks),
             data_collator=_collate,
             # A redraw before what is called after the step: an evaluation there sees what the next step trains.
             callbacks=[*([Redraw(budget.redraw_every)] if budget.redraw_every else []), steps],

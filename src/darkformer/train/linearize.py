@@ -30,7 +30,7 @@ from ..hf.load import load_model, load_tokenizer, save_model
 from ..records import RUN_FILE, environment, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
 from .card import model_card
-from .data import load_documents, split_documents, token_blocks
+from .data import blocks_of, load_documents, split_documents, text_size, tokens_of
 from .evaluate import TOKENS_AT_ONCE, evaluate
 from .finetune import finetune
 
@@ -94,35 +94,35 @@ def trained(
         )  # fmt: skip
 
 
-def load_text(sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Training and validation blocks (N, seq_len); without `held_out` sources, every eighth document is held out."""
-    train, validation = _documents(sources, held_out)
-    return (
-        token_blocks(tokenizer, train, seq_len, "the training"),
-        token_blocks(tokenizer, validation, seq_len, "the held-out"),
-    )
-
-
-def _documents(sources: Sequence[str], held_out: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Documents to train on, and others to validate on."""
+def load_tokens(
+    sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, reporter: Reporter | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens to train and to validate on; without `held_out` sources, every eighth document is held out."""
     if held_out:
-        return load_documents(sources), load_documents(held_out)
-    return split_documents(load_documents(sources))
+        documents = load_documents(sources), load_documents(held_out)
+    else:
+        documents = split_documents(load_documents(sources))
+    first, rest = map(text_size, documents)
+    with (reporter or Silent()).stage("tokenize the text", first + rest) as advance:
+        train = tokens_of(tokenizer, documents[0], progress=lambda done, _: advance(done, first + rest))
+        return train, tokens_of(tokenizer, documents[1], progress=lambda done, _: advance(first + done, first + rest))
 
 
 def load_context_text(
-    sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, context: int
+    sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, context: int, reporter: Reporter | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`load_text` in blocks of the context a model is used at.
+    """`load_tokens` in blocks (N, context) of the context a model is used at.
 
     Raises:
         InputError: less text than one such block (says how much there is).
     """
+    return _in_context(load_tokens(sources, held_out, tokenizer, reporter), context)
+
+
+def _in_context(tokens: tuple[Tensor, Tensor], context: int) -> tuple[Tensor, Tensor]:
     advice = "give more text, or a smaller --context"
-    train, validation = _documents(sources, held_out)
-    return (
-        token_blocks(tokenizer, train, context, "the calibration", advice),
-        token_blocks(tokenizer, validation, context, "the held-out", advice),
+    return blocks_of(tokens[0], context, "the calibration", advice), blocks_of(
+        tokens[1], context, "the held-out", advice
     )
 
 
@@ -212,11 +212,12 @@ def linearize(
         "config": config.to_dict(), "budget": asdict(budget), "context": context, "memory": memory,
         "memory_at": memory_at,
     }  # fmt: skip
-    with reporter.stage("load text and model", 1):
-        tokenizer = load_tokenizer(model_name)
-        long_blocks, validation = load_context_text(data, held_out, tokenizer, context)
-        validation = validation[: max(1, EVALUATION_TOKENS // context)]
-        blocks, _ = load_text(data, held_out, tokenizer, budget.seq_len)
+    tokenizer = load_tokenizer(model_name)
+    tokens = load_tokens(data, held_out, tokenizer, reporter)
+    long_blocks, validation = _in_context(tokens, context)
+    validation = validation[: max(1, EVALUATION_TOKENS // context)]
+    blocks = blocks_of(tokens[0], budget.seq_len, "the training")
+    with reporter.stage("load the model", 1):
         model = load_model(model_name)
     check_context(model, context)
     limit = None if memory is None else Budget.parse(memory, memory_at or full_context(model))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from ...errors import InputError
 from ...hf.load import load_tokenizer
 from ...records import read_json, write_json
-from ...train.data import load_documents, split_documents, token_blocks
+from ...train.data import load_texts, split_documents, token_blocks
 from .bases import model_folder
 from .plan import Base, Scale
 from .records import is_writer
@@ -59,7 +59,7 @@ class Corpus:
     def __init__(self, scale: Scale, out: Path) -> None:
         self.scale, self.out = scale, out
         file = out / "text" / "documents.json"
-        documents = read_json(file) if file.is_file() else load_documents(scale.data, scale.documents)
+        documents = read_json(file) if file.is_file() else load_texts(scale.data, scale.documents)
         size = sum(map(len, documents))
         if size < scale.least_text:
             raise InputError(
