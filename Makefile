@@ -1,10 +1,10 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format native clean .venv
+.PHONY: help demo test lint format docs tables native clean .venv
 
 VENV := .venv
 BIN := $(VENV)/bin
-# What `demo` needs, and what linters and tests need on top (lm-eval, trl: 350 MB). Both go with the environment.
+# What `demo` needs, and what linters, tests and docs need on top (lm-eval, trl: 350 MB). Both go with the environment.
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 # Present from the beginning to the end of each first install: if found, that install was cut short.
@@ -39,6 +39,12 @@ lint: $(DEV) ## ruff (rules and format) and mypy
 format: $(DEV) ## let ruff sort imports, fix what it can and format
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
+
+docs: $(DEV) ## build the documentation site, build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+tables: $(STAMP) ## fill the tables of README and docs from benchmarks/records
+	@$(BIN)/python benchmarks/docs_tables.py
 
 native: $(STAMP) ## compile the CPU attention now (its first use would do so)
 	@$(BIN)/darkformer native build
@@ -76,7 +82,7 @@ $(STAMP): pyproject.toml constraints.txt
 # Half an install cannot be told from a whole one by pip, so one that was cut short starts from nothing.
 $(DEV): $(STAMP)
 	@if [ -e $(PARTIAL_DEV) ]; then rm -rf $(VENV) && $(MAKE) --no-print-directory $(STAMP); fi
-	@echo "[tests] installing linters, pytest, lm-eval and trl (half a minute)"
+	@echo "[tests] installing linters, pytest, lm-eval, trl and mkdocs (half a minute)"
 	@touch $(PARTIAL_DEV)
 	@$(PIP) -e '.[all,dev]'
 	@rm -f $(PARTIAL_DEV)

@@ -92,7 +92,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record's rows as the markdown table of docs/families.md: medians, and bytes after the last token."""
+    """The record's rows as the markdown table of docs/generate.md: medians, and bytes after the last token."""
     lines = [
         "| prompt | prefill, softmax | converted | steps, softmax | converted | cache MiB, softmax | converted |",
         "|---:|---:|---:|---:|---:|---:|---:|",

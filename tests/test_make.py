@@ -27,6 +27,7 @@ case "$*" in
     echo "install $last" >> "$LOG"
     case "$last" in "$CUT") exit 1 ;; esac ;;
 "-m pytest"*) echo "pytest" >> "$LOG" ;;
+"-m mkdocs"*) echo "mkdocs" >> "$LOG" ;;
 demo*) echo "demo" >> "$LOG" ;;
 esac
 exit 0
@@ -85,6 +86,11 @@ def test_tests_after_the_demo(clone: Clone) -> None:
 def test_the_demo_after_tests(clone: Clone) -> None:
     assert clone.make("test") == ["venv", *BASE, *TOOLS, "pytest"]
     assert clone.make("demo") == ["demo"] and clone.make("lint") == []
+
+
+def test_the_site_needs_the_tests_tools(clone: Clone) -> None:
+    assert clone.make("docs") == ["venv", *BASE, *TOOLS, "mkdocs"]
+    assert clone.make("docs") == ["mkdocs"]
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])

@@ -58,7 +58,7 @@ def one_layer() -> PreTrainedModel:
 @pytest.mark.full
 @torch.no_grad()
 def test_any_length() -> None:
-    """The short form is the program in docs/huggingface.md, which a test runs."""
+    """The short form is the program in docs/export.md, which a test runs."""
     model, ids, mask = one_layer(), tokens(2, 24), left_mask([0, 5], 24)
     shapes = ({1: LENGTH}, {1: LENGTH})
     program = torch.export.export(Whole(model), (ids, mask), dynamic_shapes=shapes, strict=False).module()

@@ -1,7 +1,7 @@
 """The cases of transformers' own `GenerationTesterMixin` on a converted tiny Llama, and what users build on `generate`.
 
 The mixin is in transformers' repository, not in its wheel, so its cases are written out here, with the numbers checked
-and not only the shapes. Which do not apply, and why, is in docs/families.md.
+and not only the shapes. Which do not apply, and why, is in docs/generate.md.
 """
 
 import inspect

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+from ..errors import InputError
 
 
 def _thousands(tokens: int) -> str:
@@ -64,11 +66,23 @@ def frontier_notes(record: Mapping[str, Any]) -> list[str]:
     return notes + [f"{row['title']} failed: {row['error']}" for row in record["rows"] if row["error"]]
 
 
-def frontier_markdown(record: Mapping[str, Any]) -> str:
-    """The table for a page."""
-    columns, rows = frontier_cells(record)
-    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+def frontier_markdown(record: Mapping[str, Any], columns: Sequence[str] | None = None) -> str:
+    """The table for a page.
+
+    Args:
+        columns: titles of the columns to show beside the first, in this order; all of them if None.
+
+    Raises:
+        InputError: a title that the record's table does not have.
+    """
+    titles, rows = frontier_cells(record)
+    shown = titles[1:] if columns is None else columns
+    if unknown := [title for title in shown if title not in titles]:
+        raise InputError(f"the frontier's table has no column {', '.join(unknown)}: choose among {', '.join(titles)}.")
+    places = [0, *map(titles.index, shown)]
+    lines = [[row[place] for place in places] for row in (titles, *rows)]
+    header, *body = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([header, "|---|" + "---:|" * len(shown), *body])
 
 
 def frontier_table(record: Mapping[str, Any]) -> Group:

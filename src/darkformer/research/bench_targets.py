@@ -1,4 +1,4 @@
-"""The targets of the speed work, each beside what a full record of `darkformer bench` measured: a page of markdown."""
+"""A full record of `darkformer bench` as tables of markdown, with the targets of the speed work or without."""
 
 from __future__ import annotations
 
@@ -138,24 +138,25 @@ class Measured:
         return times_as_fast(took["linear"], took["softmax"]) if len(took) == 2 else None
 
 
-def _speed_table(found: Measured) -> Iterable[str]:
-    yield (
-        "| times as fast as softmax | | "
-        + " | ".join(f"{n // 1024}k" for n in LENGTHS)
-        + " | of the bound, 16k | 16k aim needs |"
-    )
-    yield "|---|---|" + "---:|" * (len(LENGTHS) + 2)
+def _speed_table(found: Measured, aims: bool) -> Iterable[str]:
+    lengths = " | ".join(f"{n // 1024}k" for n in LENGTHS)
+    yield f"| times as fast as softmax | | {lengths} | of the bound, 16k |" + (" 16k aim needs |" if aims else "")
+    yield "|---|---|" + "---:|" * (len(LENGTHS) + 1 + aims)
     for aim in AIMS:
         for window in (0, 64):
             wanted = [ratio if window == 0 else WINDOWED * ratio for ratio in aim.ratios]
             ratios = [found.ratio(aim.path, n, aim.dtype, aim.direction, window=window) for n in LENGTHS]
-            cells = [f"{_mark(r, w, f'{r or 0:.1f}')} ({w:.3g})" for r, w in zip(ratios, wanted, strict=True)]
             row = found.rows(aim.path, WIDE, window, aim.dtype, aim.direction).get(LENGTHS[2])
             share = None if row is None else row["fraction_of_bound"]
-            cells.append(f"{_mark(share, aim.share, f'{share or 0:.2f}')} ({aim.share:.2f})")
-            # The speed-up is in proportion to the share: softmax and the bound are this machine's.
-            needed = None if share is None or ratios[2] is None else share * wanted[2] / ratios[2]
-            cells.append("–" if needed is None else f"{needed:.2f}")
+            if aims:
+                cells = [f"{_mark(r, w, f'{r or 0:.1f}')} ({w:.3g})" for r, w in zip(ratios, wanted, strict=True)]
+                cells.append(f"{_mark(share, aim.share, f'{share or 0:.2f}')} ({aim.share:.2f})")
+                # The speed-up is in proportion to the share: softmax and the bound are this machine's.
+                needed = None if share is None or ratios[2] is None else share * wanted[2] / ratios[2]
+                cells.append("–" if needed is None else f"{needed:.2f}")
+            else:
+                cells = ["–" if r is None else f"{r:.1f}" for r in ratios]
+                cells.append("–" if share is None else f"{share:.2f}")
             yield f"| `{aim.path}` {aim.direction}, W {window} | {aim.dtype} | " + " | ".join(cells) + " |"
 
 
@@ -203,23 +204,36 @@ def _at_most(target: str, x: float | None, aim: float, unit: str, digits: int) -
                 None if x is None else x <= aim)  # fmt: skip
 
 
+def _machine(record: Mapping[str, Any]) -> str:
+    where, speed = record["environment"], record["limits"]["gemm_flops"]
+    return (
+        f"{where['device']}, {where['threads']} threads, matrix products at {speed['float32'] / 1e9:.0f} / "
+        f"{speed['bfloat16'] / 1e9:.0f} GFLOP/s (float32 / bfloat16), commit {where['commit']}."
+    )
+
+
 def targets_markdown(record: Mapping[str, Any]) -> str:
     """Both tables: speed-ups with their aims in brackets, and every other target; bold and ✓ where the aim is reached.
 
     Args:
         record: what a full run of `darkformer bench` writes. What it lacks is a dash.
     """
-    found, machine = Measured(record), record["limits"]
-    lines = [*_speed_table(found), "", "| target | aim | measured | |", "|---|---|---:|---|"]
+    found = Measured(record)
+    lines = [*_speed_table(found, True), "", "| target | aim | measured | |", "|---|---|---:|---|"]
     for line in _lines(found):
         sign = {True: "✓", False: "✗", None: ""}[line.met]
         lines.append(f"| {line.target} | {line.aim} | {line.measured} | {sign} |")
-    where = record["environment"]
     lines += [
         "",
         "In brackets the aim. Last column: the share of this machine's bound at which the aim for 16k is reached.",
-        f"{where['device']}, {where['threads']} threads, matrix products at "
-        f"{machine['gemm_flops']['float32'] / 1e9:.0f} / {machine['gemm_flops']['bfloat16'] / 1e9:.0f} GFLOP/s "
-        f"(float32 / bfloat16), commit {where['commit']}. The aims were set on a machine with 376 / 2500 GFLOP/s.",
+        f"{_machine(record)} The aims were set on a machine with 376 / 2500 GFLOP/s.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def measurements_markdown(record: Mapping[str, Any]) -> str:
+    """The same two tables without the aims. What the record lacks is a dash in the first and absent from the second."""
+    found = Measured(record)
+    lines = [*_speed_table(found, False), "", "| | measured |", "|---|---:|"]
+    lines += [f"| {line.target} | {line.measured} |" for line in _lines(found) if line.met is not None]
+    return "\n".join([*lines, "", _machine(record)])

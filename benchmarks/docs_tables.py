@@ -1,0 +1,84 @@
+"""Fills the tables of README.md and docs/ from the committed records: `make tables`.
+
+A table lies between two comments that name it, `<!-- frontier -->`. The first may list the columns to show, by their
+titles: `<!-- frontier: of softmax; MB at 8k -->`. tests/test_docs.py fails while a page differs from the records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from darkformer.diagnostics.report import comparison
+from darkformer.evaluation.frontier_report import frontier_markdown, frontier_notes
+from darkformer.research.bench_targets import measurements_markdown
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def read(name: str) -> dict[str, Any]:
+    """One record of benchmarks/records."""
+    return json.loads((ROOT / "benchmarks" / "records" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def script(name: str) -> dict[str, Any]:
+    """The names of another script of this folder."""
+    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+
+
+def frontier(columns: list[str]) -> str:
+    record = read("frontier-smollm2")
+    table = frontier_markdown(record, columns or None)
+    return "\n".join([table, "", *(f"- {note}" for note in frontier_notes(record))])
+
+
+def diagnosed(_: list[str]) -> str:
+    return comparison({"SmolLM2-135M": read("diagnosis-smollm2"), "Gemma 3 270M": read("diagnosis-gemma3")})
+
+
+def untrained(_: list[str]) -> str:
+    return script("untrained")["tables"]({"SmolLM2": read("untrained-smollm2"), "Gemma 3": read("untrained-gemma3")})
+
+
+def generation(_: list[str]) -> str:
+    return script("generation")["table"](read("generation"))
+
+
+TABLES: dict[str, Callable[[list[str]], str]] = {
+    "frontier": frontier,
+    "diagnosed": diagnosed,
+    "untrained": untrained,
+    "generation": generation,
+    "bench": lambda _: measurements_markdown(read("bench")),
+    "bench-amx": lambda _: measurements_markdown(read("bench-amx")),
+    "bench-avx2": lambda _: measurements_markdown(read("bench-avx2")),
+}
+SECTION = re.compile(rf"<!-- ({'|'.join(TABLES)})(?:: ([^>]*?))? -->\n(?:.*?\n)??<!-- \1 -->", flags=re.S)
+
+
+def filled(text: str) -> str:
+    """A page with every table as the records have it."""
+
+    def fill(section: re.Match[str]) -> str:
+        name, columns = section[1], section[2]
+        opening = section[0].partition("\n")[0]
+        return f"{opening}\n\n{TABLES[name](columns.split('; ') if columns else []).strip()}\n\n<!-- {name} -->"
+
+    return SECTION.sub(fill, text)
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"filled {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
