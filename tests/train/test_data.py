@@ -91,9 +91,9 @@ class TestDocstrings:
 class TestLargeFiles:
     """Files that are read piece by piece are the same text and the same tokens."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def text(self) -> str:
-        return "".join(pydoc_documents()) + "\nÄ 汉字 🦀 " * 5000
+        return "".join(pydoc_documents()[:20]) + "\nÄ 汉字 🦀 " * 2000
 
     @pytest.fixture
     def large(self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LargeText:
@@ -139,7 +139,7 @@ class TestLargeFiles:
         whole = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         seen: list[tuple[int, int]] = []
         found = tokens_of(tokenizer, [large], piece=piece, progress=lambda *state: seen.append(state))
-        assert found.tolist() == [*whole, tokenizer.eos_token_id]
+        assert torch.equal(found, torch.tensor([*whole, tokenizer.eos_token_id]))
         assert len(seen) > len(text) / piece / 2 and seen[-1] == (text_size([large]),) * 2
         assert torch.equal(tokens_of(tokenizer, [text], piece=piece), found)
 
@@ -153,7 +153,7 @@ class TestLargeFiles:
         monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path))
         text = " ".join(["one two three four"] * 4000)
         found = tokens_of(tokenizer, [text], piece=500)
-        assert found.tolist() == [2, 3, 4, 5] * 4000 + [0] and list(tmp_path.iterdir()) == []
+        assert torch.equal(found, torch.tensor([2, 3, 4, 5] * 4000 + [0])) and list(tmp_path.iterdir()) == []
         found[:10] = 1  # a private page, as of any tensor
         assert blocks_of(found, 8)[0].tolist() == [1] * 8
 
@@ -167,9 +167,9 @@ class TestLargeFiles:
             tokens_of(tokenizer, ["one two three " * 100])
 
     def test_memory_of_a_long_line(self, tmp_path: Path) -> None:
-        """20 MB in one line took 4.7 GB as one piece."""
+        """5 MB in one line took over a gigabyte as one piece."""
         file = tmp_path / "line.txt"
-        file.write_text("the words of one very long line " * 640_000)
+        file.write_text("the words of one very long line " * 160_000)
         program = (
             "import resource, sys\n"
             "from darkformer.hf.load import demo_model_path, load_tokenizer\n"
@@ -184,7 +184,7 @@ class TestLargeFiles:
         )
         assert run.returncode == 0, run.stderr
         count, kilobytes = map(int, run.stdout.split())
-        assert count > 4_000_000 and kilobytes < 500_000
+        assert count > 1_000_000 and kilobytes < 400_000
 
 
 class TestRefusals:

@@ -222,7 +222,8 @@ def _cut(text: str, first: int, last: int, ids_of: Callable[[str], list[int]]) -
 
     def candidates() -> Iterator[int]:
         for i in range(first, last):
-            if text[i - 1] == "\n" and not text[i].isspace():
+            # Blanks before a line's end would become another token at the end of a text.
+            if text[i - 1] == "\n" and not text[i].isspace() and not text[i - 2].isspace():
                 yield i
         for i in range(first, last):
             if text[i].isspace() and not text[i - 1].isspace():
