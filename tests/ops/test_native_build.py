@@ -101,8 +101,8 @@ def library_in(cache: Path, **environment: str) -> Path:
 def amx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A CPU with everything, a Linux and a compiler that know it, whatever is here."""
     monkeypatch.setattr(build_module, "cpu_flags", lambda: frozenset.union(*map(frozenset, NEEDS.values())))
-    monkeypatch.setattr(build_module, "_matrix_unit", lambda: True)
-    monkeypatch.setattr(build_module, "_understood", lambda isa, command: True)
+    monkeypatch.setattr(build_module, "_request_amx", lambda: True)
+    monkeypatch.setattr(build_module, "_compiler_knows", lambda isa, command: True)
     monkeypatch.setenv("DARKFORMER_NATIVE_CACHE", str(tmp_path))
     monkeypatch.delenv("DARKFORMER_NATIVE_ISA", raising=False)
     return monkeypatch
@@ -116,7 +116,7 @@ def test_the_matrix_unit_is_taken_where_all_agree(amx: pytest.MonkeyPatch) -> No
 
 
 @needs_native
-@pytest.mark.parametrize("who", ["_matrix_unit", "_understood"])
+@pytest.mark.parametrize("who", ["_request_amx", "_compiler_knows"])
 def test_without_the_matrix_unit_the_next_best_is_taken(who: str, amx: pytest.MonkeyPatch) -> None:
     amx.setattr(build_module, who, lambda *words: False)
     assert instruction_set() == "avx512_bf16"
@@ -131,9 +131,9 @@ def test_a_compiler_without_amx_is_found_out(tmp_path: Path) -> None:
     old = tmp_path / "c++"
     old.write_text("#!/bin/sh\necho \"error: unrecognized command-line option '-mamx-tile'\" >&2\nexit 1\n")
     old.chmod(0o755)
-    assert not build_module._understood("amx_bf16", (str(old),))
-    assert not build_module._understood("amx_bf16", (str(tmp_path / "none"),))
-    assert build_module._understood(instruction_set(), tuple(build_module.compiler()))
+    assert not build_module._compiler_knows("amx_bf16", (str(old),))
+    assert not build_module._compiler_knows("amx_bf16", (str(tmp_path / "none"),))
+    assert build_module._compiler_knows(instruction_set(), tuple(build_module.compiler()))
 
 
 @needs_native
@@ -263,7 +263,7 @@ def test_a_wheel_works_without_a_compiler(tmp_path: Path) -> None:
 
     false = {"CC": "/bin/false", "CXX": "/bin/false"}
     where = Path(call("-c", "import darkformer; print(darkformer.__file__)").stdout.strip())
-    assert where.is_relative_to(folder) and (where.parent / "ops/native/attention.cpp").is_file()
+    assert where.is_relative_to(folder) and (where.parent / "ops/native/csrc/attention.cpp").is_file()
     run = call("-c", FALLBACK, **false)
     assert "/bin/false failed" in run.stdout
     assert [line for line in run.stderr.splitlines() if "not available, torch's operators do the work" in line]

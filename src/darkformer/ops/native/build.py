@@ -1,4 +1,4 @@
-"""Compiles the C++ sources beside this file: one compiler call, no headers but the compiler's own, cached per CPU."""
+"""Compiles the C++ sources in csrc/: one compiler call, no headers but the compiler's own, cached for each CPU."""
 
 from __future__ import annotations
 
@@ -17,29 +17,26 @@ from pathlib import Path
 
 from ...errors import DarkformerError
 
-SOURCES = Path(__file__).parent
-#: Compiler flags of each instruction set, best first. `DARKFORMER_NATIVE_ISA` picks one by name.
+SOURCES = Path(__file__).parent / "csrc"
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
+#: Compiler flags of each instruction set, best first. `DARKFORMER_NATIVE_ISA` chooses one by name.
 ISAS = {
-    "amx_bf16": [
-        "-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2",
-        "-mfma", "-mprefer-vector-width=512",
-    ],
-    "avx512_bf16": [
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma",
-        "-mprefer-vector-width=512",
-    ],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
+    "amx_bf16": ["-mamx-tile", "-mamx-bf16", *_AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "avx512": _AVX512,
     "avx2": ["-mavx2", "-mfma"],
-}  # fmt: skip
+}
+_AVX512_CPU = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
+#: What the CPU must have for each, as Linux spells it.
 NEEDS = {
-    "amx_bf16": {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"},
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"},
+    "amx_bf16": {"amx_tile", "amx_bf16", *_AVX512_CPU, "avx512_bf16"},
+    "avx512_bf16": {*_AVX512_CPU, "avx512_bf16"},
+    "avx512": _AVX512_CPU,
     "avx2": {"avx2", "fma"},
 }
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-w"]
-#: Seconds after which a compiler is given up.
-PATIENCE = 120
+#: Seconds that the compiler may take.
+COMPILE_TIMEOUT = 120
 
 
 class BuildError(DarkformerError):
@@ -56,36 +53,34 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
-def _matrix_unit() -> bool:
+def _request_amx() -> bool:
     """Asks Linux to let this process use AMX's tiles; False where it does not (before 5.16)."""
-    request, tiles = (158, 0x1023), 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-    return ctypes.CDLL(None, use_errno=True).syscall(*request, tiles) == 0
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 @functools.cache
-def _understood(isa: str, command: tuple[str, ...]) -> bool:
-    """Whether the compiler knows the flags, which those of before 2021 do not for AMX. Compiles nothing."""
-    words = [*command, *ISAS[isa], "-x", "c++", "-fsyntax-only", os.devnull]
+def _compiler_knows(isa: str, command: tuple[str, ...]) -> bool:
+    """Whether the compiler accepts the flags, which for AMX those before 2021 do not. Compiles nothing."""
+    arguments = [*command, *ISAS[isa], "-x", "c++", "-fsyntax-only", os.devnull]
     try:
-        return not subprocess.run(words, capture_output=True, timeout=PATIENCE, check=False).returncode
+        return not subprocess.run(arguments, capture_output=True, timeout=COMPILE_TIMEOUT, check=False).returncode
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
 def usable(isa: str) -> bool:
-    """Whether this CPU, Linux and the compiler can do with the instruction set; a key of `ISAS`.
+    """Whether this CPU, Linux and the compiler support the instruction set, a key of `ISAS`.
 
     Raises:
         BuildError: there is no compiler.
     """
+    if not cpu_flags() >= NEEDS[isa]:
+        return False
     if isa != "amx_bf16":
-        return cpu_flags() >= NEEDS[isa]
+        return True
     # Asking the compiler takes some milliseconds: only where there is no library yet.
-    return (
-        cpu_flags() >= NEEDS[isa]
-        and _matrix_unit()
-        and (_path(isa, compiler()).exists() or _understood(isa, tuple(compiler())))
-    )
+    return _request_amx() and (_path(isa, compiler()).exists() or _compiler_knows(isa, tuple(compiler())))
 
 
 def instruction_set() -> str:
@@ -105,7 +100,7 @@ def instruction_set() -> str:
     needs = sorted(NEEDS[wanted or "avx2"])
     if cpu_flags() >= set(needs):
         raise BuildError(f"the CPU has {wanted}, but Linux or the compiler {compiler()[0]} does not know it")
-    raise BuildError(f"the CPU has not the instructions of {wanted or 'avx2'}: {', '.join(needs)}")
+    raise BuildError(f"the CPU lacks instructions of {wanted or 'avx2'}, which needs {', '.join(needs)}")
 
 
 def compiler() -> list[str]:
@@ -118,20 +113,22 @@ def compiler() -> list[str]:
         if command := os.environ.get(variable, "").strip():
             return shlex.split(command)
     for name in ("c++", "g++", "clang++"):
-        if found := shutil.which(name):
-            return [found]
+        if path := shutil.which(name):
+            return [path]
     raise BuildError("there is no C++ compiler (looked for $CXX, $CC, c++, g++, clang++); on Debian: apt install g++")
 
 
 def check_compiler() -> None:
-    """Asks the compiler for its version, which costs nothing and finds one that does not run.
+    """Asks the compiler for its version, which costs little and detects one that does not run.
 
     Raises:
         BuildError: it does not answer.
     """
     command = compiler()
     try:
-        run = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        run = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, timeout=COMPILE_TIMEOUT, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the compiler {command[0]} does not run: {error}") from error
     if run.returncode:
@@ -148,28 +145,27 @@ def cache_folder() -> Path:
 
 
 def _flags(isa: str) -> list[str]:
-    # Scratch memory filled with NaN before use: for the tests of the sources themselves.
+    # Scratch memory filled with NaN before use: for tests of the sources themselves.
     return [*FLAGS, *ISAS[isa], *(["-DPOISON"] if os.environ.get("DARKFORMER_NATIVE_POISON") else [])]
 
 
 def _key(isa: str, command: list[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
-        if path.suffix in (".h", ".cpp"):
-            digest.update(path.name.encode() + path.read_bytes())
-    found = shutil.which(command[0]) or command[0]
-    stamp = os.stat(found) if os.path.exists(found) else None
-    digest.update(repr((_flags(isa), command, stamp and (stamp.st_size, stamp.st_mtime_ns))).encode())
+        digest.update(path.name.encode() + path.read_bytes())
+    executable = shutil.which(command[0]) or command[0]
+    stat = os.stat(executable) if os.path.exists(executable) else None
+    digest.update(repr((_flags(isa), command, stat and (stat.st_size, stat.st_mtime_ns))).encode())
     return digest.hexdigest()[:16]
+
+
+def _path(isa: str, command: list[str]) -> Path:
+    return cache_folder() / f"attention-{isa}-{_key(isa, command)}.so"
 
 
 def library_path() -> Path:
     """Where the library for this CPU, compiler and these sources is, or will be."""
     return _path(instruction_set(), compiler())
-
-
-def _path(isa: str, command: list[str]) -> Path:
-    return cache_folder() / f"attention-{isa}-{_key(isa, command)}.so"
 
 
 def build(force: bool = False) -> Path:
@@ -187,16 +183,18 @@ def build(force: bool = False) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-            made = Path(folder) / path.name
+            output = Path(folder) / path.name
             run = subprocess.run(
-                [*command, "-o", str(made)], capture_output=True, text=True, timeout=PATIENCE, check=False
+                [*command, "-o", str(output)], capture_output=True, text=True, timeout=COMPILE_TIMEOUT, check=False
             )
-            if run.returncode or not made.exists():
-                said = (run.stderr or run.stdout).strip().splitlines()
-                raise BuildError(f"{command[0]} failed ({run.returncode}): {said[0] if said else 'it made no library'}")
-            os.replace(made, path)
+            if run.returncode or not output.exists():
+                message = (run.stderr or run.stdout).strip().splitlines()
+                raise BuildError(
+                    f"{command[0]} failed ({run.returncode}): {message[0] if message else 'it wrote no library'}"
+                )
+            os.replace(output, path)
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{command[0]} took longer than {PATIENCE} s") from error
+        raise BuildError(f"{command[0]} took longer than {COMPILE_TIMEOUT} s") from error
     except OSError as error:
         raise BuildError(f"{error.strerror or error}: {error.filename or command[0]}") from error
     print(f"darkformer: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
