@@ -73,7 +73,10 @@ def runner(package: ModuleType, inputs: list[torch.Tensor], backward: bool) -> C
 def difference(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     """The largest difference of two runs relative to each tensor's largest number; 0 if they are equal bit by bit."""
     pairs = zip(before, after, strict=True)
-    return max(float((a.detach().double() - b.detach().double()).abs().max() / b.detach().abs().max().clamp_min(1e-30)) for b, a in pairs)
+    return max(
+        float((a.detach().double() - b.detach().double()).abs().max() / b.detach().abs().max().clamp_min(1e-30))
+        for b, a in pairs
+    )
 
 
 def measure(runs: list[Callable[[], Any]], turns: int, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
@@ -116,9 +119,7 @@ def main() -> None:
     sources = [options.before.resolve(), options.after.resolve()]
     versions = [load(source) for source in sources]
     clock, rows = CLOCKS[options.clock], []
-    print(
-        f"{'dtype':>9} {'tokens':>7} {'pass':>16} {'before ms':>10} {'after ms':>9} {'ratio':>6} {'IQR':>11} {'turns':>5}"
-    )
+    print("    dtype  tokens             pass  before ms  after ms  ratio          IQR  turns")
     for dtype in options.dtypes:
         for length in options.lengths:
             generator = torch.Generator().manual_seed(length)

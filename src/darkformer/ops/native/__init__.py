@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,7 @@ from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
 from ..state import AttentionState, Problem, next_buffers
 from . import load
-from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
+from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path, report
 from .maps import sides
 from .step import Step
 
@@ -95,11 +94,8 @@ def _library_reason() -> str | None:
         # all of that belongs to its thread, so the test has one of its own.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(selftest).result()
-    except BuildError as error:
-        print(
-            f"darkformer: the native attention is not available, torch's operators do the work: {error}",
-            file=sys.stderr,
-        )
+    except (BuildError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no more threads
+        report(f"the native attention is not available, torch's operators do the work: {error}")
         return str(error)
     return None
 
@@ -148,13 +144,14 @@ def status() -> dict[str, Any]:
 
     Keys: reason (why it cannot run, or None), instruction_set, compiler, library, built, cache.
     """
-    result: dict[str, Any] = {"cache": str(cache_folder()), "reason": None, "built": False}
+    result: dict[str, Any] = {"reason": None, "built": False}
     try:
+        result["cache"] = str(cache_folder())
         result["instruction_set"] = instruction_set()
         result["compiler"] = " ".join(compiler())
         path = library_path()
-        result["library"], result["built"] = str(path), path.exists()
-        if path.exists() or _library_reason.cache_info().currsize:
+        result["library"], result["built"] = str(path), os.path.exists(path)
+        if result["built"] or _library_reason.cache_info().currsize:
             result["reason"] = unavailable()
         else:
             check_compiler()

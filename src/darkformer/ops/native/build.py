@@ -1,7 +1,13 @@
-"""Compiles the C++ sources in csrc/: one compiler call, no headers but the compiler's own, cached for each CPU."""
+"""Compiles the C++ sources in csrc/: one compiler call, no headers but the compiler's own, cached for each CPU.
+
+The library is code that runs with the user's rights, so the cache is trusted only if nobody else could have written it,
+and a file that was damaged is built again: loading half a library kills the process. Its last 32 bytes are the SHA-256
+of those before, which the loader of the system ignores.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -80,7 +87,7 @@ def usable(isa: str) -> bool:
     if isa != "amx_bf16":
         return True
     # Asking the compiler takes some milliseconds: only where there is no library yet.
-    return _request_amx() and (_path(isa, compiler()).exists() or _compiler_knows(isa, tuple(compiler())))
+    return _request_amx() and (os.path.exists(_path(isa, compiler())) or _compiler_knows(isa, tuple(compiler())))
 
 
 def instruction_set() -> str:
@@ -107,11 +114,14 @@ def compiler() -> list[str]:
     """The C++ compiler's command: $CXX, else $CC, else c++, g++ or clang++ on the path.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is none, or the variable is not a command.
     """
     for variable in ("CXX", "CC"):
         if command := os.environ.get(variable, "").strip():
-            return shlex.split(command)
+            try:
+                return shlex.split(command)
+            except ValueError as error:
+                raise BuildError(f"{variable}={command!r} is not a command: {error}") from error
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return [path]
@@ -138,10 +148,83 @@ def check_compiler() -> None:
 
 
 def cache_folder() -> Path:
-    """$DARKFORMER_NATIVE_CACHE, else darkformer/native in $XDG_CACHE_HOME or ~/.cache."""
+    """$DARKFORMER_NATIVE_CACHE, else darkformer/native in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        BuildError: the user has no home directory.
+    """
     if own := os.environ.get("DARKFORMER_NATIVE_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darkformer" / "native"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darkformer" / "native"
+    except RuntimeError as error:
+        raise BuildError("the user has no home directory: DARKFORMER_NATIVE_CACHE names another folder") from error
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Creates the cache folder, or checks that only this user or root can write to it.
+
+    Raises:
+        BuildError: others can. OSError: it cannot be created.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = os.stat(folder)
+    if found.st_uid == os.geteuid() and found.st_mode & 0o022 and not os.environ.get("DARKFORMER_NATIVE_CACHE"):
+        folder.chmod(0o700)  # made by an earlier version under a lax umask; a folder that the user names is left alone
+        found = os.stat(folder)
+    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o022:
+        raise BuildError(
+            f"others can write to {folder} (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}) and so could "
+            "place code there: give it to its user with mode 700, or name another in DARKFORMER_NATIVE_CACHE"
+        )
+
+
+def _intact(path: Path) -> bool:
+    """Whether the library is there and complete.
+
+    Raises:
+        BuildError: it is no regular file, or others can write to it. OSError: it cannot be read.
+    """
+    try:  # without blocking: opening a FIFO would wait for a writer
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    with open(file, "rb") as opened:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o022:
+            raise BuildError(f"{path} is no regular file that only this user or root can write to: delete it")
+        content = opened.read()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _install(library: Path, path: Path) -> None:
+    """Appends the digest and moves the library to its place, in one step that survives a loss of power."""
+    with open(library, "r+b") as file:
+        file.write(hashlib.sha256(file.read()).digest())
+        file.flush()
+        os.fsync(file.fileno())
+    library.chmod(0o700)
+    os.replace(library, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove_stale_builds(folder: Path) -> None:
+    """Removes what killed builds left behind."""
+    for stale in folder.glob("build-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 10 * COMPILE_TIMEOUT:
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+def report(line: str) -> None:
+    """One line on stderr, if it is open."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(f"darkformer: {line}", file=sys.stderr, flush=True)
 
 
 def _flags(isa: str) -> list[str]:
@@ -172,16 +255,18 @@ def build(force: bool = False) -> Path:
     """Compiles unless the library is there already. Two processes may do so at once: the file appears in one step.
 
     Raises:
-        BuildError: no compiler, no such instructions, an unwritable cache, or the compiler failed; with its words.
+        BuildError: no compiler, no such instructions, a cache that cannot be written or that others can write to, or
+            the compiler failed; with its words.
     """
-    path = library_path()
-    if path.exists() and not force:
-        return path
-    command = [*compiler(), *_flags(instruction_set()), str(SOURCES / "attention.cpp")]
-    print(f"darkformer: compiling the native attention once into {path.parent} …", file=sys.stderr, flush=True)
-    start = time.monotonic()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = library_path()
+        _prepare_folder(path.parent)
+        if not force and _intact(path):
+            return path
+        command = [*compiler(), *_flags(instruction_set()), str(SOURCES / "attention.cpp")]
+        report(f"compiling the native attention once into {path.parent} …")
+        start = time.monotonic()
+        _remove_stale_builds(path.parent)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
             output = Path(folder) / path.name
             run = subprocess.run(
@@ -192,10 +277,10 @@ def build(force: bool = False) -> Path:
                 raise BuildError(
                     f"{command[0]} failed ({run.returncode}): {message[0] if message else 'it wrote no library'}"
                 )
-            os.replace(output, path)
+            _install(output, path)
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{command[0]} took longer than {COMPILE_TIMEOUT} s") from error
+        raise BuildError(f"{error.cmd[0]} took longer than {error.timeout:.0f} s") from error
     except OSError as error:
-        raise BuildError(f"{error.strerror or error}: {error.filename or command[0]}") from error
-    print(f"darkformer: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        raise BuildError(f"{error.strerror or error}: {error.filename or cache_folder()}") from error
+    report(f"compiled in {time.monotonic() - start:.0f} s")
     return path
