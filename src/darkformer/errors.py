@@ -21,6 +21,10 @@ class NonFiniteError(InputError):
     """NaN or infinity where finite numbers are needed."""
 
 
+class OutOfMemoryError(DarkformerError, MemoryError):
+    """The compiled attention could not allocate memory to work in."""
+
+
 class DerivativeError(DarkformerError, NotImplementedError):
     """A derivative that an operator does not have: forward mode, or a second one under torch.func."""
 

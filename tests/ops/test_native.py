@@ -394,3 +394,51 @@ def test_the_library_looks_at_its_output_itself() -> None:
     v = torch.full_like(v, 3.4e38)
     with pytest.raises(NonFiniteError, match="the output holds NaN or infinity although"):
         attention(q, k, v, made, backend="native")
+
+
+def test_traced_code_raises_on_what_is_not_finite() -> None:
+    """The operator itself says so: nobody looks at the numbers of a trace."""
+    case = Case(length=40, window=5, sinks=2, **ODD_SIZES)
+    made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
+    problem = attention_module._pose(
+        *inputs, None, attention_module._Options(made, None, True, None, True, None, "auto")
+    )[0]
+    compiled = torch.compile(
+        lambda query: native.native(problem._replace(query=query))[0], backend="aot_eager", fullgraph=True
+    )
+    query = problem.query.clone()
+    assert compiled(query).isfinite().all()
+    query[0, 0, 0, 7, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="hold NaN or infinity"):
+        compiled(query)
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from darkformer import DarkConfig, DarkformerError, attention, feature_map
+from darkformer.ops import native
+assert native.unavailable() is None
+torch.set_num_threads(2)
+made = feature_map(DarkConfig(num_features=64, window=8192), num_heads=2, num_kv_heads=2, head_dim=512)
+x = torch.randn(1, 2, 16, 512)
+refused = 0
+for megabytes in range(20, 260, 20):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
+    try:
+        attention(x, x, x, made, backend="native")
+    except MemoryError as error:
+        refused += isinstance(error, DarkformerError)
+    except RuntimeError:  # torch's own tensors
+        pass
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    native.release()
+assert refused
+assert attention(x, x, x, made, backend="native").isfinite().all()
+print("goes on")
+"""
+
+
+def test_without_memory_it_raises_and_goes_on() -> None:
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "goes on", (run.returncode, run.stdout, run.stderr)

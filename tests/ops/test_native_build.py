@@ -5,14 +5,18 @@ Whatever happens, the answer is right, one line says why, and nothing crashes.
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import importlib.util
 import os
 import select
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +70,8 @@ def run_in(cache: Path, *words: str, **environment: str) -> subprocess.Completed
     [
         ({"CC": "/bin/false", "CXX": ""}, "/bin/false failed"),
         ({"CXX": "/nowhere/c++"}, "No such file"),
+        ({"CXX": 'c++ "'}, "is not a command: No closing quotation"),
+        ({"DARKFORMER_NATIVE_CACHE": "/proc/darkformer"}, "No such file or directory: /proc/darkformer"),
         ({"DARKFORMER_NATIVE": "0"}, "switches it off"),
         ({"DARKFORMER_NATIVE_ISA": "mmx"}, "unknown"),
     ],
@@ -101,8 +107,8 @@ def library_in(cache: Path, **environment: str) -> Path:
 def amx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A CPU with everything, a Linux and a compiler that know it, whatever is here."""
     monkeypatch.setattr(build_module, "cpu_flags", lambda: frozenset.union(*map(frozenset, NEEDS.values())))
-    monkeypatch.setattr(build_module, "_matrix_unit", lambda: True)
-    monkeypatch.setattr(build_module, "_understood", lambda isa, command: True)
+    monkeypatch.setattr(build_module, "_request_amx", lambda: True)
+    monkeypatch.setattr(build_module, "_compiler_knows", lambda isa, command: True)
     monkeypatch.setenv("DARKFORMER_NATIVE_CACHE", str(tmp_path))
     monkeypatch.delenv("DARKFORMER_NATIVE_ISA", raising=False)
     return monkeypatch
@@ -116,7 +122,7 @@ def test_the_matrix_unit_is_taken_where_all_agree(amx: pytest.MonkeyPatch) -> No
 
 
 @needs_native
-@pytest.mark.parametrize("who", ["_matrix_unit", "_understood"])
+@pytest.mark.parametrize("who", ["_request_amx", "_compiler_knows"])
 def test_without_the_matrix_unit_the_next_best_is_taken(who: str, amx: pytest.MonkeyPatch) -> None:
     amx.setattr(build_module, who, lambda *words: False)
     assert instruction_set() == "avx512_bf16"
@@ -131,15 +137,20 @@ def test_a_compiler_without_amx_is_found_out(tmp_path: Path) -> None:
     old = tmp_path / "c++"
     old.write_text("#!/bin/sh\necho \"error: unrecognized command-line option '-mamx-tile'\" >&2\nexit 1\n")
     old.chmod(0o755)
-    assert not build_module._understood("amx_bf16", (str(old),))
-    assert not build_module._understood("amx_bf16", (str(tmp_path / "none"),))
-    assert build_module._understood(instruction_set(), tuple(build_module.compiler()))
+    assert not build_module._compiler_knows("amx_bf16", (str(old),))
+    assert not build_module._compiler_knows("amx_bf16", (str(tmp_path / "none"),))
+    assert build_module._compiler_knows(instruction_set(), tuple(build_module.compiler()))
+
+
+def place(path: Path, content: bytes) -> None:
+    """A file of the cache as `build` writes it: the content and its digest."""
+    path.write_bytes(content + hashlib.sha256(content).digest())
 
 
 @needs_native
 def test_a_broken_cache_is_refused(tmp_path: Path) -> None:
     """A file that is no library: one line, torch's operators do the work."""
-    library_in(tmp_path).write_bytes(b"x")
+    place(library_in(tmp_path), b"x")
     run = run_in(tmp_path)
     assert run.returncode == 0, run.stderr
     assert "cannot be loaded" in run.stdout and run.stderr.count("not available") == 1
@@ -149,18 +160,152 @@ def test_a_broken_cache_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("int darkformer_call_size() { return 8; }", "made for another interface"),
+        (
+            "int darkformer_call_size() { return 8; } int darkformer_step_call_size() { return STEP_CALL; }",
+            "made for another interface (Call has 8 bytes",
+        ),
+        (
+            "int darkformer_call_size() { return CALL; } int darkformer_step_call_size() { return 8; }",
+            "made for another interface (StepCall has 8 bytes",
+        ),
         ("int something_else() { return 0; }", "cannot be loaded"),
     ],
 )
 def test_a_stale_library_is_refused(source: str, says: str, tmp_path: Path) -> None:
     """Its name follows sources, flags and compiler; nothing of torch is in it. What lies there is checked anyway."""
     (tmp_path / "stale.c").write_text(source)
-    path = library_in(tmp_path)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, tmp_path / "stale.c"], check=True)
+    sizes = [f"-DCALL={ctypes.sizeof(load.Call)}", f"-DSTEP_CALL={ctypes.sizeof(load.StepCall)}"]
+    subprocess.run(["cc", "-shared", "-fPIC", *sizes, "-o", tmp_path / "stale", tmp_path / "stale.c"], check=True)
+    place(library_in(tmp_path), (tmp_path / "stale").read_bytes())
     run = run_in(tmp_path)
     assert run.returncode == 0, run.stderr
     assert says in run.stdout and run.stderr.count("not available") == 1
+
+
+def copying_compiler(folder: Path) -> Path:
+    """A compiler that copies the library that exists instead of making one."""
+    path = folder / "copying-c++"
+    path.write_text(
+        '#!/bin/sh\nwhile [ "$1" != -o ]; do [ $# -gt 0 ] || exit 0; shift; done\n' + f'cp {library_path()} "$2"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+@needs_native
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    """Loading half a library, or one with a bit flipped, would kill the process or give wrong numbers."""
+    compiler, cache = str(copying_compiler(tmp_path)), tmp_path / "cache"
+    assert run_in(cache, CXX=compiler).stdout.strip() == "None"
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700 and stat.S_IMODE(path.stat().st_mode) == 0o700
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[: len(whole) // 2], bytes(flipped), b""):
+        path.write_bytes(content)
+        run = run_in(cache, CXX=compiler)
+        assert run.returncode == 0 and run.stdout.strip() == "None", run.stdout + run.stderr
+        assert path.read_bytes() == whole and "compiling" in run.stderr
+
+
+def _writable_file(path: Path) -> None:
+    path.touch()
+    path.chmod(0o666)
+
+
+def _foreign_file(path: Path) -> None:
+    path.touch()
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    os.chown(path, 12345, 12345)
+
+
+def _symbolic_link(path: Path) -> None:
+    path.symlink_to(library_path())
+
+
+def _writable_folder(path: Path) -> None:
+    shutil.copy(library_path(), path)
+    path.parent.chmod(0o1777)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("arrange", "says"),
+    [
+        (os.mkfifo, "is no regular file"),
+        (_writable_file, "is no regular file that only this user or root can write to"),
+        (_foreign_file, "is no regular file that only this user or root can write to"),
+        (_symbolic_link, "Too many levels of symbolic links"),
+        (_writable_folder, "others can write to"),
+    ],
+)
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    arrange: Callable[[Path], None], says: str, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    arrange(library_in(cache))
+    run = run_in(cache)
+    assert run.returncode == 0, run.stderr
+    assert says in run.stdout and run.stderr.count("not available") == 1
+
+
+def test_a_folder_of_ours_loses_rights_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As earlier versions made it under a lax umask; a folder that the user names is left as it is."""
+    folder = tmp_path / "darkformer" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o775)
+    monkeypatch.setenv("DARKFORMER_NATIVE_CACHE", str(folder))
+    with pytest.raises(BuildError, match="others can write"):
+        build_module._prepare_folder(folder)
+    monkeypatch.delenv("DARKFORMER_NATIVE_CACHE")
+    build_module._prepare_folder(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@needs_native
+def test_what_killed_builds_left_is_removed(tmp_path: Path) -> None:
+    cache, old, recent = tmp_path / "cache", tmp_path / "cache/build-old", tmp_path / "cache/build-recent"
+    for folder in (old, recent):
+        folder.mkdir(parents=True)
+        (folder / "part.so").touch()
+    os.utime(old, (0, 0))
+    assert run_in(cache, CXX=str(copying_compiler(tmp_path))).stdout.strip() == "None"
+    assert not old.exists() and recent.exists()
+
+
+def test_without_a_home_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("DARKFORMER_NATIVE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(BuildError, match="no home directory"):
+        build_module.cache_folder()
+
+
+@needs_native
+def test_a_compiler_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "c++"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setenv("DARKFORMER_NATIVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build_module, "COMPILE_TIMEOUT", 0.2)
+    with pytest.raises(BuildError, match="took longer than"):
+        build_module.build()
+
+
+def test_with_stderr_closed_it_still_answers(tmp_path: Path) -> None:
+    command = 'exec "$0" -c "$1" 2>&-'
+    environment = {**os.environ, "DARKFORMER_NATIVE_CACHE": str(tmp_path), "CXX": "/nowhere/c++"}
+    run = subprocess.run(
+        ["sh", "-c", command, sys.executable, FALLBACK], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert run.stdout.startswith("No such file")
 
 
 class SlowCompiler:
@@ -263,7 +408,7 @@ def test_a_wheel_works_without_a_compiler(tmp_path: Path) -> None:
 
     false = {"CC": "/bin/false", "CXX": "/bin/false"}
     where = Path(call("-c", "import darkformer; print(darkformer.__file__)").stdout.strip())
-    assert where.is_relative_to(folder) and (where.parent / "ops/native/attention.cpp").is_file()
+    assert where.is_relative_to(folder) and (where.parent / "ops/native/csrc/attention.cpp").is_file()
     run = call("-c", FALLBACK, **false)
     assert "/bin/false failed" in run.stdout
     assert [line for line in run.stderr.splitlines() if "not available, torch's operators do the work" in line]

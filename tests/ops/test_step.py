@@ -123,7 +123,7 @@ def test_an_output_that_is_not_finite_is_said() -> None:
     made, state = start(case, torch.float32)
     (token,) = tokens(case, torch.float32, 1)
     step = Step(state, made, scaling=0.3, softcap=None)
-    step._tensors[0].fill_(float("inf"))
+    step._tensors["feature_values"].fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="the output holds NaN or infinity"):
         step(*token)
 

@@ -31,14 +31,14 @@ from .state import AttentionState, Problem, check_state, compact, reorder
 class Backend(NamedTuple):
     """A way to compute the same numbers. `why_not` says why it cannot take a problem, or None if it can.
 
-    watchful: it looks at its inputs and its output itself, and answers NaN throughout where a number is not finite.
+    checks_finite: it checks its inputs and its output itself, and raises NonFiniteError without saying which it was.
     portable: it consists of torch's own operators, so that a program traced from it runs without this library.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
     function: Callable[[Problem], tuple[Tensor, AttentionState]]
-    watchful: bool = False
+    checks_finite: bool = False
     portable: bool = True
 
 
@@ -70,7 +70,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("exact", _why_not_exact, exact),
         Backend("recurrent", _why_not_recurrent, recurrent),
-        Backend("native", _why_not_native, native, watchful=True, portable=False),
+        Backend("native", _why_not_native, native, checks_finite=True, portable=False),
         Backend("chunked", _why_not_chunked, chunked),
         Backend("assembled", _why_not_assembled, assembled),
         Backend("reference", _why_not_reference, reference),
@@ -194,15 +194,19 @@ def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
         return nothing, problem.state.select(torch.arange(len(problem.query), device=problem.query.device))
     if problem.traced:
         return chosen.function(problem)
-    given = {"query": problem.query, "key": problem.key, "value": problem.value}
-    if not chosen.watchful:
-        check_finite(**given)
-    output, state = chosen.function(problem)
-    if not math.isfinite(output.view(-1)[0].item()) if chosen.watchful else _non_finite(output=output):
-        check_finite(**given)
+    inputs = {"query": problem.query, "key": problem.key, "value": problem.value}
+    if not chosen.checks_finite:
+        check_finite(**inputs)
+    try:
+        output, state = chosen.function(problem)
+        finite = chosen.checks_finite or not _non_finite(output=output)
+    except NonFiniteError:
+        finite = False
+    if not finite:
+        check_finite(**inputs)
         raise NonFiniteError(
             "the output holds NaN or infinity although query, key and value do not: the feature map's parameters or "
-            f"the initial state have diverged, or the logits exceed the range of {output.dtype}."
+            f"the initial state have diverged, or the logits exceed the range of {problem.query.dtype}."
         )
     return output, state
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,7 @@ from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
 from ..state import AttentionState, Problem, next_buffers
 from . import load
-from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
+from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path, report
 from .maps import sides
 from .step import Step
 
@@ -26,34 +25,39 @@ LIMITS = {"head dimension": 512, "number of features": 2048, "window": 8192}
 
 
 def native(problem: Problem) -> tuple[Tensor, AttentionState]:
-    """Attention in time linear in L, forward and backward; nothing but inputs, output and log-normaliser is kept.
+    """Attention in time linear in L, forward and backward, which recomputes what it needs from the inputs.
 
     Returns:
         output (B, G, R, L, d_v) in the inputs' dtype, zero at pads, and the state after the last token, or the one that
-        came with the problem where nobody wants that.
+        came with the problem if that is not wanted.
+
+    Raises:
+        NonFiniteError: a number of an input, a parameter, the state or the output is not finite; it does not say which.
     """
     from .op import attend
 
     state, config = problem.state, problem.config
     batch, groups, tokens, head_dim = problem.key.shape
-    many = 1 if problem.traced else batch * tokens  # a trace's length is not known
-    maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=many)
+    total_tokens = 1 if problem.traced else batch * tokens  # a trace's length is not known
+    maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=total_tokens)
     sums = (state.feature_values, state.feature_sum, state.log_scale.detach())
     if problem.fresh:
         sums = (torch.empty(0),) * 3
-    output, _, values, total, scale = attend(
+    output, _, values, total, log_scale = attend(
         problem.query, problem.key, problem.value, *maps[:4], *sums,
         state.recent_key, state.recent_value, state.sink_key, state.sink_value,
-        problem.lengths, state.count, maps.foldq, maps.foldk,
+        problem.lengths, state.count, *maps[4:],
         config.feature_count, problem.scaling, problem.wants_state,
     )  # fmt: skip
     if not problem.wants_state:
         return output, state
-    return output, AttentionState(feature_values=values, feature_sum=total, log_scale=scale, **next_buffers(problem))
+    return output, AttentionState(
+        feature_values=values, feature_sum=total, log_scale=log_scale, **next_buffers(problem)
+    )
 
 
-def _unfit_tokens(query: Tensor) -> str | None:
-    """Devices and dtypes the library does not cover."""
+def _unsupported_tensor(query: Tensor) -> str | None:
+    """Why its device or dtype is not covered."""
     if query.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {query.device.type}"
     if query.dtype not in (torch.float32, torch.bfloat16):
@@ -61,10 +65,10 @@ def _unfit_tokens(query: Tensor) -> str | None:
     return None
 
 
-def _unfit(problem: Problem) -> str | None:
-    """What the library does not cover, whatever the machine."""
+def _unsupported(problem: Problem) -> str | None:
+    """Why a problem is not covered, whatever the machine."""
     config, query = problem.config, problem.query
-    if reason := _unfit_tokens(query):
+    if reason := _unsupported_tensor(query):
         return reason
     if not problem.is_causal:
         return "it is causal only"
@@ -73,28 +77,25 @@ def _unfit(problem: Problem) -> str | None:
     if config.method not in METHODS:
         return f"method={config.method!r} is not among {', '.join(METHODS)}"
     sizes = (max(query.shape[-1], problem.value.shape[-1]), config.feature_count, config.window)
-    for (name, most), size in zip(LIMITS.items(), sizes, strict=True):
-        if size > most:
-            return f"the {name} {size} is above its limit of {most}"
+    for (name, limit), size in zip(LIMITS.items(), sizes, strict=True):
+        if size > limit:
+            return f"the {name} {size} is above its limit of {limit}"
     return None
 
 
 @functools.cache
 def _library_reason() -> str | None:
-    """Builds, loads and tests the library, once per process; a failure is said once and not tried again."""
+    """Builds, loads and tests the library, once per process; a failure is reported once and not tried again."""
     try:
         load.library()
         from .selftest import selftest
 
         # The first caller may be in inference mode, under autocast or inside a checkpoint that counts saved tensors;
         # all of that belongs to its thread, so the test has one of its own.
-        with ThreadPoolExecutor(1) as own:
-            own.submit(selftest).result()
-    except BuildError as error:
-        print(
-            f"darkformer: the native attention is not available, torch's operators do the work: {error}",
-            file=sys.stderr,
-        )
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(selftest).result()
+    except (BuildError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no more threads
+        report(f"the native attention is not available, torch's operators do the work: {error}")
         return str(error)
     return None
 
@@ -111,7 +112,7 @@ def unavailable() -> str | None:
 
 def why_not(problem: Problem) -> str | None:
     """Why the native backend cannot take a problem, or None."""
-    return _unfit(problem) or unavailable()
+    return _unsupported(problem) or unavailable()
 
 
 def stepper(
@@ -119,22 +120,22 @@ def stepper(
     scaling: float, softcap: float | None,
 ) -> Step | None:  # fmt: skip
     """A `Step` that goes on from `state` with tokens of these shapes and dtype; None where the library cannot."""
-    if transformed() or traced(query):  # a step hands memory to the library
+    if transformed() or traced(query):  # a step passes pointers to the library, which neither sees
         return None
-    if state is None or feature_map.config.method not in METHODS or _unfit_tokens(query) or unavailable():
+    if state is None or feature_map.config.method not in METHODS or _unsupported_tensor(query) or unavailable():
         return None
     step = Step(state, feature_map, scaling=scaling, softcap=softcap)
     return step if step.finite and step.takes(query, key, scaling, softcap) else None
 
 
 def release() -> None:
-    """Gives the memory that threads keep between calls back to the system. Not while a call runs."""
+    """Returns the memory that threads keep between calls to the system. Must not be called while a call runs."""
     if load.library.cache_info().currsize:
         load.library().darkformer_release()
 
 
 def splits() -> int:
-    """How many chunks were cut so far because a row's normaliser underflowed (see docs/native.md)."""
+    """How many chunks were split so far because a row's normaliser underflowed (see docs/native.md)."""
     return load.splits.value
 
 
@@ -143,17 +144,18 @@ def status() -> dict[str, Any]:
 
     Keys: reason (why it cannot run, or None), instruction_set, compiler, library, built, cache.
     """
-    found: dict[str, Any] = {"cache": str(cache_folder()), "reason": None, "built": False}
+    result: dict[str, Any] = {"reason": None, "built": False}
     try:
-        found["instruction_set"] = instruction_set()
-        found["compiler"] = " ".join(compiler())
+        result["cache"] = str(cache_folder())
+        result["instruction_set"] = instruction_set()
+        result["compiler"] = " ".join(compiler())
         path = library_path()
-        found["library"], found["built"] = str(path), path.exists()
-        if path.exists() or _library_reason.cache_info().currsize:
-            found["reason"] = unavailable()
+        result["library"], result["built"] = str(path), os.path.exists(path)
+        if result["built"] or _library_reason.cache_info().currsize:
+            result["reason"] = unavailable()
         else:
             check_compiler()
     except BuildError as error:
-        found["reason"] = str(error)
-    found["reason"] = _switched_off() or found["reason"]
-    return found
+        result["reason"] = str(error)
+    result["reason"] = _switched_off() or result["reason"]
+    return result

@@ -13,7 +13,7 @@ from ..reference import reference
 from ..state import AttentionState, Problem
 from . import load
 from .build import BuildError
-from .load import Inputs, Sizes
+from .load import Inputs, Options
 from .maps import MANY, sides
 
 #: Largest relative error of output and gradients that passes; the inputs' own rounding is part of neither.
@@ -24,29 +24,30 @@ def _problem(dtype: torch.dtype, compute: torch.dtype, draw: str) -> Problem:
     """78 tokens: more than a chunk, not a multiple of anything, two heads a group, every size odd for a vector."""
     generator = torch.Generator().manual_seed(0)
 
-    def some(*shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:  # numbers that are exact in `dtype`
         return torch.randn(*shape, generator=generator).to(dtype).to(dtype if compute == torch.float32 else compute)
 
-    made = FeatureMap(
+    feature_map = FeatureMap(
         DarkConfig(num_features=20, window=5, sinks=2, draw=draw), num_heads=4, num_kv_heads=2, head_dim=18
     )
-    query, key, value = some(1, 2, 2, 78, 18), some(1, 2, 78, 18), some(1, 2, 78, 12)
-    state = AttentionState.empty(made.config, key, value, batch=1, compute=compute)
-    parameters = made.parameters_for(compute)
+    query, key, value = random(1, 2, 2, 78, 18), random(1, 2, 78, 18), random(1, 2, 78, 12)
+    state = AttentionState.empty(feature_map.config, key, value, batch=1, compute=compute)
+    parameters = feature_map.parameters_for(compute)
     return Problem(query, key, value, torch.tensor([78]), 0.25, parameters, state, True, False)
 
 
-def _native(problem: Problem, grad: Tensor, tokens: int) -> list[Tensor]:
+def _native(problem: Problem, grad_output: Tensor, tokens: int) -> list[Tensor]:
     maps = [x.detach() for x in sides(problem.parameters, 2, 18, problem.scaling, tokens=tokens)]
-    s = problem.state
-    tensors = [problem.query, problem.key, problem.value, *maps[:4]]
-    tensors += [torch.empty(0), torch.empty(0), torch.empty(0), s.recent_key, s.recent_value, s.sink_key, s.sink_value]
-    inputs = Inputs._make([*tensors, problem.lengths, s.count, *maps[4:]])
-    sizes = Sizes(problem.config.feature_count, problem.scaling, True)
-    output, lse, values, total, scale = load.forward(inputs, sizes)
+    state, nothing = problem.state, torch.empty(0)
+    tensors = [problem.query, problem.key, problem.value, *maps[:4], nothing, nothing, nothing]
+    tensors += [state.recent_key, state.recent_value, state.sink_key, state.sink_value]
+    inputs = Inputs._make([*tensors, problem.lengths, state.count, *maps[4:]])
+    options = Options(problem.config.feature_count, problem.scaling, wants_state=True)
+    output, log_normalizer, values, total, log_scale = load.forward(inputs, options)
     gradients = load.backward(
-        inputs, sizes, scale, lse, grad.to(output.dtype), torch.zeros_like(values), torch.zeros_like(total)
-    )
+        inputs, options, log_scale, log_normalizer, grad_output.to(output.dtype),
+        torch.zeros_like(values), torch.zeros_like(total),
+    )  # fmt: skip
     return [output, *(x for x in gradients[:3] if x is not None)]
 
 
@@ -56,7 +57,7 @@ def selftest() -> None:
     Raises:
         BuildError: names the tensor and the error.
     """
-    # Maps that are folded, as they are, and triangular.
+    # Maps with folds, as they are, and with a triangular N.
     for (dtype, tolerance), (draw, tokens) in product(
         TOLERANCE.items(), (("orthogonal", 1), ("iid", 1), ("iid", MANY))
     ):
@@ -64,11 +65,11 @@ def selftest() -> None:
         leaves = [x.requires_grad_() for x in (exact.query, exact.key, exact.value)]
         with torch.enable_grad():
             output, _ = reference(exact)
-            grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
-            wanted = [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+            grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
+            expected = [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
         with torch.no_grad():
-            found = _native(_problem(dtype, torch.float32, draw), grad, tokens)
-        for name, got, want in zip(("output", "dquery", "dkey", "dvalue"), found, wanted, strict=True):
-            error = ((got.double() - want).abs().max() / want.abs().max()).item()
+            results = _native(_problem(dtype, torch.float32, draw), grad_output, tokens)
+        for name, x, want in zip(("output", "dq", "dk", "dv"), results, expected, strict=True):
+            error = ((x.double() - want).abs().max() / want.abs().max()).item()
             if not error <= tolerance:
                 raise BuildError(f"the self-test failed: {name} in {dtype} has a relative error of {error:.1e}")

@@ -14,38 +14,26 @@ from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
 from ..state import AttentionState
 from . import load
+from .load import Status
 from .maps import sides
 
-_INTEGERS = ("B", "G", "R", "d", "dv", "m", "r", "window", "sinks", "bf16", "threads", "head")
-_STRIDES = ("qs", "ks", "vs")
-_STATE = ("values", "total", "scale", "recent_k", "recent_v", "sink_k", "sink_v", "count")
-_POINTERS = ("parallel", "q", "k", "v", "wq", "offq", "wk", "offk", *_STATE, "out")
-#: The same tensors in `AttentionState`.
-_FIELDS = (
-    "feature_values", "feature_sum", "log_scale", "recent_key", "recent_value", "sink_key", "sink_value", "count",
-)  # fmt: skip
-
+#: Fields of `StepCall` by those of `AttentionState`.
+_STATE = {
+    "feature_values": "feature_values", "feature_sum": "feature_sum", "log_scale": "log_scale",
+    "recent_key": "recent_k", "recent_value": "recent_v", "sink_key": "sink_k", "sink_value": "sink_v",
+    "count": "counts",
+}  # fmt: skip
+_MAPS = ("map_q", "offset_q", "map_k", "offset_k")
 
 #: Bytes of state and maps from which on more threads gain more than waking them costs: between tokens a model's other
 #: weights push them out of the caches.
 THREADED = 1 << 18
 
 
-class _StepCall(ctypes.Structure):
-    """`StepCall` of step.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _INTEGERS),
-        *((name, ctypes.c_int64 * 2) for name in _STRIDES),
-        ("scaling", ctypes.c_double), ("softcap", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    ]  # fmt: skip
-
-
 class Step:
     """A layer's state that a call advances by one real token per row, in place; nothing is allocated but the output.
 
-    The window is a ring: no key moves. Maps are folded once, so the feature map must not change meanwhile.
+    The window is a ring: no key moves. Maps are computed once, so the feature map must not change meanwhile.
 
     Args:
         state: where to start; copied.
@@ -58,32 +46,34 @@ class Step:
     ) -> None:
         self.feature_map, self.options = feature_map, (scaling, softcap)
         self.dtype = state.recent_key.dtype
-        tensors = [getattr(state, name).detach().clone(memory_format=torch.contiguous_format) for name in _FIELDS]
-        batch, groups, m, value_dim = tensors[0].shape
+        tensors = {name: getattr(state, name).detach().clone(memory_format=torch.contiguous_format) for name in _STATE}
+        batch, groups, m, value_dim = tensors["feature_values"].shape
         with torch.no_grad():
             maps = sides(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling, tokens=0)[:4]
-        # A vector maximum passes NaN over: diverged maps would give finite, wrong numbers.
-        self.finite = all(bool(torch.isfinite(x.sum())) for x in (*maps, *tensors[:2]))
-        self.nbytes = sum(x.nbytes for x in tensors)
+        # The maximum of vectors lets NaN vanish: diverged maps would give finite, wrong numbers.
+        checked = (*maps, tensors["feature_values"], tensors["feature_sum"])
+        self.finite = all(bool(torch.isfinite(x.sum())) for x in checked)
+        self.nbytes = sum(x.nbytes for x in tensors.values())
         self._maps, self._tensors = [x.contiguous() for x in maps], tensors
-        self._read = self.nbytes + sum(x.nbytes for x in self._maps)
-        call = self._call = _StepCall()
+        self._bytes_read = self.nbytes + sum(x.nbytes for x in self._maps)
+        call = self._call = load.StepCall()
         call.B, call.G, call.R = batch, groups, feature_map.num_heads // groups
-        call.d, call.dv, call.m, call.r = feature_map.head_dim, value_dim, m, maps[0].shape[1] - m
+        call.d, call.d_v, call.m, call.r = feature_map.head_dim, value_dim, m, maps[0].shape[1] - m
         call.window, call.sinks = state.recent_key.shape[2], state.sink_key.shape[2]
         call.bf16, call.head = self.dtype == torch.bfloat16, 0
-        call.scaling, call.softcap, call.parallel = scaling, softcap or 0.0, load.pool()
-        for name, x in zip((*("wq", "offq", "wk", "offk"), *_STATE), [*self._maps, *tensors], strict=True):
+        call.scaling, call.softcap, call.omp_parallel = scaling, softcap or 0.0, load.omp_parallel()
+        for name, x in zip((*_MAPS, *_STATE.values()), (*self._maps, *tensors.values()), strict=True):
             setattr(call, name, x.data_ptr())
-        self._query, self._key = (batch, feature_map.num_heads, 1, call.d), (batch, groups, 1, call.d)
-        self._output = (batch, feature_map.num_heads, 1, value_dim)
-        self._function, self._reference = load.library().darkformer_step, ctypes.byref(call)
+        self._query_shape = (batch, feature_map.num_heads, 1, call.d)
+        self._key_shape = (batch, groups, 1, call.d)
+        self._output_shape = (batch, feature_map.num_heads, 1, value_dim)
+        self._step, self._call_reference = load.library().darkformer_step, ctypes.byref(call)
 
     def takes(self, query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> bool:
         """Whether a call is one more token of these shapes, dtype and options."""
         return (
-            query.shape == self._query
-            and key.shape == self._key
+            query.shape == self._query_shape
+            and key.shape == self._key_shape
             and query.dtype == key.dtype == self.dtype
             and (scaling, softcap) == self.options
             and not (transformed() or traced(query))
@@ -94,32 +84,35 @@ class Step:
 
         Raises:
             NonFiniteError: NaN or infinity in one of them, and the state is as before; or in the output.
+            OutOfMemoryError: there is no memory to work in; the state is of no more use.
         """
-        call, given = self._call, [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-        output = query.new_empty(self._output)
-        call.q, call.k, call.v = (x.data_ptr() for x in given)
-        call.qs[:], call.ks[:], call.vs[:] = (x.stride()[:2] for x in given)
-        call.out, call.threads = output.data_ptr(), torch.get_num_threads() if self._read > THREADED else 1
-        if code := self._function(self._reference):
-            raise NonFiniteError(
-                "query, key or value hold NaN or infinity: the token was not taken."
-                if code == 1
-                else "the output holds NaN or infinity although query, key and value do not: the state has diverged."
+        call, inputs = self._call, [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+        output = query.new_empty(self._output_shape)
+        call.q, call.k, call.v = (x.data_ptr() for x in inputs)
+        call.q_strides[:], call.k_strides[:], call.v_strides[:] = (x.stride()[:2] for x in inputs)
+        call.out, call.threads = output.data_ptr(), torch.get_num_threads() if self._bytes_read > THREADED else 1
+        status = self._step(self._call_reference)
+        if status == Status.NON_FINITE_INPUT:
+            raise NonFiniteError("query, key or value hold NaN or infinity: the token was not taken.")
+        if status:
+            load.check(
+                status,
+                "the output holds NaN or infinity although query, key and value do not: the state has diverged.",
             )
         return output
 
     @property
     def count(self) -> Tensor:
         """(B,) int64, tokens seen; changes with the next one."""
-        return self._tensors[-1]
+        return self._tensors["count"]
 
     def state(self) -> AttentionState:
         """A copy of the state after the last token."""
-        found = {}
-        for name, x in zip(_FIELDS, self._tensors, strict=True):
+        copies = {}
+        for name, x in self._tensors.items():
             head = self._call.head if name.startswith("recent") else 0
-            found[name] = torch.cat([x[:, :, head:], x[:, :, :head]], dim=2) if head else x.clone()
-        return AttentionState(**{f.name: found[f.name] for f in fields(AttentionState)})
+            copies[name] = torch.cat([x[:, :, head:], x[:, :, :head]], dim=2) if head else x.clone()
+        return AttentionState(**{f.name: copies[f.name] for f in fields(AttentionState)})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         scaling, softcap = self.options

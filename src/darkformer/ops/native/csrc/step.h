@@ -1,0 +1,189 @@
+// One token for each batch row, updating the state in place. All arithmetic is float32: the products are of a matrix and a
+// vector, so the time goes into reading maps and state once.
+#pragma once
+#include "rows.h"
+#include "threads.h"
+
+// Elements from `at` on of a tensor's memory: a vector, and a single number.
+template <bool BF16> static inline Vec load_at(const void* p, long at) {
+  return BF16 ? load_bf16((const uint16_t*)p + at) : load((const float*)p + at);
+}
+template <bool BF16> static inline float element_at(const void* p, long at) {
+  if (!BF16) return ((const float*)p)[at];
+  const uint32_t bits = (uint32_t)((const uint16_t*)p)[at] << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+template <bool BF16> static inline float dot(const float* x, const void* row, long at, int n) {
+  Vec even = set1(0), odd = set1(0);
+  int j = 0;
+  for (; j + 2 * VL <= n; j += 2 * VL) {
+    even = fma(load(x + j), load_at<BF16>(row, at + j), even);
+    odd = fma(load(x + j + VL), load_at<BF16>(row, at + j + VL), odd);
+  }
+  for (; j + VL <= n; j += VL) even = fma(load(x + j), load_at<BF16>(row, at + j), even);
+  float sum = reduce_add(even + odd);
+  for (; j < n; j++) sum += x[j] * element_at<BF16>(row, at + j);
+  return sum;
+}
+// y += Σ_i w_i·row_i over `count` rows of n numbers, which begin at element `at`.
+template <bool BF16> static void add_weighted_rows(const float* w, int count, const void* rows, long at, int n, float* y) {
+  int j = 0;
+  for (; j + 4 * VL <= n; j += 4 * VL) {
+    Vec s[4];
+    for (int v = 0; v < 4; v++) s[v] = load(y + j + v * VL);
+    for (int i = 0; i < count; i++)
+      for (int v = 0; v < 4; v++) s[v] = fma(set1(w[i]), load_at<BF16>(rows, at + (long)i * n + j + v * VL), s[v]);
+    for (int v = 0; v < 4; v++) store(y + j + v * VL, s[v]);
+  }
+  for (; j + VL <= n; j += VL) {
+    Vec s = load(y + j);
+    for (int i = 0; i < count; i++) s = fma(set1(w[i]), load_at<BF16>(rows, at + (long)i * n + j), s);
+    store(y + j, s);
+  }
+  for (; j < n; j++)
+    for (int i = 0; i < count; i++) y[j] += w[i] * element_at<BF16>(rows, at + (long)i * n + j);
+}
+
+template <bool BF16> struct StepPair {
+  const StepCall& c;
+  const int b, g, d, d_v, m, m_pad, W, S;
+  const long pair;
+  const int64_t position;
+  float *x, *value, *o;                      // (d), (d_v), (d_v)
+  float *features;                           // (m_pad): log-features, then weights in place
+  float *window_weights, *sink_weights;      // logits, then weights in place
+  float *state_factor, *new_log_scale;       // (m_pad)
+
+  StepPair(const StepCall& c, int b, int g)
+      : c(c), b(b), g(g), d(c.d), d_v(c.d_v), m(c.m), m_pad(pad16(c.m)), W(c.window), S(c.sinks), pair((long)b * c.G + g),
+        position(c.counts[b]) {
+    auto take = [](size_t n) { return scratch().take(n); };
+    x = take(pad16(d)), features = take(m_pad), state_factor = take(m_pad), new_log_scale = take(m_pad);
+    window_weights = take(pad16(W)), sink_weights = take(pad16(S));
+    value = take(pad16(d_v)), o = take(pad16(d_v));
+  }
+
+  // Log-features of x, P·x - a - ½‖N·x - b‖²; LOG_ZERO for padding features.
+  void log_features(const float* map, const float* offset) {
+    const long rows = m + c.r;
+    map += g * rows * d, offset += g * rows;
+    float half_norm = 0;
+    for (int i = m; i < rows; i++) {
+      const float y = dot<false>(x, map, (long)i * d, d) - offset[i];
+      half_norm += 0.5f * y * y;
+    }
+    for (int i = 0; i < m; i++) features[i] = dot<false>(x, map, (long)i * d, d) - offset[i] - half_norm;
+    std::fill(features + m, features + m_pad, LOG_ZERO);
+  }
+
+  // The key that leaves the window joins the sums.
+  void add_oldest_key() {
+    if (!m || position - W < S) return;
+    const void *k = W ? c.recent_k : c.k, *v = W ? c.recent_v : c.v;
+    const long ring = pair * W + c.head;
+    load_row(x, k, W ? ring * d : b * c.k_strides[0] + g * c.k_strides[1], d, pad16(d), BF16);
+    load_row(value, v, W ? ring * d_v : b * c.v_strides[0] + g * c.v_strides[1], d_v, pad16(d_v), BF16);
+    log_features(c.map_k, c.offset_k);
+    float *log_scale = c.log_scale + pair * m, *sum = c.feature_sum + pair * m;
+    load_row(state_factor, log_scale, 0, m, m_pad, false);
+    for (int i = 0; i < m_pad; i += VL) {
+      const Vec old = load(state_factor + i), l = load(features + i), top = vmax(old, l);
+      store(new_log_scale + i, top), store(state_factor + i, vexp<false>(old - top)), store(features + i, vexp<false>(l - top));
+    }
+    memcpy(log_scale, new_log_scale, m * sizeof(float));
+    for (int i = 0; i < m; i++) {
+      sum[i] = state_factor[i] * sum[i] + features[i];
+      float* row = c.feature_values + (pair * m + i) * d_v;
+      int j = 0;
+      for (; j + VL <= d_v; j += VL) store(row + j, fma(set1(features[i]), load(value + j), set1(state_factor[i]) * load(row + j)));
+      for (; j < d_v; j++) row[j] = features[i] * value[j] + state_factor[i] * row[j];
+    }
+  }
+
+  // The new key takes the oldest one's slot in the window, and is a sink if it is one of the first.
+  void store_new_key() {
+    const size_t size = BF16 ? 2 : 4;
+    auto copy = [&](void* to, long row, const void* from, long at, int n) {
+      memcpy((char*)to + row * n * size, (const char*)from + at * size, n * size);
+    };
+    const long k = b * c.k_strides[0] + g * c.k_strides[1], v = b * c.v_strides[0] + g * c.v_strides[1];
+    if (W) copy(c.recent_k, pair * W + c.head, c.k, k, d), copy(c.recent_v, pair * W + c.head, c.v, v, d_v);
+    if (position < S) copy(c.sink_k, pair * S + position, c.k, k, d), copy(c.sink_v, pair * S + position, c.v, v, d_v);
+  }
+
+  float logit(const void* rows, long at) const {
+    const float l = (float)c.scaling * dot<BF16>(x, rows, at, d);
+    return c.softcap ? (float)c.softcap * std::tanh(l / (float)c.softcap) : l;
+  }
+
+  // One query head's output. Returns whether it is finite.
+  bool attend(int r) {
+    const int h = g * c.R + r;
+    load_row(x, c.q, b * c.q_strides[0] + h * c.q_strides[1], d, pad16(d), BF16);
+    float top = LOG_ZERO;
+    if (m) {
+      log_features(c.map_q, c.offset_q);
+      for (int i = 0; i < m; i++) top = std::max(top, features[i] += c.log_scale[pair * m + i]);
+    }
+    for (int i = 0; i < W; i++) {
+      const int64_t age = (c.head - i + W) % W;
+      window_weights[i] = position - age >= S ? logit(c.recent_k, (pair * W + i) * d) : LOG_ZERO;
+      top = std::max(top, window_weights[i]);
+    }
+    const int sinks = (int)std::min<int64_t>(S, position + 1);
+    for (int i = 0; i < sinks; i++) top = std::max(top, sink_weights[i] = logit(c.sink_k, (pair * S + i) * d));
+    const float norm = exponentiate(features, m, top, m ? c.feature_sum + pair * m : nullptr) +
+                       exponentiate(window_weights, W, top, nullptr) + exponentiate(sink_weights, sinks, top, nullptr);
+    std::fill(o, o + pad16(d_v), 0.0f);
+    add_weighted_rows<false>(features, m, c.feature_values, pair * m * d_v, d_v, o);
+    add_weighted_rows<BF16>(window_weights, W, c.recent_v, pair * W * d_v, d_v, o);
+    add_weighted_rows<BF16>(sink_weights, sinks, c.sink_v, pair * S * d_v, d_v, o);
+    const Vec inverse = set1(norm > 0 ? 1 / norm : 1);
+    Vec zero = set1(0);  // stays 0 if all numbers are finite
+    for (int j = 0; j < pad16(d_v); j += VL) {
+      const Vec y = load(o + j) * inverse;
+      store(o + j, y);
+      zero = fma(y, set1(0), zero);
+    }
+    store_row(c.out, ((long)b * c.G * c.R + h) * d_v, o, d_v, BF16);
+    return reduce_add(zero) == 0;
+  }
+  // Logits become weights e^{l - top}. Returns their sum, each times its factor if there are any.
+  static float exponentiate(float* l, int n, float top, const float* factor) {
+    for (int i = n; i < pad16(n); i++) l[i] = LOG_ZERO;
+    for (int i = 0; i < n; i += VL) store(l + i, vexp<false>(load(l + i) - set1(top)));
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += factor ? l[i] * factor[i] : l[i];
+    return sum;
+  }
+};
+
+template <bool BF16> static bool all_finite(const void* x, const int64_t* stride, int B, int heads, int n) {
+  float sum = 0;
+  for (int b = 0; b < B; b++)
+    for (int h = 0; h < heads; h++)
+      for (int j = 0; j < n; j++) sum += 0 * element_at<BF16>(x, b * stride[0] + h * stride[1] + j);
+  return sum == 0;
+}
+
+template <bool BF16> static Status step(StepCall& c) {
+  if (!all_finite<BF16>(c.q, c.q_strides, c.B, c.G * c.R, c.d) || !all_finite<BF16>(c.k, c.k_strides, c.B, c.G, c.d) ||
+      !all_finite<BF16>(c.v, c.v_strides, c.B, c.G, c.d_v))
+    return NON_FINITE_INPUT;
+  const int pairs = c.B * c.G, workers = std::min<int>(std::max<int64_t>(1, c.threads), pairs);
+  std::atomic<bool> finite{true};
+  parallel(c.omp_parallel, workers, [&](int worker) {
+    for (int i = worker; i < pairs; i += workers) {
+      scratch().reset();
+      StepPair<BF16> pair(c, i / c.G, i % c.G);
+      pair.add_oldest_key();
+      pair.store_new_key();
+      for (int r = 0; r < c.R; r++) if (!pair.attend(r)) finite = false;
+    }
+  });
+  for (int b = 0; b < c.B; b++) c.counts[b]++;
+  if (c.window) c.head = (c.head + 1) % c.window;
+  return finite ? OK : NON_FINITE;
+}
