@@ -22,11 +22,12 @@ from darkformer.calibration.budget import (
 )
 from darkformer.calibration.calibrate import keys_of_features
 from darkformer.calibration.probe import SpreadProbe
-from darkformer.calibration.sensitivity import Sensitivity, WindowChange, sensitivity
+from darkformer.calibration.sensitivity import Sensitivity, sensitivity
+from darkformer.calibration.window_changes import WindowChange
 from darkformer.cost import kv_cache_bytes, model_bytes, state_bytes
 from darkformer.evaluation.budget import BudgetTask, calibration
 from darkformer.hf.cache import cache_bytes
-from darkformer.hf.layers import converted_modules
+from darkformer.hf.layers import converted_modules, layer_of
 from darkformer.train.linearize import check_context
 
 CONTEXT, LENGTH = 320, 4000
@@ -87,7 +88,7 @@ class TestChoice:
         linear = converted(tiny("llama"), choice.config)
         with torch.no_grad():
             cache = linear(tokens(1, 700), use_cache=True).past_key_values
-        layers = [module.__dict__["dark_layer"] for module in converted_modules(linear)]
+        layers = list(map(layer_of, converted_modules(linear)))
         assert cache_bytes(cache) == model_bytes(linear.config, layers, choice.config, 700)
 
     def test_heads_come_in_their_order(self, model: Any, found: Sensitivity) -> None:

@@ -40,6 +40,7 @@ from darkformer import (
 )
 from darkformer.hf.cache import DarkCacheLayer, cache_bytes
 from darkformer.hf.convert import converted_modules, drop_features
+from darkformer.hf.layers import layer_of
 from darkformer.hf.parts import parts_of
 from darkformer.hf.saved_cache import cache_of
 from hf.families import (
@@ -169,7 +170,7 @@ class TestHeads:
         names = tuple(f"{layer}.{g}" for layer in range(4) for g in range(4))
         every = convert(softmax_model(), replace(DARK, keep_exact=names))
         assert torch.equal(logits(every, IDS, MASK), logits(softmax_model(), IDS, MASK))
-        assert all(module.__dict__["dark_layer"].exact for module in converted_modules(every))
+        assert all(layer_of(module).exact for module in converted_modules(every))
 
     def test_only_heads_with_features_have_tensors(self, model: PreTrainedModel) -> None:
         maps = list(dark_layers(model))
@@ -495,7 +496,7 @@ class TestTraining:
             weight = torch.randn_like(output)
             found = torch.autograd.grad((output * weight).sum(), (q, k, v, *offsets))
             pieces = []
-            for part in parts_of(module.__dict__["dark_layer"], module.dark):
+            for part in parts_of(layer_of(module), module.dark):
                 rows, heads = part.query_heads, list(part.heads)
                 if part.feature_map is None:
                     own = (q[:, rows], k[:, heads].repeat_interleave(2, 1), v[:, heads].repeat_interleave(2, 1))
@@ -597,9 +598,7 @@ class TestFiles:
         full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
         for loaded in (light, full):
             assert torch.equal(logits(loaded, IDS, MASK), wanted)
-            assert [m.__dict__["dark_layer"] for m in converted_modules(loaded)] == [
-                m.__dict__["dark_layer"] for m in converted_modules(model)
-            ]
+            assert [layer_of(m) for m in converted_modules(loaded)] == [layer_of(m) for m in converted_modules(model)]
         assert torch.equal(logits(revert(light), IDS, MASK), logits(softmax_model(), IDS, MASK))
 
     def test_files_without_offsets(self, model: PreTrainedModel) -> None:

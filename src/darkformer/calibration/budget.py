@@ -14,12 +14,14 @@ from ..config import DarkConfig, native_dtype
 from ..cost import model_bytes
 from ..errors import ConfigError
 from ..hf.convert import converted_modules, drop_features
-from ..hf.layers import config_of
+from ..hf.layers import config_of, layer_of
 from ..records import read_json, write_json
 from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
+from .measure import frozen, measurement
 from .mixed import EXACT
-from .sensitivity import Sensitivity, WindowChange, frozen, measurement, sensitivity, window_changes
+from .sensitivity import Sensitivity, sensitivity
+from .window_changes import WindowChange, window_changes
 
 #: Windows that a budget chooses from; constant state alone (budget 0) has `CONSTANT_WINDOW`.
 WINDOWS = (64, 128, 256, 512)
@@ -136,7 +138,7 @@ def cache_element_bytes(model: Any, dtype: str) -> int:
 
 def kept_bytes(model: Any, config: DarkConfig | None, length: int, element_bytes: int) -> int:
     """Bytes one sequence of `length` tokens keeps in a model, its converted layers by `config`; None: softmax."""
-    layers = [module.__dict__["dark_layer"] for module in converted_modules(model)]
+    layers = list(map(layer_of, converted_modules(model)))
     settings = model.config.get_text_config(decoder=True)
     return model_bytes(settings, layers, config, length, element_bytes=element_bytes)
 
@@ -171,7 +173,7 @@ def calibrate_within(
         choice, i = measured[at]
         return choice.error_equal_bytes[i] - choice.error[i]
 
-    config, layers = config_of(model), [module.__dict__["dark_layer"] for module in converted_modules(model)]
+    config, layers = config_of(model), list(map(layer_of, converted_modules(model)))
     left = {(x.layer, g) for x in layers for g in config.parts_of(x.layer, x.num_kv_heads).features}
     for at in sorted(left, key=lambda at: (gain(at), at)):
         if converted_bytes(model, length, element_bytes) <= limit:

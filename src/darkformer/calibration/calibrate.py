@@ -18,13 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConversionError, InputError
 from ..features.feature_map import FeatureMap
 from ..hf.convert import converted_modules, dark_layers, drop_features, observing
+from ..hf.layers import layer_of
 from ..reporting import Progress
 from .moments import HeadProposals, Moments, set_transforms
-from .probe import SpreadProbe, real_tokens
+from .probe import SCALES, SpreadProbe, real_tokens
 from .rows import inputs_of
 
-#: Scales of the starting geometry that the line search tries: a colder kernel is biased but far less noisy.
-SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
 #: Queries of a sequence the line search looks at, spread over its context; each is compared over all its keys.
 SEARCH_QUERIES = 128
 #: Added to the bias of least error where there is a window: what the error prefers is too much of the features for the
@@ -106,7 +105,7 @@ def _output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
         shown[id(fm)] = captured[-1].transpose(1, 2)  # (B, L, H, d_v)
 
     def watching(attention: Any) -> Any:
-        fm, layer = attention.dark, attention.__dict__["dark_layer"]
+        fm, layer = attention.dark, layer_of(attention)
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             output = shown.get(id(fm))

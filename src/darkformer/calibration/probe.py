@@ -18,6 +18,9 @@ from torch import Tensor
 from ..config import DarkConfig
 from ..features.log_features import FeatureParameters, key_log_features, query_log_features
 
+#: Scales of the starting geometry that calibration tries: a colder kernel is biased but far less noisy. A diagnosis
+#: shows every second one.
+SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
 #: Offsets tried around the bias that matches the far mass; a noisy head is better off with less of its features.
 BIAS_OFFSETS = (1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -4.0, -5.0, -6.0, -8.0)
 

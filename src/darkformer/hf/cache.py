@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -26,10 +27,13 @@ from ..ops.state import AttentionState
 from .added import read
 from .calls import AttentionCall
 from .fingerprint import digest
-from .layers import map_of
+from .layers import layer_of, map_of
 from .masks import allowed_keys
 from .parts import Part, joined, parts_of
+from .patches import asked_to_record, patch_caches
 from .stream import CROP, Stream
+
+patch_caches(cache_utils)
 
 
 def _versions(feature_map: FeatureMap) -> tuple[Any, ...]:
@@ -354,7 +358,7 @@ class DarkHybridLayer(DarkCacheLayer, LinearAttentionAndFullAttentionLayer):  # 
 
 def _constant_maps(module: Any) -> list[Any]:
     """The feature maps of a converted module's parts with constant state, in their order."""
-    parts = parts_of(module.__dict__["dark_layer"], map_of(module))
+    parts = parts_of(layer_of(module), map_of(module))
     return [part.feature_map for part in parts if part.feature_map is not None]
 
 
@@ -422,10 +426,10 @@ def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLa
         mixer = isinstance(layer, LinearAttentionLayer)
         own = DarkHybridLayer(layer) if mixer else DarkCacheLayer()
         own.template = _template(layer)
-        if cache.__dict__.get("records_past"):
+        if asked_to_record(cache):
             own.activate_past_recording()
         if (keys := _keys_of(layer, slot)) is not None:
-            if module.__dict__["dark_layer"].calls > 1:
+            if layer_of(module).calls > 1:
                 raise ConversionError(
                     f"layer {slot} of past_key_values holds keys and values that differential attention splits before "
                     "it attends: a converted layer cannot read them. Start with an empty cache."
@@ -433,28 +437,6 @@ def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLa
             own.inherited, own.seen = keys, keys[0].shape[2]
         cache.layers[slot] = layer = own
     return layer.bind(module, feature_map)
-
-
-def _note_recording() -> None:
-    """Lets a cache remember that it was asked to record.
-
-    `generate` asks before the first token, when the layers that a converted model replaces are still standard ones,
-    which keep everything and have nothing to note it in.
-    """
-    original = Cache.activate_past_recording
-    if getattr(original, "by_darkformer", False):
-        return
-
-    def activate_past_recording(self: Any) -> None:
-        self.records_past = True
-        original(self)
-
-    activate_past_recording.by_darkformer = True  # type: ignore[attr-defined]
-    activate_past_recording.__doc__ = original.__doc__
-    Cache.activate_past_recording = activate_past_recording  # type: ignore[method-assign]
-
-
-_note_recording()
 
 
 def cache_bytes(cache: Cache) -> int:

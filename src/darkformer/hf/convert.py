@@ -19,7 +19,17 @@ from ..features.feature_map import FeatureMap
 from .added import offset_dtype
 from .fingerprint import describe_base
 from .interface import NAME, Observation, Observer, enter, observed
-from .layers import Layer, config_of, converted_modules, dark_layers, inner_names
+from .layers import (
+    Layer,
+    attach,
+    attachment_of,
+    config_of,
+    converted_modules,
+    dark_layers,
+    detach,
+    inner_names,
+    layer_of,
+)
 from .plan import Plan, check_names, plan_by_structure, plan_conversion, streaming_gap
 from .trial import note_previous, tolerance
 
@@ -34,8 +44,8 @@ def _attach(model: nn.Module, plan: Plan, config: DarkConfig) -> None:
     """Gives the plan's modules their feature maps; what `revert` goes back to is noted first."""
     note_previous(model)
     for _, module, layer in plan.layers:
-        module.__dict__.setdefault("dark_previous", "sdpa")
-        _attach_one(module, layer, config)
+        _set_map(module, layer, config)
+        module.register_forward_pre_hook(enter, with_kwargs=True)
     for own in {id(module.config): module.config for _, module, _ in plan.layers}.values():
         own._attn_implementation = NAME
         own.darkformer = config.to_dict()
@@ -50,11 +60,6 @@ def _device(module: Any) -> torch.device:
     hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((x for x in devices if x is not None), "cpu"))
-
-
-def _attach_one(module: Any, layer: Layer, config: DarkConfig) -> None:
-    _set_map(module, layer, config)
-    module.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 def _set_map(module: Any, layer: Layer, config: DarkConfig) -> FeatureMap:
@@ -74,9 +79,8 @@ def _set_map(module: Any, layer: Layer, config: DarkConfig) -> FeatureMap:
         # On the meta device weights will be loaded, and moved with the model's own.
         building = torch.get_default_device().type == "meta"
         module.dark = feature_map if building else feature_map.to(_device(module))
-    module.__dict__["dark_layer"] = replace(
-        layer, exact=heads is parts.exact, exact_heads=parts.exact, local_heads=parts.local
-    )  # fmt: skip
+    exact = heads is parts.exact
+    attach(module, layer=replace(layer, exact=exact, exact_heads=parts.exact, local_heads=parts.local))
     return feature_map
 
 
@@ -102,7 +106,7 @@ def drop_features(model: nn.Module, heads: Iterable[tuple[int, int]]) -> None:
         )
     before = config_of(model)
     config = replace(before, no_features=(*before.no_features, *names))
-    layers = [module.__dict__["dark_layer"] for module in modules]
+    layers = list(map(layer_of, modules))
     check_names(config, layers)
     for module, layer in zip(modules, layers, strict=True):
         old, parts = module.dark, config.parts_of(layer.layer, layer.num_kv_heads)
@@ -136,7 +140,7 @@ def _detach(module: Any) -> None:
         if hook is enter:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-    del module.dark, module.__dict__["dark_layer"]
+    del module.dark
 
 
 def _warn_of_softcap(model: Any) -> None:
@@ -256,14 +260,17 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 
 def _revert(model: PreTrainedModel) -> None:
     """`revert` of a model that is converted."""
-    for module in converted_modules(model):
+    modules = converted_modules(model)
+    for module in modules:
         _detach(module)
-        module.config._attn_implementation = module.__dict__.get("dark_previous", "sdpa")
+        attachment = attachment_of(module)
+        module.config._attn_implementation = "sdpa" if attachment is None else attachment.previous
+    for config in {id(own): own for own in (model.config, *(module.config for module in modules))}.values():
         for name in ("darkformer", "darkformer_layers", "darkformer_base"):
-            module.config.__dict__.pop(name, None)
+            if name in vars(config):
+                delattr(config, name)
     for module in model.modules():
-        module.__dict__.pop("dark_previous", None)
-    model.config.__dict__.pop("darkformer_base", None)
+        detach(module)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..ops.attention import attention, check_finite
 from ..ops.exact import softmax_attention
 from .cache import own_layer
 from .calls import AttentionCall, with_call
+from .layers import attachment_of, layer_of
 from .masks import AttentionMask, allowed_keys, check_stays, dark_mask, read_mask
 from .parts import Part, joined, parts_of
 
@@ -97,7 +98,7 @@ def receive(
     Raises:
         ConversionError: terms added to the logits besides q·k, attention weights as an output.
     """
-    name = f"layer {module.__dict__['dark_layer'].layer}" if "dark" in module._modules else type(module).__name__
+    name = f"layer {layer_of(module).layer}" if "dark" in module._modules else type(module).__name__
     if extra := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ConversionError(
             f"{name} is given {' and '.join(extra)}: learned sinks and position biases change the softmax in a "
@@ -160,7 +161,8 @@ def stays(
         ConversionError: documents by `cu_seq_lens_q` that it would mix.
     """
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    previous = module.__dict__.get("dark_previous", "sdpa" if eager is None else "eager")
+    attachment = attachment_of(module)
+    previous = attachment.previous if attachment is not None else "sdpa" if eager is None else "eager"
     if isinstance(mask, AttentionMask):
         mask = mask.dense(previous)
     check_stays(mask, kwargs, query.shape[0], query.shape[2])
@@ -207,7 +209,7 @@ def _converted(
     """What a converted layer computes, within the forward pass of its feature map: output (B, H, L, d_v)."""
     received = replace(received, query=query, key=key, value=value)
     observation = _observation(feature_map)
-    parts = parts_of(module.__dict__["dark_layer"], feature_map)
+    parts = parts_of(layer_of(module), feature_map)
     if observation is not None and observation.softmax:
         return _show_softmax(observation.observer, feature_map, received, parts[0])
     if feature_map.config.method == "exact":
@@ -282,7 +284,7 @@ def dark_attention(
     if "dark" not in module._modules:
         attend = _SUBSTITUTE.get() or stays
         return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    layer = module.__dict__["dark_layer"]
+    layer = layer_of(module)
     if isinstance(attention_mask, AttentionMask) and attention_mask.local is not None and not layer.local:
         raise ConversionError(
             f"layer {layer.layer} is told to see a {attention_mask.local} of the sequence and was converted as one "
@@ -303,7 +305,7 @@ def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Raises:
         ConversionError: `set_attn_implementation` has turned softmax on under a converted model.
     """
-    layer = module.__dict__["dark_layer"]
+    layer = layer_of(module)
     if (chosen := module.config._attn_implementation) != NAME:
         raise ConversionError(
             f"layer {layer.layer} is converted, but its attn_implementation was set to {chosen!r}: softmax would "

@@ -20,7 +20,7 @@ from ..ops.state import AttentionState
 from .added import added_values
 from .cache import DarkCacheLayer, Stream, whole
 from .fingerprint import digest, digest_own
-from .layers import config_of, converted_modules, map_of
+from .layers import config_of, converted_modules, layer_of, map_of
 from .parts import parts_of
 from .sealed import checksum, read_sealed, write_sealed
 
@@ -42,7 +42,7 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
 
 def _slots(model: PreTrainedModel) -> dict[int, Any]:
     """Converted modules with a state, by the layers of the cache that they fill."""
-    layers = ((module, module.__dict__["dark_layer"]) for module in converted_modules(model))
+    layers = ((module, layer_of(module)) for module in converted_modules(model))
     return {slot: module for module, layer in layers if not layer.exact for slot in layer.slots}
 
 
@@ -53,7 +53,7 @@ def cache_of(model: PreTrainedModel, states: Mapping[int, AttentionState], seen:
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for slot, module in _slots(model).items():
-        if len(parts := parts_of(module.__dict__["dark_layer"], map_of(module))) > 1 or parts[0].feature_map is None:
+        if len(parts := parts_of(layer_of(module), map_of(module))) > 1 or parts[0].feature_map is None:
             raise ConversionError(f"layer {slot} has exact heads or heads of several kinds: one state does not do.")
         own = DarkCacheLayer().bind(module)
         own.state, own.seen, own.is_initialized = states[slot], seen, True

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .interface import NAME, attending, receive, softmax_of, stays
-from .layers import uses_interface
+from .layers import attach, attachment_of, detach, uses_interface
 from .masks import AttentionMask
 
 #: Tokens of the trial, those of its last step, and pads before the second row's prompt.
@@ -182,7 +182,7 @@ def implementation(model: nn.Module) -> Iterator[None]:
         for config, previous in before:  # outer ones first: they set those inside them
             config._attn_implementation = previous
         for module in marked:
-            module.__dict__.pop("dark_previous", None)
+            detach(module)
 
 
 def note_previous(model: nn.Module) -> list[Any]:
@@ -191,7 +191,7 @@ def note_previous(model: nn.Module) -> list[Any]:
     for module in marked:
         previous = module.config._attn_implementation
         if previous != NAME:
-            module.__dict__["dark_previous"] = previous or "eager"
+            attach(module, previous=previous or "eager")
     return marked
 
 
@@ -226,7 +226,8 @@ class _Recorder:
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        by_mask = module.__dict__["dark_previous"] == "eager"
+        attachment = attachment_of(module)
+        by_mask = attachment is not None and attachment.previous == "eager"
         unread, local, is_causal = None, None, False
         if isinstance(mask, AttentionMask):
             unread, local, is_causal = mask.unread, mask.local, bool(mask.is_causal)
