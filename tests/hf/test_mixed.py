@@ -293,7 +293,7 @@ class TestStreams:
         assert torch.equal(out.sequences, greedy)
         room = LENGTH + NEW - 1
         for layer, cached in enumerate(out.past_key_values.layers[:3]):
-            assert [x.keys.shape for x in cached.kept] == [(2, len(EXACT[layer]), room, 8)]
+            assert [x.keys.shape for x in cached.exact_layers] == [(2, len(EXACT[layer]), room, 8)]
             assert cached.template.keys is None  # room for no other head
 
     def test_an_offloaded_cache(self) -> None:
@@ -308,7 +308,7 @@ class TestStreams:
         model(IDS[:, :15], past_key_values=cache)
         found, wanted = model(IDS[:, 15:], past_key_values=cache).logits, logits(model, IDS)[:, 15:]
         assert STREAM < relative_error(found, wanted) < 0.1
-        assert type(cache.layers[0].kept[0]).__name__ == "Fp8QuantizedLayer"
+        assert type(cache.layers[0].exact_layers[0]).__name__ == "Fp8QuantizedLayer"
         with pytest.raises(
             ConversionError, match=r"crop\(-1\).*Fp8QuantizedLayer, which takes none back\. Use a dynamic"
         ):
@@ -417,7 +417,7 @@ class TestTravel:
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
         loaded = load_cache(file, again)
         assert loaded.get_seq_length() == 15
-        assert [x.kept[0].keys.shape[1] for x in loaded.layers[:3]] == [1, 2, 1]
+        assert [x.exact_layers[0].keys.shape[1] for x in loaded.layers[:3]] == [1, 2, 1]
         assert relative_error(self._rest(again, loaded), self._rest(model, cache)) <= (STREAM if static else 0)
 
     @torch.no_grad()
@@ -467,7 +467,7 @@ class TestTravel:
         ]
         wanted = model(IDS, attention_mask=mask, use_cache=False).logits[:, 15:]
         assert relative_error(torch.cat(parts, dim=1), wanted) <= STREAM
-        assert cache.layers[0].inherited is None and cache.layers[0].kept[0].keys.shape == (2, 2, 24, 8)
+        assert cache.layers[0].inherited is None and cache.layers[0].exact_layers[0].keys.shape == (2, 2, 24, 8)
 
     def test_two_threads(self, model: PreTrainedModel, greedy: Tensor) -> None:
         found: dict[int, Tensor] = {}
@@ -708,7 +708,7 @@ class TestOtherModels:
             assert relative_error(streamed(other, IDS, torch.ones_like(IDS), cuts), wanted) <= STREAM
         cache = other(IDS[:, :15], use_cache=True).past_key_values
         calls = 2 if isinstance(other, tf.DiffLlamaForCausalLM) else 1
-        assert [len(layer.kept) for layer in cache.layers] == [calls, calls]
+        assert [len(layer.exact_layers) for layer in cache.layers] == [calls, calls]
         cache.reorder_cache(torch.tensor([1, 1]))
         found = other(IDS[[1, 1], 15:], past_key_values=cache).logits
         assert relative_error(found, wanted[[1, 1], 15:]) <= STREAM
