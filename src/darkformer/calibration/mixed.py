@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import DarkConfig
 from ..errors import ConversionError
 from ..features.feature_map import FeatureMap
-from ..hf.interface import Received, attending, receive, softmax_of, stays
+from ..hf.interface import Received, attend_as_before, attending, receive, softmax_of
 from ..hf.layers import Layer, converted_modules
 from ..hf.masks import read_mask
 from ..hf.plan import plan_conversion
@@ -100,7 +100,7 @@ class MixedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         index = self._index.get(id(module))
         if index is None:
-            return stays(module, query, key, value, mask, **kwargs)
+            return attend_as_before(module, query, key, value, mask, **kwargs)
         extra = {name: x for name, x in kwargs.items() if name not in ("scaling", "dropout")}
         received = receive(
             module, query, key, value, mask, kwargs.get("scaling"), extra,

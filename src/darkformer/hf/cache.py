@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -438,7 +438,8 @@ def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLa
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all layers: states of converted layers, keys and values of the others."""
-    total, layers = 0, cast(list[Any], cache.layers)
+    total = 0
+    layers: list[Any] = list(cache.layers)
     for layer in layers:
         if isinstance(layer, DarkCacheLayer):
             total += layer.nbytes
