@@ -47,7 +47,7 @@ def found(model: Any) -> Sensitivity:
 
 def chosen(model: Any, found: Sensitivity, text: str, **options: Any) -> Choice:
     budget = Budget.parse(text, LENGTH)
-    (choice,) = choose_budget(model, BATCHES, [budget], config=FORM, found=found, dtype="float32", **options)
+    (choice,) = choose_budget(model, BATCHES, [budget], config=FORM, measured=found, dtype="float32", **options)
     return choice
 
 
@@ -165,7 +165,7 @@ def test_wider_windows_go_where_they_gain_and_are_paid_for(model: Any, found: Se
 def test_candidates_say_their_size_at_the_length_of_each_budget(model: Any, found: Sensitivity) -> None:
     budgets = [Budget.parse("40%", LENGTH), Budget.parse("40%", LENGTH + 100)]
     choices = choose_budget(
-        model, BATCHES, budgets, config=FORM, found=found, dtype="float32", by_layer=False, count_features=False
+        model, BATCHES, budgets, config=FORM, measured=found, dtype="float32", by_layer=False, count_features=False
     )
     for choice in choices:
         own = [row["size"] for row in choice.tried if row["window"] == choice.config.window]
