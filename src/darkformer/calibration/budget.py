@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import re
@@ -296,14 +297,9 @@ class Chooser:
 
     def filled(self, window: int, size: int, length: int) -> DarkConfig | None:
         """As many exact heads as fit into `size` bytes beside this window; None if not even the windows fit."""
-        if self.bytes_of(self.candidate(window, 0), length) > size:
-            return None
-        low, high = 0, len(self.order)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.bytes_of(self.candidate(window, middle), length) <= size
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return self.candidate(window, low)
+        size_of = lambda heads: self.bytes_of(self.candidate(window, heads), length)  # noqa: E731
+        heads = bisect.bisect_right(range(len(self.order) + 1), size, key=size_of) - 1
+        return None if heads < 0 else self.candidate(window, heads)
 
     def windows_of(self, config: DarkConfig) -> list[list[int]]:
         """The window of each kv head, layer by layer; EXACT for softmax."""

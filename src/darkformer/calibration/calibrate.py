@@ -151,19 +151,17 @@ def _scales(fm: FeatureMap) -> tuple[float, ...]:
     return SCALES if fm.scalable and fm.config.cold_start else SCALES[:1]
 
 
-def _held_back(rows: Tensor) -> Tensor:
-    """(B, Q) booleans, the queries that check the choice: the later rows, or every other stretch of a single one."""
+def _split_queries(rows: Tensor) -> list[Tensor]:
+    """(B, Q) booleans: the queries that decide, and those that check the choice.
+
+    The latter are in the later half of the rows or, if there is only one row, in every other stretch of it.
+    """
     batch, count = rows.shape
     if batch > 1:
-        return (torch.arange(batch, device=rows.device) >= batch // 2)[:, None].expand(batch, count)
-    stretch = max(1, count // 8)
-    return (torch.arange(count, device=rows.device) // stretch % 2 == 1)[None]
-
-
-def _looked_at(rows: Tensor) -> list[Tensor]:
-    """(B, Q) booleans: the queries that decide, and those that check the choice."""
-    held = _held_back(rows)
-    return [~held & rows, held & rows]
+        held_back = (torch.arange(batch, device=rows.device) >= batch // 2)[:, None]
+    else:
+        held_back = (torch.arange(count, device=rows.device) // max(1, count // 8) % 2 == 1)[None]
+    return [~held_back & rows, held_back & rows]
 
 
 def _candidates_at(
@@ -183,7 +181,7 @@ def _candidates_at(
 
 @torch.no_grad()
 def _search_layer(fm: FeatureMap, probe: SpreadProbe, proposals: HeadProposals | None, key_bytes: int) -> HeadChoice:
-    at = _looked_at(probe.rows)
+    at = _split_queries(probe.rows)
     candidates = [candidate for scale in _scales(fm) for candidate in _candidates_at(fm, probe, at, proposals, scale)]
     errors = torch.stack([t.error for t in candidates]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
     allowed = torch.stack([t.allowed for t in candidates]).to(errors.device)

@@ -163,7 +163,7 @@ class Measure:
         holds = [{id(m) for m in block.modules()} for block in blocks]
         block_of = [next(b for b, ids in enumerate(holds) if id(m) in ids) for m in self.mixed.modules]
 
-        def recording(i: int, module: Any, forward: Any) -> Any:
+        def recording(i: int, forward: Any) -> Any:
             def run(*args: Any, **kwargs: Any) -> Any:
                 outputs[i] = forward(*args, **kwargs)
                 return outputs[i]
@@ -171,7 +171,7 @@ class Measure:
             return run
 
         def reusing(layer: int, count: int) -> contextlib.AbstractContextManager[None]:
-            def recorded(i: int, module: Any, forward: Any) -> Any:
+            def recorded(i: int, forward: Any) -> Any:
                 return lambda *args, **kwargs: _expanded(outputs[i], count)
 
             return replaced_forward(blocks[: block_of[layer]], recorded)

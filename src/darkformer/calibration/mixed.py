@@ -8,7 +8,7 @@ change of a loss when the head goes over to the other window, for all heads from
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -177,26 +177,25 @@ def decoder_layers(model: nn.Module, attentions: Sequence[nn.Module]) -> list[An
 
 
 @contextlib.contextmanager
-def replaced_forward(modules: Sequence[Any], wrap: Any) -> Iterator[None]:
-    """Within the block the forward of each module is `wrap(i, module, forward)`, i its place in the sequence."""
-    before = [module.__dict__.get("forward") for module in modules]
+def replaced_forward(modules: Sequence[Any], wrap: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Within the block the forward of each module is `wrap(i, forward)`, with i its place in the sequence."""
+    before = [vars(module).get("forward") for module in modules]
     try:
         for i, module in enumerate(modules):
-            module.__dict__["forward"] = wrap(i, module, module.forward)
+            module.forward = wrap(i, module.forward)
         yield
     finally:
-        for module, previous in zip(modules, before, strict=True):
-            if previous is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = previous
+        for module, forward in zip(modules, before, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 @contextlib.contextmanager
 def checkpointed(mixed: MixedAttention, blocks: Sequence[Any]) -> Iterator[None]:
     """Within the block the decoder layers keep only their inputs, and are computed again in the backward pass."""
 
-    def wrap(_: int, module: Any, forward: Any) -> Any:
+    def wrap(_: int, forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             with attending(mixed):  # the backward pass may run in another thread
                 return forward(*args, **kwargs)
