@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from darkformer.calibration.mixed import EXACT, MixedAttention
-from darkformer.calibration.sensitivity import Sensitivity, WindowChange, sensitivity, window_changes
+from darkformer.calibration.sensitivity import Sensitivity, sensitivity
+from darkformer.calibration.window_changes import WindowChange, window_changes
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
 from darkformer.records import environment, read_json, write_json
 from darkformer.train.data import load_documents, token_blocks

@@ -23,7 +23,7 @@ from .errors import (
     import_problem,
 )
 from .features.feature_map import FeatureMap, feature_map
-from .hf.autoload import install as _install_autoload
+from .hf.patches import install as _install_patches
 from .ops.attention import attention
 from .ops.state import AttentionState
 
@@ -88,7 +88,7 @@ __all__ = [
 ]
 
 
-_install_autoload()
+_install_patches()
 
 
 def __getattr__(name: str) -> Any:

@@ -22,11 +22,12 @@ from darkformer.calibration.budget import (
 )
 from darkformer.calibration.calibrate import keys_of_features
 from darkformer.calibration.probe import SpreadProbe
-from darkformer.calibration.sensitivity import Sensitivity, WindowChange, sensitivity
+from darkformer.calibration.sensitivity import Sensitivity, sensitivity
+from darkformer.calibration.window_changes import WindowChange
 from darkformer.cost import kv_cache_bytes, model_bytes, state_bytes
 from darkformer.evaluation.budget import BudgetTask, calibration
 from darkformer.hf.cache import cache_bytes
-from darkformer.hf.layers import converted_modules
+from darkformer.hf.layers import converted_modules, layer_of
 from darkformer.train.linearize import check_context
 
 CONTEXT, LENGTH = 320, 4000
@@ -46,7 +47,7 @@ def found(model: Any) -> Sensitivity:
 
 def chosen(model: Any, found: Sensitivity, text: str, **options: Any) -> Choice:
     budget = Budget.parse(text, LENGTH)
-    (choice,) = choose_budget(model, BATCHES, [budget], config=FORM, found=found, dtype="float32", **options)
+    (choice,) = choose_budget(model, BATCHES, [budget], config=FORM, measured=found, dtype="float32", **options)
     return choice
 
 
@@ -87,7 +88,7 @@ class TestChoice:
         linear = converted(tiny("llama"), choice.config)
         with torch.no_grad():
             cache = linear(tokens(1, 700), use_cache=True).past_key_values
-        layers = [module.__dict__["dark_layer"] for module in converted_modules(linear)]
+        layers = list(map(layer_of, converted_modules(linear)))
         assert cache_bytes(cache) == model_bytes(linear.config, layers, choice.config, 700)
 
     def test_heads_come_in_their_order(self, model: Any, found: Sensitivity) -> None:
@@ -164,7 +165,7 @@ def test_wider_windows_go_where_they_gain_and_are_paid_for(model: Any, found: Se
 def test_candidates_say_their_size_at_the_length_of_each_budget(model: Any, found: Sensitivity) -> None:
     budgets = [Budget.parse("40%", LENGTH), Budget.parse("40%", LENGTH + 100)]
     choices = choose_budget(
-        model, BATCHES, budgets, config=FORM, found=found, dtype="float32", by_layer=False, count_features=False
+        model, BATCHES, budgets, config=FORM, measured=found, dtype="float32", by_layer=False, count_features=False
     )
     for choice in choices:
         own = [row["size"] for row in choice.tried if row["window"] == choice.config.window]

@@ -14,9 +14,11 @@ from torch import Tensor
 
 import darkformer
 from darkformer import ConfigError, ConversionError, DarkConfig, InputError, RunFolderError
+from darkformer.calibration.measure import Measure
 from darkformer.calibration.mixed import EXACT, MixedAttention
 from darkformer.calibration.rows import IGNORED, Rows, recall_rows, row_losses, text_rows
-from darkformer.calibration.sensitivity import FILE, METHODS, Measure, Sensitivity, sensitivity, window_changes
+from darkformer.calibration.sensitivity import FILE, METHODS, Sensitivity, sensitivity
+from darkformer.calibration.window_changes import window_changes
 from darkformer.hf.interface import attending, receive, softmax_of
 from darkformer.hf.trial import implementation
 
@@ -86,7 +88,7 @@ def test_layers_below_are_skipped_and_that_changes_nothing(monkeypatch: pytest.M
     measure = measure_of(model, text_rows([ids(1)]))
     assert measure.blocks is not None
     with torch.no_grad(), measure.mixed.active():
-        assert measure._skipping(measure.rows["text"])[1]
+        assert measure._reusing_lower_layers(measure.rows["text"]) is not None
     fast = list(measure.ablated(WINDOW, measure.rows["text"]))
     measure.blocks = None
     slow = list(measure.ablated(WINDOW, measure.rows["text"]))

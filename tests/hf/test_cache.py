@@ -319,7 +319,7 @@ class TestFiles:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         header = json.loads(metadata["darkformer_cache"]) | {"layout": 2, "version": "9.0"}
         save_file(tensors, file, metadata=metadata | {"darkformer_cache": json.dumps(header)})
-        with pytest.raises(InputError, match=r"darkformer 9\.0, newer than.*upgrade"):
+        with pytest.raises(ConfigError, match=r"layout 2.*darkformer 9\.0; upgrade"):
             load_cache(file, model)
 
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from darkformer import DarkConfig, attention, convert, dark_layers, feature_map
 from darkformer.errors import ConversionError
 from darkformer.hf.convert import observing
+from darkformer.hf.layers import converted_modules, layer_of
 from darkformer.hf.stream import Stream
 from hf.families import DARK, disturb, left_mask, linear, logits, tiny, tokens
 
@@ -116,7 +117,7 @@ class TestSlots:
             tf.HrmTextConfig(**{**SMALL, "num_key_value_heads": 4, "num_hidden_layers": 3}, head_dim=12)
         ).eval()
         convert(model, DARK)
-        assert any(len(m.__dict__["dark_layer"].slots) > 1 for m in model.modules() if "dark_layer" in m.__dict__)
+        assert any(len(layer_of(m).slots) > 1 for m in converted_modules(model))
         ids = tokens(2, 20)
         assert relative_error(in_steps(model, ids, [8, *[1] * 12]), logits(model, ids)) <= STREAM
 

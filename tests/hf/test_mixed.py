@@ -40,6 +40,7 @@ from darkformer import (
 )
 from darkformer.hf.cache import DarkCacheLayer, cache_bytes
 from darkformer.hf.convert import converted_modules, drop_features
+from darkformer.hf.layers import layer_of
 from darkformer.hf.parts import parts_of
 from darkformer.hf.saved_cache import cache_of
 from hf.families import (
@@ -169,7 +170,7 @@ class TestHeads:
         names = tuple(f"{layer}.{g}" for layer in range(4) for g in range(4))
         every = convert(softmax_model(), replace(DARK, keep_exact=names))
         assert torch.equal(logits(every, IDS, MASK), logits(softmax_model(), IDS, MASK))
-        assert all(module.__dict__["dark_layer"].exact for module in converted_modules(every))
+        assert all(layer_of(module).exact for module in converted_modules(every))
 
     def test_only_heads_with_features_have_tensors(self, model: PreTrainedModel) -> None:
         maps = list(dark_layers(model))
@@ -292,7 +293,7 @@ class TestStreams:
         assert torch.equal(out.sequences, greedy)
         room = LENGTH + NEW - 1
         for layer, cached in enumerate(out.past_key_values.layers[:3]):
-            assert [x.keys.shape for x in cached.kept] == [(2, len(EXACT[layer]), room, 8)]
+            assert [x.keys.shape for x in cached.exact_layers] == [(2, len(EXACT[layer]), room, 8)]
             assert cached.template.keys is None  # room for no other head
 
     def test_an_offloaded_cache(self) -> None:
@@ -307,7 +308,7 @@ class TestStreams:
         model(IDS[:, :15], past_key_values=cache)
         found, wanted = model(IDS[:, 15:], past_key_values=cache).logits, logits(model, IDS)[:, 15:]
         assert STREAM < relative_error(found, wanted) < 0.1
-        assert type(cache.layers[0].kept[0]).__name__ == "Fp8QuantizedLayer"
+        assert type(cache.layers[0].exact_layers[0]).__name__ == "Fp8QuantizedLayer"
         with pytest.raises(
             ConversionError, match=r"crop\(-1\).*Fp8QuantizedLayer, which takes none back\. Use a dynamic"
         ):
@@ -416,7 +417,7 @@ class TestTravel:
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
         loaded = load_cache(file, again)
         assert loaded.get_seq_length() == 15
-        assert [x.kept[0].keys.shape[1] for x in loaded.layers[:3]] == [1, 2, 1]
+        assert [x.exact_layers[0].keys.shape[1] for x in loaded.layers[:3]] == [1, 2, 1]
         assert relative_error(self._rest(again, loaded), self._rest(model, cache)) <= (STREAM if static else 0)
 
     @torch.no_grad()
@@ -466,7 +467,7 @@ class TestTravel:
         ]
         wanted = model(IDS, attention_mask=mask, use_cache=False).logits[:, 15:]
         assert relative_error(torch.cat(parts, dim=1), wanted) <= STREAM
-        assert cache.layers[0].inherited is None and cache.layers[0].kept[0].keys.shape == (2, 2, 24, 8)
+        assert cache.layers[0].inherited is None and cache.layers[0].exact_layers[0].keys.shape == (2, 2, 24, 8)
 
     def test_two_threads(self, model: PreTrainedModel, greedy: Tensor) -> None:
         found: dict[int, Tensor] = {}
@@ -495,7 +496,7 @@ class TestTraining:
             weight = torch.randn_like(output)
             found = torch.autograd.grad((output * weight).sum(), (q, k, v, *offsets))
             pieces = []
-            for part in parts_of(module.__dict__["dark_layer"], module.dark):
+            for part in parts_of(layer_of(module), module.dark):
                 rows, heads = part.query_heads, list(part.heads)
                 if part.feature_map is None:
                     own = (q[:, rows], k[:, heads].repeat_interleave(2, 1), v[:, heads].repeat_interleave(2, 1))
@@ -597,9 +598,7 @@ class TestFiles:
         full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
         for loaded in (light, full):
             assert torch.equal(logits(loaded, IDS, MASK), wanted)
-            assert [m.__dict__["dark_layer"] for m in converted_modules(loaded)] == [
-                m.__dict__["dark_layer"] for m in converted_modules(model)
-            ]
+            assert [layer_of(m) for m in converted_modules(loaded)] == [layer_of(m) for m in converted_modules(model)]
         assert torch.equal(logits(revert(light), IDS, MASK), logits(softmax_model(), IDS, MASK))
 
     def test_files_without_offsets(self, model: PreTrainedModel) -> None:
@@ -709,7 +708,7 @@ class TestOtherModels:
             assert relative_error(streamed(other, IDS, torch.ones_like(IDS), cuts), wanted) <= STREAM
         cache = other(IDS[:, :15], use_cache=True).past_key_values
         calls = 2 if isinstance(other, tf.DiffLlamaForCausalLM) else 1
-        assert [len(layer.kept) for layer in cache.layers] == [calls, calls]
+        assert [len(layer.exact_layers) for layer in cache.layers] == [calls, calls]
         cache.reorder_cache(torch.tensor([1, 1]))
         found = other(IDS[[1, 1], 15:], past_key_values=cache).logits
         assert relative_error(found, wanted[[1, 1], 15:]) <= STREAM

@@ -232,14 +232,14 @@ FINDER = """
 import sys
 import darkformer
 assert not [name for name in sys.modules if name.split(".")[0] in ("transformers", "accelerate", "datasets")]
-ours = [finder for finder in sys.meta_path if type(finder).__module__ == "darkformer.hf.autoload"]
+ours = [finder for finder in sys.meta_path if type(finder).__module__ == "darkformer.hf.patches"]
 assert len(ours) == 1, ours
 import transformers.modeling_utils as target
-ours = [finder for finder in sys.meta_path if type(finder).__module__ == "darkformer.hf.autoload"]
+ours = [finder for finder in sys.meta_path if type(finder).__module__ == "darkformer.hf.patches"]
 assert not ours, ours
 assert target.PreTrainedModel.post_init.by_darkformer
 wrapped = target.PreTrainedModel.post_init
-darkformer.hf.autoload.install()
+darkformer.hf.patches.install()
 assert target.PreTrainedModel.post_init is wrapped, "wrapped twice"
 print("as it should")
 """

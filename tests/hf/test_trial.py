@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from darkformer import ConversionError, DarkConfig, InputError, convert, dark_layers, revert
 from darkformer.hf.convert import converted_modules, plan_conversion
+from darkformer.hf.layers import attachment_of
 from hf.families import DARK, disturb, left_mask, linear, logits, positions, tiny, tokens
 
 EXACT = DarkConfig(method="exact")
@@ -266,7 +267,7 @@ class TestTheModelIsAsBefore:
             convert(model, DarkConfig(keep_exact=(7,)))
         assert dict(vars(model.config)) == names and list(model.state_dict()) == keys
         assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
-        assert not any("dark_previous" in m.__dict__ for m in model.modules())
+        assert not any(attachment_of(m) for m in model.modules())
 
 
 class TestWhereAModelCanRun:

@@ -21,8 +21,8 @@ from darkformer import (
     convert,
     dark_layers,
 )
-from darkformer.calibration.calibrate import SCALES
 from darkformer.calibration.moments import Moments
+from darkformer.calibration.probe import SCALES
 from darkformer.features.log_features import key_log_features, query_log_features
 from darkformer.features.proposals import oprf_covariance, optimal_covariance
 from darkformer.features.transforms import regularise

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, FeatureMap, calibrate, convert, dark_layers
-from darkformer.calibration.calibrate import _looked_at, _output_grams, _search_layer
+from darkformer.calibration.calibrate import _output_grams, _search_layer, _split_queries
 from darkformer.calibration.probe import FarField, Probe, SpreadProbe, spread_queries
 from darkformer.hf.convert import observing
-from darkformer.hf.layers import converted_modules
+from darkformer.hf.layers import converted_modules, layer_of
 from train.capture import captured
 
 WINDOW, SINKS = 16, 4
@@ -142,7 +142,7 @@ class TestOutputProjection:
             with observing(model, observer):
                 model(ids, use_cache=False)
             handle.remove()
-            (x, _), size = received[0], received[0][0].shape[-1] // module.dark_layer.num_kv_heads
+            (x, _), size = received[0], received[0][0].shape[-1] // layer_of(module).num_kv_heads
             for i, g in enumerate(fm.heads):
                 alone = torch.zeros_like(x)
                 alone[..., g * size : (g + 1) * size] = x[..., g * size : (g + 1) * size]
@@ -233,7 +233,7 @@ class TestSwitchingOff:
 
     def test_what_checks_the_choice_did_not_make_it(self) -> None:
         for rows in (torch.ones(4, 30, dtype=torch.bool), torch.ones(1, 64, dtype=torch.bool)):
-            choosing, checking = _looked_at(rows)
+            choosing, checking = _split_queries(rows)
             assert not (choosing & checking).any() and (choosing | checking).all()
             assert int(choosing.sum()) == int(checking.sum())
         (first, *_) = calibrate(_uneven(SMALL), [BATCHES[0][:1]])

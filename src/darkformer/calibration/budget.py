@@ -1,7 +1,8 @@
-"""Which heads keep softmax, and how wide the windows of the others are, for a number of bytes."""
+"""Chooses which heads keep softmax, and how wide the windows of the others are, within a number of bytes."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import re
@@ -10,24 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DarkConfig, native_dtype
+from ..config import DarkConfig
 from ..cost import model_bytes
 from ..errors import ConfigError
 from ..hf.convert import converted_modules, drop_features
-from ..hf.layers import config_of
+from ..hf.layers import config_of, layer_of
 from ..records import read_json, write_json
 from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
+from .measure import frozen, measurement
 from .mixed import EXACT
-from .sensitivity import Sensitivity, WindowChange, frozen, measurement, sensitivity, window_changes
+from .sensitivity import Sensitivity, sensitivity
+from .window_changes import WindowChange, window_changes
 
-#: Windows that a budget chooses from; constant state alone (budget 0) has `CONSTANT_WINDOW`.
+#: Windows that a budget chooses from.
 WINDOWS = (64, 128, 256, 512)
+#: The window of constant state alone (budget 0).
 CONSTANT_WINDOW = 256
-#: What is left of a first-order loss of recall when it is measured: halfway between two windows its slope is too steep
-#: (SmolLM2: about three-fold).
+#: The measured share of a first-order loss of recall: halfway between two windows its slope is too steep (SmolLM2:
+#: about three-fold).
 RECALL_SLOPE = 1 / 3
-#: Length that budgets count bytes at, where the model does not say how many tokens it reads.
+#: The length in tokens at which budgets count bytes, if the model's configuration has no maximum.
 USUAL_LENGTH = 8192
 
 
@@ -57,10 +61,10 @@ class Budget:
         """
         if text.strip() in ("0", "0%"):
             return cls(0.0, None, length)
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kKMG]?i?B)\s*", text)
-        if found is None:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kKMG]?i?B)\s*", text)
+        if match is None:
             raise ConfigError(f"budget={text!r}: give a share of the softmax cache (10%), bytes (64MB), or 0.")
-        number, unit = float(found[1]), found[2]
+        number, unit = float(match[1]), match[2]
         if unit == "%":
             if number > 100:
                 raise ConfigError(f"budget={text!r}: the whole softmax cache is 100%.")
@@ -69,7 +73,7 @@ class Budget:
         return cls(None, int(number * (1024 if "i" in unit else 1000) ** power), length)
 
     def bytes_of(self, softmax: int) -> int:
-        """The budget in bytes, given what softmax keeps."""
+        """The budget in bytes, of a model whose softmax cache has `softmax` bytes."""
         return self.size if self.size is not None else int((self.share or 0.0) * softmax)
 
     def __str__(self) -> str:
@@ -79,15 +83,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a budget buys.
+    """What a budget allows for.
 
     Attributes:
         config: the configuration to convert with.
-        size, softmax: bytes one sequence keeps with it and with softmax, at `length` tokens; features that were not
-            counted (`choose_budget`) come on top where calibration leaves them on.
-        tried: the candidates, one a row: window, heads (exact ones), size, text, recall (losses in nats per token of
-            window and sinks beside the exact heads, no features), score (the share that a token's probability loses
-            against softmax, geometric mean, of text and of recall added up).
+        size, softmax: bytes one sequence of `length` tokens keeps with it and with softmax. Features that were not
+            counted (`choose_budget`) add to `size` where calibration leaves them on.
+        tried: the candidates, one a row: window, heads (exact ones), size; text, recall (losses in nats per token with
+            window and sinks beside the exact heads, no features); score (the share of a token's probability that is
+            lost against softmax, as a geometric mean, of text and of recall added up).
     """
 
     config: DarkConfig
@@ -102,7 +106,7 @@ class Choice:
         return self.size / self.softmax
 
     def __str__(self) -> str:
-        """What is kept, in a line or two."""
+        """One or two lines for the user."""
         config = self.config
         if config.method == "exact":
             return f"softmax everywhere: {self.softmax / 1e6:.1f} MB at {self.length:,} tokens."
@@ -125,18 +129,18 @@ class Choice:
 
 
 def full_context(model: Any) -> int:
-    """The most tokens that the model reads, as its configuration says, in tokens."""
+    """The most tokens that the model can read by its configuration, else `USUAL_LENGTH`."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or USUAL_LENGTH
 
 
 def cache_element_bytes(model: Any, dtype: str) -> int:
-    """Bytes of a number in keys and values: 2 where `dtype` (float32 or bfloat16) is bfloat16, else as the weights."""
+    """Bytes of a number in keys and values: 2 if `dtype` (float32 or bfloat16) is bfloat16, else those of a weight."""
     return 2 if dtype == "bfloat16" else int(next(model.parameters()).element_size())
 
 
 def kept_bytes(model: Any, config: DarkConfig | None, length: int, element_bytes: int) -> int:
-    """Bytes one sequence of `length` tokens keeps in a model, its converted layers by `config`; None: softmax."""
-    layers = [module.__dict__["dark_layer"] for module in converted_modules(model)]
+    """Bytes one sequence of `length` tokens keeps in a converted model, if it had `config`; None: softmax."""
+    layers = list(map(layer_of, converted_modules(model)))
     settings = model.config.get_text_config(decoder=True)
     return model_bytes(settings, layers, config, length, element_bytes=element_bytes)
 
@@ -150,11 +154,11 @@ def calibrate_within(
     model: Any, batches: Iterable[Any], limit: int | None, *, length: int, element_bytes: int,
     progress: Progress | None = None,
 ) -> list[HeadChoice]:  # fmt: skip
-    """`calibrate` for a model that nobody trains: features stay where they beat a wider window of as many bytes.
+    """`calibrate` for a model that will not be trained: features stay where they beat a wider window of as many bytes.
 
     Args:
-        limit: bytes one sequence of `length` tokens may keep; None: whatever the configuration keeps. Beyond it the
-            features go first that gain least, with `drop_features=False` too.
+        limit: bytes one sequence of `length` tokens may keep; None: no limit. Above it features are dropped, those that
+            gain least first, with `drop_features=False` too.
         element_bytes: of a number in keys and values.
 
     Raises:
@@ -171,7 +175,7 @@ def calibrate_within(
         choice, i = measured[at]
         return choice.error_equal_bytes[i] - choice.error[i]
 
-    config, layers = config_of(model), [module.__dict__["dark_layer"] for module in converted_modules(model)]
+    config, layers = config_of(model), list(map(layer_of, converted_modules(model)))
     left = {(x.layer, g) for x in layers for g in config.parts_of(x.layer, x.num_kv_heads).features}
     for at in sorted(left, key=lambda at: (gain(at), at)):
         if converted_bytes(model, length, element_bytes) <= limit:
@@ -184,40 +188,41 @@ def calibrate_within(
 
 
 class Chooser:
-    """Chooses exact heads and windows for budgets; what was measured for one of them serves the others.
+    """Chooses exact heads and windows for budgets; measurements for one budget are reused for the others.
 
     Args:
-        folder: of the `sensitivity`: what is measured of windows is kept there too, so that a chooser that goes on
-            after some of the budgets chooses what it would have chosen.
-        model, batches, found, tokenizer, config, dtype, by_layer, count_features, prompts, seed: see `choose_budget`.
+        folder: of the `sensitivity`. Measurements of windows are kept there too, so that a chooser that continues an
+            interrupted one makes the same choices.
+        model, batches, measured, tokenizer, config, dtype, by_layer, count_features, prompts, seed: as in
+            `choose_budget`.
     """
 
     def __init__(
-        self, model: Any, batches: Iterable[Any], found: Sensitivity, *, tokenizer: Any = None,
+        self, model: Any, batches: Iterable[Any], measured: Sensitivity, *, tokenizer: Any = None,
         config: DarkConfig | None = None, dtype: str = "auto", by_layer: bool = True, count_features: bool = True,
         prompts: int = 4, seed: int = 0, folder: str | Path | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.batches, self.order = model, list(batches), found.order
+        self.model, self.batches, self.order = model, list(batches), measured.order
         self.config, self.by_layer, self.count_features = config or DarkConfig(), by_layer, count_features
-        dtype = native_dtype() if dtype == "auto" else dtype
         self.options: dict[str, Any] = dict(tokenizer=tokenizer, sinks=self.config.sinks, seed=seed, dtype=dtype)
         self.measure = measurement(
             model, self.batches, longest=WINDOWS[0], context=None, prompts=prompts, **self.options
-        )  # fmt: skip
+        )
         self.context = max(rows.ids.shape[1] for rows in self.measure.rows.values())
         self.windows = [w for w in WINDOWS if w + self.config.sinks < self.context // 2] or [WINDOWS[0]]
-        self.layers, self.element_bytes = self.measure.mixed.layers, cache_element_bytes(model, dtype)
+        self.layers, self.element_bytes = self.measure.mixed.layers, cache_element_bytes(model, self.measure.dtype)
         self.settings = model.config.get_text_config(decoder=True)
-        self.exact = found.exact
+        self.exact = measured.exact
         self.folder = None if folder is None else Path(folder)
         self._known: dict[DarkConfig, dict[str, Any]] = {}
-        self._changes: dict[int, tuple[set[str], list[WindowChange]]] = {}  # with the exact heads they were taken at
+        # window → the exact heads at which changes were measured, and the changes
+        self._changes: dict[int, tuple[set[str], list[WindowChange]]] = {}
 
     def choose(self, budget: Budget) -> Choice:
-        """What loses least for a budget.
+        """The configuration within a budget that loses least.
 
         Raises:
-            ConfigError: not even the smallest windows fit in (says the least).
+            ConfigError: not even the smallest windows fit (the message has the least budget).
         """
         length, softmax = budget.length, self.bytes_of(None, budget.length)
         size = budget.bytes_of(softmax)
@@ -245,14 +250,14 @@ class Chooser:
         return Choice(best, self.bytes_of(best, length), softmax, length, tuple(tried))
 
     def _climbed(self, possible: Sequence[DarkConfig], length: int) -> tuple[DarkConfig, list[dict[str, Any]]]:
-        """The best of candidates with ascending windows, by steps from the middle, and the rows of those measured."""
+        """The best of candidates with ascending windows by hill climbing, and the rows of those that were measured."""
         at = min(range(len(possible)), key=lambda i: abs(possible[i].window - CONSTANT_WINDOW))
         score = lambda i: self.row(possible[i], length)["score"]  # noqa: E731
         seen = {at}
         while True:
-            near = [i for i in (at - 1, at + 1) if 0 <= i < len(possible)]
-            seen |= set(near)
-            best = min([at, *near], key=score)
+            neighbours = [i for i in (at - 1, at + 1) if 0 <= i < len(possible)]
+            seen |= set(neighbours)
+            best = min([at, *neighbours], key=score)
             if best == at:
                 return possible[at], [self.row(possible[i], length) for i in sorted(seen)]
             at = best
@@ -260,8 +265,8 @@ class Chooser:
     def _changes_at(self, config: DarkConfig) -> list[WindowChange]:
         """First-order losses of half and twice the window for the heads that are not exact.
 
-        Kept by window, as a few exact heads change them little; measured anew where a head was exact then and is not
-        now, because nothing is known of it.
+        They are cached by window, as a few exact heads change them little, and measured again if a head that was exact
+        then is not exact now.
         """
         window, exact = config.window, set(map(str, config.keep_exact))
         file = None if self.folder is None else self.folder / f"windows-{window}.json"
@@ -280,7 +285,7 @@ class Chooser:
         return [change for change in self._changes[window][1] if f"{change.layer}.{change.head}" not in exact]
 
     def bytes_of(self, config: DarkConfig | None, length: int) -> int:
-        """Bytes one sequence of `length` tokens keeps, by a configuration or by softmax (None)."""
+        """Bytes one sequence of `length` tokens keeps with a configuration, or with softmax (None)."""
         if config is not None and not self.count_features and config.method != "exact":
             config = dataclasses.replace(config, method="local")
         return model_bytes(self.settings, self.layers, config, length, element_bytes=self.element_bytes)
@@ -291,15 +296,10 @@ class Chooser:
         return dataclasses.replace(self.config, window=window, keep_exact=names)
 
     def filled(self, window: int, size: int, length: int) -> DarkConfig | None:
-        """As many exact heads as `size` bytes allow beside this window; None if not even the windows fit."""
-        if self.bytes_of(self.candidate(window, 0), length) > size:
-            return None
-        low, high = 0, len(self.order)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.bytes_of(self.candidate(window, middle), length) <= size
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return self.candidate(window, low)
+        """As many exact heads as fit into `size` bytes beside this window; None if not even the windows fit."""
+        size_of = lambda heads: self.bytes_of(self.candidate(window, heads), length)  # noqa: E731
+        heads = bisect.bisect_right(range(len(self.order) + 1), size, key=size_of) - 1
+        return None if heads < 0 else self.candidate(window, heads)
 
     def windows_of(self, config: DarkConfig) -> list[list[int]]:
         """The window of each kv head, layer by layer; EXACT for softmax."""
@@ -329,25 +329,25 @@ class Chooser:
         wider = sorted(open_layers, key=lambda x: values.get((x, 2 * window), 0.0) / heads[x])
         narrower = sorted(open_layers, key=lambda x: values.get((x, window // 2), 0.0) / heads[x])
         windows: dict[int, int] = {}
-        # Keys that no wider window uses: what the budget has left, and later what narrowed windows have saved.
+        # Keys that are free for wider windows: what the budget has left, and what narrowed windows have saved.
         saved = spare // (2 * self.element_bytes * max(layer.head_dim for layer in self.layers))
         for layer in wider:
-            gain, cost, given = -values.get((layer, 2 * window), 0.0), 0.0, list[int]()
+            gain, cost, narrowed = -values.get((layer, 2 * window), 0.0), 0.0, list[int]()
             for other in narrower:
-                if saved + sum(heads[x] for x in given) * window // 2 >= heads[layer] * window:
+                if saved + sum(heads[x] for x in narrowed) * window // 2 >= heads[layer] * window:
                     break
                 if other != layer and other not in windows:
-                    given.append(other)
+                    narrowed.append(other)
                     cost += values.get((other, window // 2), 0.0)
-            paid = saved + sum(heads[x] for x in given) * window // 2 - heads[layer] * window
+            paid = saved + sum(heads[x] for x in narrowed) * window // 2 - heads[layer] * window
             if layer in windows or paid < 0 or gain <= max(cost, 0.0):
                 continue
-            windows |= {layer: 2 * window, **dict.fromkeys(given, window // 2)}
+            windows |= {layer: 2 * window, **dict.fromkeys(narrowed, window // 2)}
             saved = paid
         return dataclasses.replace(config, layer_windows=tuple(windows.items()))
 
     def row(self, config: DarkConfig, length: int) -> dict[str, Any]:
-        """A candidate with what it loses."""
+        """A candidate as a row of `Choice.tried`."""
         if config not in self._known:
             losses = self.measure.losses(self.windows_of(config))
             score = sum(1 - math.exp(self.exact[name] - losses[name]) for name in losses)
@@ -355,7 +355,7 @@ class Chooser:
                 "window": config.window, "heads": len(config.keep_exact), "layer_windows": len(config.layer_windows),
                 **losses, "score": score,
             }  # fmt: skip
-        return self._known[config] | {"size": self.bytes_of(config, length)}  # the length may differ by budget
+        return self._known[config] | {"size": self.bytes_of(config, length)}  # budgets differ in length
 
 
 def choose_budget(
@@ -365,7 +365,7 @@ def choose_budget(
     *,
     tokenizer: Any = None,
     config: DarkConfig | None = None,
-    found: Sensitivity | None = None,
+    measured: Sensitivity | None = None,
     dtype: str = "auto",
     by_layer: bool = True,
     count_features: bool = True,
@@ -376,9 +376,9 @@ def choose_budget(
 ) -> list[Choice]:
     """Exact heads and windows that lose least for each budget.
 
-    Heads come in the order of their sensitivity; for each window the budget pays for as many as fit, and what such a
-    model loses (window and sinks elsewhere) is measured on the text and on numbers to be recalled. The candidate that
-    loses least is taken.
+    Heads are taken in the order of their sensitivity. For each window as many of them stay exact as the budget allows,
+    and the losses of such a model (window and sinks elsewhere) are measured on the text and on numbers to be recalled.
+    The candidate that loses least is chosen.
 
     Args:
         model: the softmax model, not converted; it stays as it is.
@@ -386,30 +386,30 @@ def choose_budget(
         budgets: see `Budget.parse`. A share of 0 is constant state: no exact head.
         tokenizer: the model's own, for recall.
         config: everything but heads and windows; the default's features count against the budget.
-        found: an earlier `sensitivity`; measured without.
+        measured: the result of an earlier `sensitivity`; by default it is measured here.
         dtype: as for `sensitivity`; keys and values are counted at 2 bytes a number where it is bfloat16, else at those
             of the model's weights.
-        count_features: features count against the budget. False: heads and windows take all of it, and features only
-            what is left, where they beat a wider window: see `calibrate_within`.
-        by_layer: windows may differ by layer: twice the width where that gains most, half where it costs least; taken
-            if that loses less when measured.
+        count_features: features count against the budget. False: heads and windows use all of it, and features stay
+            only where they beat a wider window, within what is left: see `calibrate_within`.
+        by_layer: windows may differ by layer: twice as wide where that gains most, half where it costs least, if that
+            loses less when measured.
         prompts, folder, seed, progress: as for `sensitivity`.
 
     Returns:
         One `Choice` a budget, in their order.
 
     Raises:
-        ConfigError: a budget that not even the smallest windows fit in (says the least).
+        ConfigError: a budget that not even the smallest windows fit (the message has the least budget).
         ConversionError, InputError: as `sensitivity`.
     """
     config, batches = config or DarkConfig(), list(batches)
-    if found is None:
-        found = sensitivity(
+    if measured is None:
+        measured = sensitivity(
             model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, prompts=prompts, folder=folder,
             seed=seed, progress=progress,
         )  # fmt: skip
     chooser = Chooser(
-        model, batches, found, tokenizer=tokenizer, config=config, dtype=dtype, by_layer=by_layer,
+        model, batches, measured, tokenizer=tokenizer, config=config, dtype=dtype, by_layer=by_layer,
         count_features=count_features, prompts=prompts, seed=seed,
     )  # fmt: skip
     choices = []

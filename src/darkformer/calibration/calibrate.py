@@ -1,6 +1,6 @@
 """Closed-form calibration of a converted model: centres, balance, proposal, and the starting scale of each head.
 
-Statistics come from one pass of the *softmax* model; queries and keys are never stored, only their moments.
+Statistics are taken in one pass of the *softmax* model; only moments of queries and keys are stored.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConversionError, InputError
 from ..features.feature_map import FeatureMap
 from ..hf.convert import converted_modules, dark_layers, drop_features, observing
+from ..hf.layers import layer_of
 from ..reporting import Progress
 from .moments import HeadProposals, Moments, set_transforms
-from .probe import SpreadProbe, real_tokens
+from .probe import SCALES, SpreadProbe, real_tokens
 from .rows import inputs_of
 
-#: Scales of the starting geometry that the line search tries: a colder kernel is biased but far less noisy.
-SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
-#: Queries of a sequence the line search looks at, spread over its context; each is compared over all its keys.
+#: Queries of a sequence that the line search uses, spread over its context; each is compared over all its keys.
 SEARCH_QUERIES = 128
-#: Added to the bias of least error where there is a window: what the error prefers is too much of the features for the
+#: Added to the bias of least error where there is a window: least error gives the features too much weight for the
 #: loss, and for texts of another kind.
 CAUTION = -1.0
-#: Share of the squared output error that features must save on tokens held back, or the head goes without them …
+#: Features are dropped unless they save this share of the squared output error on tokens held back …
 MARGIN = 0.02
-#: … as it does where they save less than this share of the squared output.
+#: … and this share of the squared output.
 NEGLIGIBLE = 1e-3
-#: Where features must beat a wider window of as many bytes, their error is at most this share of the window's: the loss
-#: follows errors from afar, and at window 256 features that save less did not lower it.
+#: Where features must beat a wider window of as many bytes, their error is at most this share of the window's. The loss
+#: follows such errors loosely: at window 256 features that saved less did not lower it.
 BYTES_MARGIN = 0.8
 #: Tokens of the pass that finds the output projections.
 _TRIAL_TOKENS = 8
@@ -45,15 +44,15 @@ _TRIAL_TOKENS = 8
 class HeadChoice:
     """What the line search chose for one layer, per kv head, and the relative output errors it measured.
 
-    Errors are those of what the head adds to the residual stream (after the output projection, where one was found), on
-    tokens that the choice did not see.
+    Errors are those of what the head adds to the residual stream (after the output projection, if that was identified),
+    on tokens that took no part in the choice.
     """
 
     layer: int
     heads: list[int]  # numbers of the kv heads in the layer
     scale: list[float]
     far_bias: list[float]
-    features: list[bool]  # whether they pay; where not, `drop_features` switched them off
+    features: list[bool]  # whether they lower the error enough; where not, `drop_features` switched them off
     error: list[float]  # with features, at the choice
     error_unscaled: list[float]  # the same at scale 1 without bias (isotropic if the proposal does not exist there)
     error_exact_part: list[float]  # the same without any features
@@ -62,9 +61,9 @@ class HeadChoice:
 
 def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     device = next(model.parameters()).device
-    # Nobody reads the logits, which are the largest tensor of the pass.
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(**{name: x.to(device) for name, x in inputs.items()}, **few, use_cache=False)
+    # The logits, the largest tensor of the pass, are not needed.
+    fewest = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    model(**{name: x.to(device) for name, x in inputs.items()}, **fewest, use_cache=False)
 
 
 def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Moments]:
@@ -84,7 +83,7 @@ def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Momen
 
 
 def _linear_weight(module: nn.Module, inputs: int) -> Tensor | None:
-    """(out, inputs) weight of a plain linear layer, or None: quantized, offloaded, sharded, or something else."""
+    """The weight (out, inputs) of a linear layer; None if it is quantized, offloaded, sharded, or no such layer."""
     if not isinstance(module, nn.Linear | Conv1D):
         return None
     weight = module.weight.detach()
@@ -96,20 +95,20 @@ def _linear_weight(module: nn.Module, inputs: int) -> Tensor | None:
 def _output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
     """WᵀW (G, R·d_v, R·d_v) of the output projections' columns of each kv head, by the feature map's id.
 
-    The output projection of a layer is the linear module inside it that is called with exactly what attention gave.
+    The output projection of a layer is the linear module inside it whose input is exactly the attention's output.
     Where there is none (gated attention), or its weight cannot be read, the layer is absent.
     """
-    shown: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     grams: dict[int, Tensor] = {}
 
     def observer(fm: FeatureMap, *captured: Any) -> None:
-        shown[id(fm)] = captured[-1].transpose(1, 2)  # (B, L, H, d_v)
+        outputs[id(fm)] = captured[-1].transpose(1, 2)  # (B, L, H, d_v)
 
-    def watching(attention: Any) -> Any:
-        fm, layer = attention.dark, attention.__dict__["dark_layer"]
+    def hook_for(attention: Any) -> Any:
+        fm, layer = attention.dark, layer_of(attention)
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            output = shown.get(id(fm))
+            output = outputs.get(id(fm))
             if output is None or not args or not isinstance(args[0], Tensor):
                 return
             x, width = args[0], layer.num_heads * output.shape[-1]
@@ -129,7 +128,7 @@ def _output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
         for attention in converted_modules(model):
             for module in attention.modules():
                 if isinstance(module, nn.Linear | Conv1D):
-                    handles.append(module.register_forward_pre_hook(watching(attention)))
+                    handles.append(module.register_forward_pre_hook(hook_for(attention)))
         with observing(model, observer):
             _forward(model, {"input_ids": inputs_of(batch)["input_ids"][:1, :_TRIAL_TOKENS]})
     finally:
@@ -138,38 +137,36 @@ def _output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
     return grams
 
 
-class _Try(NamedTuple):
-    """One candidate of the line search; all per kv head."""
+class _Candidate(NamedTuple):
+    """A scale and bias of the line search; all tensors per kv head."""
 
     scale: float
     bias: Tensor
-    error: Tensor  # on the tokens that choose
-    held_back: Tensor  # on the others
-    allowed: Tensor
+    error: Tensor  # on the tokens that decide
+    error_held_back: Tensor  # on the others
+    allowed: Tensor  # booleans: whether the proposal exists at this scale
 
 
 def _scales(fm: FeatureMap) -> tuple[float, ...]:
     return SCALES if fm.scalable and fm.config.cold_start else SCALES[:1]
 
 
-def _held_back(rows: Tensor) -> Tensor:
-    """(B, Q) which queries check the choice: the later half of the rows, or of a single row every other stretch."""
+def _split_queries(rows: Tensor) -> list[Tensor]:
+    """(B, Q) booleans: the queries that decide, and those that check the choice.
+
+    The latter are in the later half of the rows or, if there is only one row, in every other stretch of it.
+    """
     batch, count = rows.shape
     if batch > 1:
-        return (torch.arange(batch, device=rows.device) >= batch // 2)[:, None].expand(batch, count)
-    stretch = max(1, count // 8)
-    return (torch.arange(count, device=rows.device) // stretch % 2 == 1)[None]
+        held_back = (torch.arange(batch, device=rows.device) >= batch // 2)[:, None]
+    else:
+        held_back = (torch.arange(count, device=rows.device) // max(1, count // 8) % 2 == 1)[None]
+    return [~held_back & rows, held_back & rows]
 
 
-def _looked_at(rows: Tensor) -> list[Tensor]:
-    """(B, Q) queries that choose, and those that check the choice."""
-    held = _held_back(rows)
-    return [~held & rows, held & rows]
-
-
-def _try_scale(
+def _candidates_at(
     fm: FeatureMap, probe: SpreadProbe, at: list[Tensor], proposals: HeadProposals | None, scale: float
-) -> list[_Try]:
+) -> list[_Candidate]:
     """Every bias at one scale of the maps, with the proposal that belongs to this scale."""
     allowed = torch.ones(fm.num_kv_heads, dtype=torch.bool)
     if proposals is not None:
@@ -179,22 +176,20 @@ def _try_scale(
     far = probe.features(fm.parameters_for(torch.float32)._replace(far_bias=None).scaled(scale))
     biases = probe.biases(far) if fm.far_bias is not None else [far.normaliser.new_zeros(fm.num_kv_heads)]
     errors = [probe.errors(far, bias, at) for bias in biases]
-    return [_Try(scale, bias, e[0], e[1], allowed) for bias, e in zip(biases, errors, strict=True)]
+    return [_Candidate(scale, bias, e[0], e[1], allowed) for bias, e in zip(biases, errors, strict=True)]
 
 
 @torch.no_grad()
-def _search_layer(
-    fm: FeatureMap, probe: SpreadProbe, proposals: HeadProposals | None, key_bytes: int
-) -> HeadChoice:  # fmt: skip
-    at = _looked_at(probe.rows)
-    tried = [candidate for scale in _scales(fm) for candidate in _try_scale(fm, probe, at, proposals, scale)]
-    errors = torch.stack([t.error for t in tried]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
-    allowed = torch.stack([t.allowed for t in tried]).to(errors.device)
+def _search_layer(fm: FeatureMap, probe: SpreadProbe, proposals: HeadProposals | None, key_bytes: int) -> HeadChoice:
+    at = _split_queries(probe.rows)
+    candidates = [candidate for scale in _scales(fm) for candidate in _candidates_at(fm, probe, at, proposals, scale)]
+    errors = torch.stack([t.error for t in candidates]).nan_to_num(nan=torch.inf)  # argmin would prefer NaN
+    allowed = torch.stack([t.allowed for t in candidates]).to(errors.device)
     best, groups = errors.masked_fill(~allowed, torch.inf).argmin(0), torch.arange(fm.num_kv_heads)
     # If every error is infinite argmin takes the first, which may not be allowed.
     best = torch.where(allowed[best, groups], best, allowed.int().argmax(0))
-    chosen = torch.tensor([tried[i].scale for i in best])
-    bias = torch.stack([t.bias for t in tried])[best, groups]
+    chosen = torch.tensor([candidates[i].scale for i in best])
+    bias = torch.stack([t.bias for t in candidates])[best, groups]
     fm.scale_(chosen)
     if proposals is not None:
         proposals.set_(chosen)
@@ -204,9 +199,9 @@ def _search_layer(
     far = probe.features(fm.parameters_for(torch.float32)._replace(far_bias=None))
     check, without = probe.errors(far, bias, at[1:])[0].nan_to_num(nan=torch.inf), probe.errors_exact_part(at[1:])[0]
     pays = without - check > (MARGIN * without).clamp_min(NEGLIGIBLE)
-    pays |= ~(without > 0)  # a text within the window says nothing about what lies beyond
+    pays |= ~(without > 0)  # the window covers the whole text, which is no reason to drop the features
     wider = probe.errors_of_window(fm.config.window + keys_of_features(fm, key_bytes), at[1:])[0]
-    columns = (check.sqrt(), tried[0].held_back.sqrt(), without.sqrt(), wider.sqrt())
+    columns = (check.sqrt(), candidates[0].error_held_back.sqrt(), without.sqrt(), wider.sqrt())
     return HeadChoice(
         fm.layer, list(fm.heads), chosen.tolist(), bias.tolist(), pays.tolist(), *(x.tolist() for x in columns)
     )
@@ -231,14 +226,14 @@ def _set_closed_forms(
 
 
 def keys_of_features(fm: FeatureMap, key_bytes: int) -> int:
-    """How many keys take as many bytes as a head's features; `key_bytes`: of one key and its value."""
+    """The number of keys that take as many bytes as a head's features, at `key_bytes` for a key and its value."""
     return math.ceil(4 * fm.config.feature_count * (fm.head_dim + 2) / key_bytes)
 
 
 def _line_search(
     model: nn.Module, layers: list[FeatureMap], batch: Any, proposals: dict[int, HeadProposals], element_bytes: int
 ) -> list[HeadChoice]:
-    """Scale and bias of the layers that have one to choose, measured on `batch`."""
+    """Chooses scale and bias of the layers that have any, by errors measured on `batch`."""
     choices: list[HeadChoice] = []
     searched = {id(fm) for fm in layers if fm.far_bias is not None or (fm.config.cold_start and fm.scalable)}
 
@@ -257,7 +252,7 @@ def _line_search(
 
 
 def _drop(model: nn.Module, layers: list[FeatureMap], choices: list[HeadChoice], equal_bytes: bool) -> None:
-    """Switches features off where they do not pay, in layers that have an exact part to fall back on."""
+    """Switches features off where they do not lower the error enough, in layers that have a window."""
     if equal_bytes:
         for choice in choices:
             better = [a < BYTES_MARGIN * b for a, b in zip(choice.error, choice.error_equal_bytes, strict=True)]
@@ -279,36 +274,35 @@ def calibrate(
 ) -> list[HeadChoice]:  # fmt: skip
     """Sets centres, balance, proposal, scale and bias of every layer from the softmax model's own queries and keys.
 
-    One pass over `batches`. All but the last give the moments, from which centres and balance follow in closed form;
-    on the last, held back, a line search over `SCALES` picks each head's scale by the measured error (bias² + variance)
-    of what the head adds to the residual stream, and with it the bias of the features against the exact part: the best
-    of a few offsets around the median log-ratio of far masses, plus `CAUTION` where there is a window. Errors are
-    measured at `SEARCH_QUERIES` positions a row, spread over its whole context, each over all its keys: give batches as
-    long as the context the model will be used at.
-    The proposal follows the scale: its moments are those of the scaled inputs. With `cold_start` M starts at
-    scale × identity: an earlier calibration or training of M is forgotten.
+    Makes one pass over `batches`. All but the last give the moments, from which centres and balance follow in closed
+    form. On the last, which is held back, a line search over `SCALES` chooses each head's scale by the measured error
+    (bias² + variance) of what the head adds to the residual stream, together with the bias of the features against the
+    exact part: the best of a few offsets around the median log-ratio of far masses, plus `CAUTION` where there is a
+    window. Errors are measured at `SEARCH_QUERIES` positions a row, spread over its whole context, each over all its
+    keys, so batches should be as long as the context the model will be used at. The proposal follows the scale, from
+    the moments of the scaled inputs. With `cold_start` M starts at scale × identity, and an earlier calibration or
+    training of M is lost.
 
     Half of the last batch (the later rows; of a single row, every other stretch) takes no part in the choice. Where
-    features do not lower the error there by `MARGIN`, or by next to nothing (`NEGLIGIBLE`), the head is better off with
-    window and sinks alone: with `drop_features` its features are switched off, for good, and cost neither time nor
-    bytes. Such layers have new feature maps then, so an optimizer is made after calibration.
+    features do not lower the error there by `MARGIN`, or lower it by next to nothing (`NEGLIGIBLE`), the head is better
+    off with window and sinks alone. With `drop_features` its features are then switched off for good, and cost neither
+    time nor bytes. Such layers get new feature maps, so create the optimizer after calibration.
 
-    What the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`, `drop_features`) is left alone;
-    `DarkConfig.paper()` turns everything off, so there this does nothing.
+    Whatever the configuration turns off (`center`, `balance`, `cold_start`, `far_bias`, `drop_features`) is left alone.
+    `DarkConfig.paper()` turns everything off, so this does nothing there.
 
     Args:
         batches: input_ids (B, L), or dicts with input_ids and attention_mask. A single batch serves both purposes.
-        equal_bytes: features must also beat what their bytes buy otherwise, a wider window; for budgets that nothing is
-            trained for.
-        element_bytes: of a number in the keys and values of that window; those of the model's weights without.
+        equal_bytes: features must also beat a window that is wider by as many bytes; for budgets without training.
+        element_bytes: of a number in the keys and values of that window; by default those of the model's weights.
         progress: called with (batches done, batches in all).
 
     Returns:
-        One `HeadChoice` per layer (empty if there was nothing to choose).
+        One `HeadChoice` per layer whose scale or bias was chosen.
 
     Raises:
-        ConversionError: the model is not converted. InputError: too few tokens, or a batch that is none.
-        ConfigError: `theorem32` has no proposal for a head at any scale that may be chosen (names layer and head).
+        ConversionError: the model is not converted. InputError: too few tokens, or something that is no batch.
+        ConfigError: `theorem32` has no proposal for a head at any of the scales (the message has layer and head).
     """
     layers = list(dark_layers(model))
     if not layers:

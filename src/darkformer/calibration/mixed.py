@@ -1,15 +1,15 @@
-"""A softmax model some of whose heads see the window and the sinks only, without converting it.
+"""Gives kv heads of a softmax model windows of their own, without converting it.
 
-Every kv head has a window: 0 stands for softmax over everything, W > 0 for the last W keys and the first `sinks`. A
-gate between two of them makes the choice differentiable: output = o + gate·(o_other − o). Its derivative is the
-first-order change of a loss when the head goes over to the other window, for all heads from one backward pass.
+Every kv head has a window: 0 for softmax over everything, W > 0 for the last W keys and the first `sinks`. A gate
+between two windows makes the choice differentiable: output = o + gate·(o_other − o). Its derivative is the first-order
+change of a loss when the head goes over to the other window, for all heads from one backward pass.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import DarkConfig
 from ..errors import ConversionError
 from ..features.feature_map import FeatureMap
-from ..hf.interface import Received, attending, receive, softmax_of, stays
+from ..hf.interface import Received, attend_as_before, attending, receive, softmax_of
 from ..hf.layers import Layer, converted_modules
 from ..hf.masks import read_mask
 from ..hf.plan import plan_conversion
@@ -32,12 +32,12 @@ EXACT = 0
 
 @dataclass
 class LayerState:
-    """What one layer computes.
+    """The windows and gates of one layer.
 
     Attributes:
         windows: of each kv head (G); EXACT for softmax.
         others: window → kv heads that have a gate to it.
-        gates: window → the gates of those heads, (heads,) or (B, heads); booleans choose, numbers interpolate.
+        gates: window → the gates of those heads, (heads,) or (B, heads): booleans, or numbers to interpolate.
     """
 
     windows: list[int]
@@ -46,7 +46,7 @@ class LayerState:
 
 
 def _kv_heads(x: Tensor, heads: list[int], groups: int) -> Tensor:
-    """The part of x (B, H or G, L, d) that belongs to some of the kv heads; x itself where that is all of them."""
+    """x (B, H or G, L, d) of some kv heads; x itself if these are all."""
     if len(heads) == groups:
         return x
     return x.unflatten(1, (groups, -1))[:, heads].flatten(1, 2)
@@ -56,8 +56,8 @@ class MixedAttention:
     """The attention of a softmax model's full layers with a window per kv head.
 
     Attributes:
-        layers: what is known of each layer that would be converted, first layer first.
-        states: what each of them computes; everything exact at first.
+        layers: those that would be converted, first layer first.
+        states: windows and gates of each layer; at first everything is exact.
 
     Raises:
         ConversionError: the model is converted already, has no layer of this kind, or is an encoder.
@@ -84,14 +84,14 @@ class MixedAttention:
         return [(i, g) for i, layer in enumerate(self.layers) for g in range(layer.num_kv_heads)]
 
     def reset(self, windows: Sequence[Sequence[int]] | None = None) -> None:
-        """No gates, and the windows given (layers × kv heads); everything exact without."""
+        """Removes all gates and sets the windows (layers × kv heads), by default to exact."""
         if windows is None:
             windows = [[EXACT] * layer.num_kv_heads for layer in self.layers]
         self.states = [LayerState(list(row)) for row in windows]
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Within the block, and in this thread alone, the model computes what `states` say."""
+        """Within the block, and in this thread alone, the model attends by `states`."""
         with implementation(self.model), attending(self):
             yield
 
@@ -100,7 +100,7 @@ class MixedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         index = self._index.get(id(module))
         if index is None:
-            return stays(module, query, key, value, mask, **kwargs)
+            return attend_as_before(module, query, key, value, mask, **kwargs)
         extra = {name: x for name, x in kwargs.items() if name not in ("scaling", "dropout")}
         received = receive(
             module, query, key, value, mask, kwargs.get("scaling"), extra,
@@ -116,14 +116,9 @@ class MixedAttention:
     def _attend(self, window: int, heads: list[int], received: Received, masks: tuple[Any, Any]) -> Tensor:
         """The output of some kv heads under one window: (B, heads, R, L, d_v)."""
         groups = received.key.shape[1]
-        query, key, value = (
-            _kv_heads(x, heads, groups) for x in (received.query, received.key, received.value)
-        )  # fmt: skip
+        query, key, value = (_kv_heads(x, heads, groups) for x in (received.query, received.key, received.value))
         if window == EXACT:
-            part = Received(
-                query, key, value, received.mask, received.kwargs, received.scaling, received.softcap, True
-            )  # fmt: skip
-            output = softmax_of(part)[0]
+            output = softmax_of(replace(received, query=query, key=key, value=value))[0]
         else:
             sizes = (window, query.shape[1], key.shape[1], query.shape[3])
             if sizes not in self._maps:
@@ -150,12 +145,10 @@ class MixedAttention:
             return next(iter(outputs.values()))[1].flatten(1, 2)
         parts = []
         for g, window in enumerate(state.windows):
-            heads, all_of_it = outputs[window]
-            output = mixed = all_of_it[:, heads.index(g)]  # (B, R, L, d_v)
+            output = mixed = _output_of(outputs[window], g)
             for other, gated in state.others.items():
                 if g in gated:
-                    heads, all_of_it = outputs[other]
-                    there = all_of_it[:, heads.index(g)]
+                    there = _output_of(outputs[other], g)
                     gate = state.gates[other][..., gated.index(g)].reshape(-1, 1, 1, 1)
                     if gate.dtype == torch.bool:
                         mixed = torch.where(gate, there, mixed)
@@ -165,8 +158,14 @@ class MixedAttention:
         return torch.stack(parts, dim=1).flatten(1, 2)
 
 
+def _output_of(computed: tuple[list[int], Tensor], head: int) -> Tensor:
+    """(B, R, L, d_v) of one kv head, from the heads that were computed and their outputs."""
+    heads, outputs = computed
+    return outputs[:, heads.index(head)]
+
+
 def decoder_layers(model: nn.Module, attentions: Sequence[nn.Module]) -> list[Any] | None:
-    """The blocks that hold the attention modules, one each, in order: the ModuleList that has them all, if any."""
+    """The blocks of the ModuleList that holds all attention modules, one a block at most; None if there is none."""
     wanted = {id(module) for module in attentions}
     for candidate in model.modules():
         if not isinstance(candidate, nn.ModuleList):
@@ -178,28 +177,27 @@ def decoder_layers(model: nn.Module, attentions: Sequence[nn.Module]) -> list[An
 
 
 @contextlib.contextmanager
-def replaced_forward(modules: Sequence[Any], wrap: Any) -> Iterator[None]:
-    """Within the block the forward of each module is `wrap(i, module, forward)`, i its place in the sequence."""
-    before = [module.__dict__.get("forward") for module in modules]
+def replaced_forward(modules: Sequence[Any], wrap: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Within the block the forward of each module is `wrap(i, forward)`, with i its place in the sequence."""
+    before = [vars(module).get("forward") for module in modules]
     try:
         for i, module in enumerate(modules):
-            module.__dict__["forward"] = wrap(i, module, module.forward)
+            module.forward = wrap(i, module.forward)
         yield
     finally:
-        for module, previous in zip(modules, before, strict=True):
-            if previous is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = previous
+        for module, forward in zip(modules, before, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 @contextlib.contextmanager
 def checkpointed(mixed: MixedAttention, blocks: Sequence[Any]) -> Iterator[None]:
-    """Within the block the decoder layers keep their inputs only and compute again in the backward pass."""
+    """Within the block the decoder layers keep only their inputs, and are computed again in the backward pass."""
 
-    def wrap(_: int, module: Any, forward: Any) -> Any:
+    def wrap(_: int, forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with attending(mixed):  # the backward pass may run in a thread that knows nothing of ours
+            with attending(mixed):  # the backward pass may run in another thread
                 return forward(*args, **kwargs)
 
         return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)

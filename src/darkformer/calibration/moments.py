@@ -12,7 +12,7 @@ from ..features.transforms import balance
 
 
 def tokens_needed(dim: int) -> int:
-    """Tokens below which a covariance of this dimension says nothing."""
+    """The fewest tokens from which a covariance of this dimension is taken."""
     return 2 * dim
 
 
@@ -25,16 +25,16 @@ class Moments:
         self.square = {side: torch.zeros(groups, dim, dim, dtype=torch.float64) for side in self.count}
 
     def add(self, side: str, x: Tensor, keep: Tensor) -> None:
-        """x (B, G, …, L, d) of which the tokens keep (B, L) count."""
+        """Adds x (B, G, …, L, d) at the tokens keep (B, L)."""
         rows = head_rows(x, keep).double().cpu()
         self.count[side] += rows.shape[1]
         self.total[side] += rows.sum(1)
         self.square[side] += rows.mT @ rows
 
     def add_layer(self, query: Tensor, key: Tensor, scaling: float, real: Tensor, sinks: int) -> None:
-        """One call's queries (B, H, L, d) and keys (B, G, L, d) at the real tokens (B, L), each times √scaling.
+        """Adds one call's queries (B, H, L, d) and keys (B, G, L, d), times √scaling, at the real tokens (B, L).
 
-        The first `sinks` keys of a row are left out: they stay exact, and they are the outliers.
+        The first `sinks` keys of a row are left out: they stay exact, and they are outliers.
         """
         self.add("query", query.unflatten(1, (key.shape[1], -1)) * scaling**0.5, real)
         self.add("key", key * scaling**0.5, real & (real.cumsum(1) > sinks))
@@ -50,7 +50,7 @@ class Moments:
         return second - mean[:, :, None] * mean[:, None, :] if centered else second
 
     def check(self, purpose: str) -> None:
-        """Raises InputError if there are fewer tokens than twice the dimension: a covariance of them says nothing."""
+        """Raises InputError if there are fewer tokens than a covariance needs."""
         dim = self.total["key"].shape[1]
         needed = tokens_needed(dim)
         if self.count["key"] < needed:
@@ -69,7 +69,7 @@ def head_rows(x: Tensor, keep: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_transforms(fm: FeatureMap, moments: Moments) -> None:
-    """Centres and balance of `fm`, as far as its configuration has them, from `moments`. In place.
+    """Sets the centres and the balance of `fm` that its configuration has, from `moments`.
 
     Raises:
         InputError: too few tokens, or a head without any variance.
@@ -88,15 +88,15 @@ def set_transforms(fm: FeatureMap, moments: Moments) -> None:
 def feature_moments(fm: FeatureMap, moments: Moments) -> PairMoments:
     """Moments of queries and keys as the features see them at scale 1 (M = I): centred, balanced."""
     sides = []
-    for side, center, map_ in (
+    for side, center, balanced in (
         ("query", fm.query_center, fm.learned("query_balance")),
         ("key", fm.key_center, fm.learned("key_balance")),
     ):
         mean, second = moments.mean(side), moments.covariance(side, center is not None)
         if center is not None:
             mean = torch.zeros_like(mean)
-        if map_ is not None:
-            linear = map_.detach().double().cpu()
+        if balanced is not None:
+            linear = balanced.detach().double().cpu()
             mean, second = (linear @ mean[..., None])[..., 0], linear @ second @ linear.mT
         sides.append((second, mean))
     (query, query_mean), (key, key_mean) = sides
@@ -109,8 +109,8 @@ class HeadProposals:
     def __init__(self, fm: FeatureMap, moments: Moments) -> None:
         self.fm, self.moments = fm, feature_moments(fm, moments)
 
-    def _bad(self, scale: Tensor) -> list[list[float]]:
-        """Per head the eigenvalues that Theorem 3.2 refuses at scale (G,); none for the other proposals."""
+    def _inadmissible(self, scale: Tensor) -> list[list[float]]:
+        """Per head, the eigenvalues at scale (G,) that Theorem 3.2 does not admit; none for other proposals."""
         if self.fm.config.proposal != "theorem32":
             return [[] for _ in range(self.fm.num_kv_heads)]
         scaled = self.moments.scaled(scale)
@@ -118,22 +118,22 @@ class HeadProposals:
 
     def exists(self, scale: Tensor) -> Tensor:
         """(G,) bool, for scale (G,)."""
-        return torch.tensor([not bad for bad in self._bad(scale)])
+        return torch.tensor([not eigenvalues for eigenvalues in self._inadmissible(scale)])
 
     def set_(self, scale: Tensor) -> None:
-        """The proposal at scale (G,), isotropic where it does not exist."""
+        """Sets the proposal at scale (G,), isotropic where it does not exist."""
         shrunk = torch.where(self.exists(scale), scale, 0.0)  # every proposal of zero moments is the identity
         self.fm.propose_(proposal_covariance(self.fm.config.proposal, self.moments.scaled(shrunk)))
 
     def check(self, coldest: float) -> None:
         """Raises ConfigError for heads without a proposal even at the coldest scale that may be chosen."""
-        bad = self._bad(torch.full((self.fm.num_kv_heads,), coldest))
-        if any(bad):
-            shown = "; ".join(
-                f"head {g}: {', '.join(f'{v:.3g}' for v in row[::-1])}" for g, row in enumerate(bad) if row
+        eigenvalues = self._inadmissible(torch.full((self.fm.num_kv_heads,), coldest))
+        if any(eigenvalues):
+            listed = "; ".join(
+                f"head {g}: {', '.join(f'{v:.3g}' for v in row[::-1])}" for g, row in enumerate(eigenvalues) if row
             )
             raise ConfigError(
                 f"layer {self.fm.layer}: proposal='theorem32' needs every eigenvalue of Λ below 1/2; "
-                f"at scale {coldest} these are not: {shown}. "
+                f"at scale {coldest} these are not: {listed}. "
                 "proposal='optimal' exists for every Λ; cold_start=True and balance=True help."
             )

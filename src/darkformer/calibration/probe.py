@@ -1,7 +1,7 @@
-"""One layer's attention at a few queries: the exact parts, and the features' part for any feature map.
+"""Attention of one layer in two parts, exact and far, where the far part can come from any feature map.
 
-`Probe` is quadratic in its tokens and keeps every weight; `SpreadProbe` looks at a few queries of a long context,
-against all their keys, and keeps only sums over the keys.
+`Probe` is quadratic in its tokens and keeps every weight. `SpreadProbe` takes a few queries of a long context, against
+all their keys, and keeps only sums over the keys.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch import Tensor
 from ..config import DarkConfig
 from ..features.log_features import FeatureParameters, key_log_features, query_log_features
 
+#: Scales of the starting geometry that calibration tries: a colder kernel is biased but far less noisy. A diagnosis
+#: shows every second one.
+SCALES = (1.0, 0.84, 0.7, 0.59, 0.5, 0.42, 0.35, 0.25)
 #: Offsets tried around the bias that matches the far mass; a noisy head is better off with less of its features.
 BIAS_OFFSETS = (1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -4.0, -5.0, -6.0, -8.0)
 
@@ -36,17 +39,17 @@ def real_tokens(mask: Tensor | None, query: Tensor) -> Tensor:
 
 
 class FarField:
-    """What stands fixed at some queries while feature maps are tried: the exact parts of the output, and its target.
+    """Softmax attention at some queries, in two parts, and the errors of feature maps that replace the far one.
 
     Attributes:
-        near, far: the two parts of softmax's attention.
+        exact, far: the part of window and sinks, and the rest.
         rows: (B, Q) which of the queries count.
         target: softmax's output, (B, G, R, Q, d_v).
         output_gram: (G, R·d_v, R·d_v) WᵀW of the output projection's columns of each kv head: errors are then those
             of what the layer adds to the residual stream. None: those of the attention output itself.
     """
 
-    near: Part
+    exact: Part
     far: Part
     rows: Tensor
     target: Tensor
@@ -54,12 +57,12 @@ class FarField:
 
     def output(self, far: Part) -> Tensor:
         """(B, G, R, Q, d_v) with `far` as the far part."""
-        normaliser = (self.near.normaliser + far.normaliser).clamp_min(1e-30)
-        return (self.near.numerator + far.numerator) / normaliser * self.rows[:, None, None, :, None]
+        normaliser = (self.exact.normaliser + far.normaliser).clamp_min(1e-30)
+        return (self.exact.numerator + far.numerator) / normaliser * self.rows[:, None, None, :, None]
 
     def share(self, far: Part) -> Tensor:
         """(B, G, R, Q, 1) share of `far` in the normaliser."""
-        return far.normaliser / (self.near.normaliser + far.normaliser).clamp_min(1e-30)
+        return far.normaliser / (self.exact.normaliser + far.normaliser).clamp_min(1e-30)
 
     def biased(self, far: Part, bias: Tensor) -> Part:
         """`far` times exp(bias), bias (G,)."""
@@ -86,7 +89,10 @@ class FarField:
 
     def errors(self, far: Part, bias: Tensor, at: Sequence[Tensor]) -> Tensor:
         """(S, G) `error` over each of S sets of queries (B, Q); NaN where there are none."""
-        missed, size = self.squares(self.output(self.biased(far, bias)) - self.target), self.target_squares
+        return self._relative_errors(self.output(self.biased(far, bias)), at)
+
+    def _relative_errors(self, output: Tensor, at: Sequence[Tensor]) -> Tensor:
+        missed, size = self.squares(output - self.target), self.target_squares
         return torch.stack([(missed * x[:, None]).sum((0, 2)) / (size * x[:, None]).sum((0, 2)) for x in at])
 
     def error(self, far: Part, bias: Tensor) -> Tensor:
@@ -94,10 +100,9 @@ class FarField:
         return self.errors(far, bias, [self.rows])[0]
 
     def biases(self, far: Part) -> list[Tensor]:
-        """Biases worth trying, per kv head: none, and `BIAS_OFFSETS` around the one that matches the far mass."""
-        none = far.normaliser.new_zeros(far.normaliser.shape[1])
-        matched = self.bias(far)
-        return [none, *(matched + offset for offset in BIAS_OFFSETS)]
+        """Biases to try, per kv head: zero, and `BIAS_OFFSETS` around the one that matches the far mass."""
+        zero, matched = far.normaliser.new_zeros(far.normaliser.shape[1]), self.bias(far)
+        return [zero, *(matched + offset for offset in BIAS_OFFSETS)]
 
     def least_error(self, far: Part) -> Tensor:
         """Per kv head, `error` at the best of `biases`, as calibration chooses it."""
@@ -113,13 +118,13 @@ class FarField:
 
 
 class Probe(FarField):
-    """One layer's queries, keys and values with softmax's answer, against which feature maps are held.
+    """One layer's queries, keys and values with their softmax attention, for comparison with feature maps.
 
     Args:
         query (B, H, L, d), key (B, G, L, d), value (B, G, L, d_v): as the attention function receives them.
         mask: padding mask (B, L) or None. scaling: the model's s.
-        config: its window and sinks say what is exact.
-        tokens: only the first ones of each sequence are looked at; the cost is quadratic.
+        config: its window and sinks define the exact part.
+        tokens: how many of each sequence are used, from its start; the cost is quadratic in them.
         dtype: float64 for estimators whose weights leave float32's range.
     """
 
@@ -143,13 +148,14 @@ class Probe(FarField):
         self.target = self.output(self.far)
 
     def split(self, config: DarkConfig) -> None:
-        """Another division into the exact part and the far one; what was made once is kept."""
+        """Sets `exact` and `far` by the window and sinks of a configuration; divisions are cached."""
         form = (config.window, config.sinks)
         if form not in self._splits:
-            near = self.seen & ((self.offset < config.window) | (self.position < config.sinks)[:, None, :])
-            far = (self.seen & ~near)[:, None, None]
-            self._splits[form] = (far, self._part(self.weights * near[:, None, None]), self._part(self.weights * far))
-        self.far_mask, self.near, self.far = self._splits[form]
+            exact = self.seen & ((self.offset < config.window) | (self.position < config.sinks)[:, None, :])
+            far = (self.seen & ~exact)[:, None, None]
+            parts = self._part(self.weights * exact[:, None, None]), self._part(self.weights * far)
+            self._splits[form] = (far, *parts)
+        self.far_mask, self.exact, self.far = self._splits[form]
 
     def _part(self, weights: Tensor) -> Part:
         return Part(weights @ self.v[:, :, None], weights.sum(-1, keepdim=True))
@@ -170,7 +176,7 @@ class Probe(FarField):
         return query, key
 
     def expected_kernel(self, parameters: FeatureParameters) -> Tensor:
-        """What `kernels` tends to as m grows, (B, G, R, L, L): the colder kernel at scales below 1."""
+        """The limit of `kernels` as m grows, (B, G, R, L, L): the colder kernel at scales below 1."""
         query, key = self.mapped(parameters)
         logits = query @ key[:, :, None].mT
         b, c = parameters.query_center, parameters.key_center
@@ -193,20 +199,20 @@ class Probe(FarField):
         lq, lk = self.log_features(parameters)
         high_q, high_k = lq.amax(-1, keepdim=True), lk.amax((-2, -1), keepdim=True)[:, :, None]
         query, key = (lq - high_q).exp(), (lk[:, :, None] - high_k).exp()
-        shift = (high_q + high_k - self.top).clamp_max(80.0).exp()
+        factor = (high_q + high_k - self.top).clamp_max(80.0).exp()
         kernel = query[..., : counts[0]] @ key[..., : counts[0]].mT
-        yield kernel * (shift * (parameters.config.num_features / counts[0]))
+        yield kernel * (factor * (parameters.config.num_features / counts[0]))
         for start, count in itertools.pairwise(counts):
             kernel += query[..., start:count] @ key[..., start:count].mT
-            yield kernel * (shift * (parameters.config.num_features / count))
+            yield kernel * (factor * (parameters.config.num_features / count))
 
 
 def spread_queries(real: Tensor, first: int, count: int) -> Tensor:
     """(B, Q) indices of about `count` tokens a row, spread over its real tokens (B, L): all L where L ≤ count.
 
-    Half of them are spaced evenly and half logarithmically, from the row's token number `first` to its last one: a mean
-    over them is led by long contexts, as a score is, and leaves no part of the context unseen. Rows of few real tokens
-    repeat some.
+    Half of them are spaced evenly and half logarithmically, from the row's token number `first` to its last one. Long
+    contexts dominate a mean over them, as they do a loss, and every part of the context is represented. Rows of few
+    real tokens repeat some of theirs.
     """
     batch, length = real.shape
     if length <= count:
@@ -225,7 +231,7 @@ def spread_queries(real: Tensor, first: int, count: int) -> Tensor:
 class SpreadProbe(FarField):
     """A few queries of each row, spread over its whole context, against all the keys before them.
 
-    Memory is linear in L: weights are made for a few queries at a time, and only their sums over the keys are kept.
+    Memory is linear in L: weights are computed for a few queries at a time, and only their sums over the keys are kept.
 
     Args:
         query, key, value, mask, scaling, config: see `Probe`.
@@ -252,8 +258,8 @@ class SpreadProbe(FarField):
         self.k, self.v = key.float() * scaling**0.5, value.float()
         chunk = max(1, self.WEIGHTS // (query.shape[0] * query.shape[1] * length))
         self.chunks = [slice(start, start + chunk) for start in range(0, self.index.shape[1], chunk)]
-        tops, near, far = zip(*map(self._exact, self.chunks), strict=True)
-        self.top, self.near, self.far = torch.cat(tops, 3), _joined(near), _joined(far)
+        tops, exact, far = zip(*map(self._softmax, self.chunks), strict=True)
+        self.top, self.exact, self.far = torch.cat(tops, 3), _joined(exact), _joined(far)
         self.target = self.output(self.far)
 
     def _split(self, chunk: slice, window: int | None = None) -> tuple[Tensor, Tensor]:
@@ -262,20 +268,19 @@ class SpreadProbe(FarField):
         at = self.index[:, chunk]
         offset = self.position.gather(1, at)[:, :, None] - self.position[:, None, :]
         seen = (offset >= 0) & self.real[:, None, :] & self.real.gather(1, at)[:, :, None]
-        near = seen & ((offset < window) | (self.position < self.config.sinks)[:, None, :])
-        return near[:, None, None], (seen & ~near)[:, None, None]
+        exact = seen & ((offset < window) | (self.position < self.config.sinks)[:, None, :])
+        return exact[:, None, None], (seen & ~exact)[:, None, None]
 
     def errors_of_window(self, window: int, at: Sequence[Tensor]) -> Tensor:
         """As `errors_exact_part`, (S, G), with another window."""
         parts = []
         for chunk in self.chunks:
-            near, _ = self._split(chunk, window)
+            exact, _ = self._split(chunk, window)
             logits = self._against_keys(self.q[:, :, :, chunk], self.k).sub_(self.top[:, :, :, chunk])
-            parts.append(self._part(logits.masked_fill_(~near, -torch.inf).exp_()))
-        near_part = _joined(parts)
-        output = near_part.numerator / near_part.normaliser.clamp_min(1e-30) * self.rows[:, None, None, :, None]
-        missed, size = self.squares(output - self.target), self.squares(self.target)
-        return torch.stack([(missed * x[:, None]).sum((0, 2)) / (size * x[:, None]).sum((0, 2)) for x in at])
+            parts.append(self._part(logits.masked_fill_(~exact, -torch.inf).exp_()))
+        part = _joined(parts)
+        output = part.numerator / part.normaliser.clamp_min(1e-30) * self.rows[:, None, None, :, None]
+        return self._relative_errors(output, at)
 
     def _against_keys(self, queries: Tensor, keys: Tensor) -> Tensor:
         """queries (B, G, R, Q, n) times keys (B, G, L, n): (B, G, R, Q, L), without copies of the keys."""
@@ -285,12 +290,12 @@ class SpreadProbe(FarField):
         numerator = (weights.flatten(2, 3) @ self.v).unflatten(2, (self.heads, -1))
         return Part(numerator, weights.sum(-1, keepdim=True))
 
-    def _exact(self, chunk: slice) -> tuple[Tensor, Part, Part]:
-        near, far = self._split(chunk)
-        logits = self._against_keys(self.q[:, :, :, chunk], self.k).masked_fill_(~(near | far), -torch.inf)
+    def _softmax(self, chunk: slice) -> tuple[Tensor, Part, Part]:
+        exact, far = self._split(chunk)
+        logits = self._against_keys(self.q[:, :, :, chunk], self.k).masked_fill_(~(exact | far), -torch.inf)
         top = logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         weights = logits.sub_(top).exp_()
-        return top, self._part(weights * near), self._part(weights * far)
+        return top, self._part(weights * exact), self._part(weights * far)
 
     def features(self, parameters: FeatureParameters) -> Part:
         """The far part by the features of `parameters`."""
@@ -299,11 +304,11 @@ class SpreadProbe(FarField):
         lk = key_log_features(parameters, self.k, self.position)
         high_q, high_k = lq.amax(-1, keepdim=True), lk.amax((-2, -1), keepdim=True)
         query, key = (lq - high_q).exp(), (lk - high_k).exp()
-        shift = (high_q + high_k[:, :, None] - self.top).clamp_max(80.0).exp()
+        factor = (high_q + high_k[:, :, None] - self.top).clamp_max(80.0).exp()
 
         def part(chunk: slice) -> Part:
             kernel = self._against_keys(query[:, :, :, chunk], key)
-            return self._part(kernel.mul_(shift[:, :, :, chunk]).mul_(self._split(chunk)[1]))
+            return self._part(kernel.mul_(factor[:, :, :, chunk]).mul_(self._split(chunk)[1]))
 
         return _joined([part(chunk) for chunk in self.chunks])
 

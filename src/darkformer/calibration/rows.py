@@ -1,4 +1,4 @@
-"""What heads are judged on: rows of tokens with labels, from text, and from numbers to be recalled."""
+"""Rows of tokens with labels, on which heads are judged: text, and numbers to be recalled."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..errors import InputError
 
 #: The label of a token that is not scored, as in torch's cross-entropy.
 IGNORED = -100
-#: (how a number is told, how it is asked for); the number follows the question.
+#: (statement of a number, question for it); the number follows the question.
 WORDINGS: tuple[tuple[str, str], ...] = (
     ("The access code of the {name} is {number}.", "Question: what is the access code of the {name}?\nAnswer:"),
     ("Note: {name} has the number {number}.", "As noted above, {name} has the number"),
     ("Please remember that the {name} weighs {number} grams.", "We were told that the {name} weighs"),
     ("{name} = {number}", "{name} ="),
 )
-#: Tokens whose logits are in memory in float32 at a time: with 256 thousand words they are 256 MB, not gigabytes.
+#: Tokens whose logits are in memory in float32 at a time: 256 MB for a vocabulary of 256 thousand.
 LOGITS_AT_ONCE = 256
 #: What the numbers belong to.
 NAMES = (
@@ -32,7 +32,7 @@ NAMES = (
     "stadium", "church", "office", "farm", "prison", "palace", "tunnel", "canal",
 )  # fmt: skip
 DIGITS = 5
-#: Numbers told in one row.
+#: Numbers stated in one row.
 FACTS = 6
 
 
@@ -63,7 +63,7 @@ class Rows:
 
 
 def inputs_of(batch: Any) -> dict[str, Tensor]:
-    """What a model is called with for a batch: token ids (B, L), or a dict that holds them and maybe a padding mask.
+    """Keyword arguments for a model from a batch: token ids (B, L), or a dict with them and maybe a padding mask.
 
     Raises:
         InputError: it is something else.
@@ -84,34 +84,34 @@ def text_rows(batches: Iterable[Any]) -> Rows:
     ids: list[Tensor] = []
     masks: list[Tensor] = []
     for batch in batches:
-        given = inputs_of(batch)
-        if given["input_ids"].dim() != 2:
+        inputs = inputs_of(batch)
+        if inputs["input_ids"].dim() != 2:
             raise InputError("a batch has no input_ids of shape (B, L): give token ids, or a dict with them.")
-        ids.append(given["input_ids"].cpu())
-        mask = given.get("attention_mask")
+        ids.append(inputs["input_ids"].cpu())
+        mask = inputs.get("attention_mask")
         masks.append(torch.ones_like(ids[-1], dtype=torch.bool) if mask is None else mask.cpu().bool())
     if not ids:
         raise InputError("no batches: give at least one of token ids (B, L).")
     if len(lengths := {x.shape[1] for x in ids}) > 1:
         raise InputError(f"batches of {sorted(lengths)} tokens: give all of them one length, padded with a mask.")
-    every, mask = torch.cat(ids), torch.cat(masks)
-    labels = every.masked_fill(~mask, IGNORED)
-    labels[:, 1:][~mask[:, :-1]] = IGNORED  # nothing predicts the first token behind padding
-    return Rows(every, None if bool(mask.all()) else mask, labels)
+    tokens, mask = torch.cat(ids), torch.cat(masks)
+    labels = tokens.masked_fill(~mask, IGNORED)
+    labels[:, 1:][~mask[:, :-1]] = IGNORED  # nothing predicts the first token after padding
+    return Rows(tokens, None if bool(mask.all()) else mask, labels)
 
 
 def recall_rows(
     tokenizer: Any, text: Rows, context: int, count: int, *, seed: int = 0, facts: int = FACTS,
     wordings: tuple[tuple[str, str], ...] = WORDINGS, names: tuple[str, ...] = NAMES,
 ) -> Rows:  # fmt: skip
-    """Prompts that fill the context: numbers told at different places of the text, all asked for at the end.
+    """Prompts that fill the context: numbers stated at different places of the text, all asked for at the end.
 
-    The facts of a row are spread over it, the first right behind the sinks, so that the distances between a number and
-    its question reach from the questions' own length to nearly the context. Their order, names, wordings and digits
+    The statements are spread over the row, the first right after the sinks, so that the distances between a number and
+    its question range from the questions' own length to nearly the context. Their order, names, wordings and digits
     follow from the seed.
 
     Args:
-        text: where the filler comes from, contiguous pieces of its real tokens.
+        text: contiguous pieces of its real tokens fill the rows.
         context: L, tokens of a row. count: N, rows. facts: numbers in a row.
 
     Returns:
@@ -122,7 +122,7 @@ def recall_rows(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(limit: int) -> int:
+    def random_below(limit: int) -> int:
         return int(torch.randint(limit, (1,), generator=generator))
 
     def ids_of(string: str) -> list[int]:
@@ -137,29 +137,29 @@ def recall_rows(
         )
     rows, labels = [], []
     for _ in range(count):
-        told: list[list[int]] = []
+        statements: list[list[int]] = []
         asked: list[tuple[list[int], list[int]]] = []
         chosen = torch.randperm(len(names), generator=generator).tolist()
         for name in [names[i] for i in chosen[:facts]]:
-            telling, asking = wordings[draw(len(wordings))]
-            number = ids_of(" " + "".join(str(draw(10)) for _ in range(DIGITS)))
+            telling, asking = wordings[random_below(len(wordings))]
+            number = ids_of(" " + "".join(str(random_below(10)) for _ in range(DIGITS)))
             before, after = telling.format(name=name, number="\0").split(" \0")
             question, full = ids_of("\n\n" + asking.format(name=name)), [*ids_of("\n\n" + before), *number]
-            fact, question_and_answer = [*full, *ids_of(after + "\n\n")], len(question) + len(number)
-            used = len(start) + sum(map(len, told)) + sum(len(q) + len(n) for q, n in asked)
-            if used + len(fact) + question_and_answer > context * 3 // 4 and told:
-                break  # a short context has fewer facts
-            told.append(fact)
+            statement, question_and_answer = [*full, *ids_of(after + "\n\n")], len(question) + len(number)
+            used = len(start) + sum(map(len, statements)) + sum(len(q) + len(n) for q, n in asked)
+            if used + len(statement) + question_and_answer > context * 3 // 4 and statements:
+                break  # a short context has fewer of them
+            statements.append(statement)
             asked.append((question, number))
-        room = context - len(start) - sum(map(len, told)) - sum(len(q) + len(n) for q, n in asked)
-        if room < len(told):
+        room = context - len(start) - sum(map(len, statements)) - sum(len(q) + len(n) for q, n in asked)
+        if room < len(statements):
             raise InputError(f"context={context}: a number and its question do not fit, give at least {context * 4}.")
-        filler = stream[(first := draw(len(stream) - room + 1)) : first + room].tolist()
+        filler = stream[(first := random_below(len(stream) - room + 1)) : first + room].tolist()
         row, label = list(start), [IGNORED] * len(start)
-        cuts = [room * i // len(told) for i in range(len(told) + 1)]
-        for i, fact in enumerate(told):
-            lead = min(16, cuts[1] // 2) if i == 0 else 0  # the first number is no sink
-            row += [*filler[cuts[i] : cuts[i] + lead], *fact, *filler[cuts[i] + lead : cuts[i + 1]]]
+        cuts = [room * i // len(statements) for i in range(len(statements) + 1)]
+        for i, statement in enumerate(statements):
+            lead = min(16, cuts[1] // 2) if i == 0 else 0  # so that no number is among the sinks
+            row += [*filler[cuts[i] : cuts[i] + lead], *statement, *filler[cuts[i] + lead : cuts[i + 1]]]
         label += [IGNORED] * (len(row) - len(label))
         for i in torch.randperm(len(asked), generator=generator).tolist():
             question, number = asked[i]
@@ -180,7 +180,7 @@ def row_losses(model: Any, rows: Rows, dtype: str) -> Tensor:
     accepted = inspect.signature(model.forward).parameters
     scored = (rows.labels[:, 1:] != IGNORED).any(0).nonzero()
     first = int(scored[0]) if len(scored) else 0
-    if "logits_to_keep" in accepted:  # the head's product is made for what is scored only
+    if "logits_to_keep" in accepted:  # logits are needed from the first scored token on
         arguments["logits_to_keep"] = rows.ids.shape[1] - first
     arguments = {name: x for name, x in arguments.items() if name in accepted or "kwargs" in accepted}
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -196,7 +196,7 @@ def row_losses(model: Any, rows: Rows, dtype: str) -> Tensor:
 
 
 def _summed_loss(logits: Tensor, labels: Tensor, places: Tensor) -> Tensor:
-    """Cross-entropy at some places of a row; logits of half precision are widened for these alone."""
-    some = logits[places]
-    wide = some.float() if some.dtype.itemsize < 4 else some
-    return F.cross_entropy(wide, labels[places], reduction="sum")
+    """Cross-entropy at the places of a row, in float32 or float64."""
+    scored = logits[places]
+    scored = scored.float() if scored.dtype.itemsize < 4 else scored
+    return F.cross_entropy(scored, labels[places], reduction="sum")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.moments import Moments, head_rows
+from ..calibration.probe import SCALES as SEARCH_SCALES
 from ..calibration.probe import Probe
 from ..config import DarkConfig
 from ..features.feature_map import FeatureMap
@@ -26,8 +27,8 @@ from .prediction import Predictor
 
 #: Numbers of features at which the output error is measured.
 COUNTS = (16, 32, 64, 128, 256, 512, 1024)
-#: Scales of the geometry tried for the cold start.
-SCALES = (1.0, 0.7, 0.5, 0.35)
+#: Scales of the geometry tried for the cold start: every second one of those that calibration tries.
+SCALES = SEARCH_SCALES[::2]
 #: Scale of queries and keys at which second moments are small enough to be measured.
 COLD = 0.3
 #: Windows at which the default form is measured, beside the configured one: a quarter of the probe's tokens at most, or

@@ -192,7 +192,7 @@ def needs(
     with reporter.stage("what a budget would keep", 1) as advance:
         limit = Budget.parse(budget, full_context(model))
         (choice,) = choose_budget(
-            model, batches, [limit], tokenizer=tokenizer, config=config, found=found, progress=advance
+            model, batches, [limit], tokenizer=tokenizer, config=config, measured=found, progress=advance
         )  # fmt: skip
     return {"sensitivity": found.to_dict(), "asked": budget, "budget": str(limit), "choice": choice.to_dict()}
 

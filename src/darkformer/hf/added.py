@@ -1,7 +1,7 @@
-"""What conversion added to a model: its values under their own names, apart from the model's own weights.
+"""The tensors that conversion added to a model, by name, and the model's own without them.
 
-The names are those of version 0.1.0, whose files go on being read: `…dark.geometry` is M whatever part of it is start
-and what part was learned.
+The names are those of version 0.1.0, whose files must load: `…dark.geometry` is M, the start and the learned offset
+together.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..features.feature_map import LEARNED, FeatureMap
 
-#: What offsets may be kept in; a quantized model's weights may be of no such dtype.
+#: Dtypes of offsets; a quantized model's weights may have another one.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: The names of offsets in a state dict, as a regular expression.
 OFFSETS = rf"\.dark\.({'|'.join(LEARNED)})_offset$"
 
 
 def offset_dtype(module: nn.Module) -> torch.dtype:
-    """The floating-point dtype of a module's weights, which what is learned beside them has as well."""
+    """The floating-point dtype of a module's weights, which its offsets have as well."""
     return next((p.dtype for p in module.parameters() if p.dtype in DTYPES), torch.float32)
 
 
 def read(model: nn.Module, name: str) -> Tensor | None:
-    """A tensor of the model by its full name, from where accelerate keeps it (`cpu_offload`, `device_map`) if it does.
+    """A tensor of the model by its full name, also if accelerate has offloaded it (`cpu_offload`, `device_map`).
 
     Raises:
-        InputError: it is nowhere (meta device).
+        InputError: there is none (meta device).
     """
     path, _, own = name.rpartition(".")
     module = model.get_submodule(path)
     x: Tensor | None = getattr(module, own)
     if x is None or not x.is_meta:
         return x
-    while True:  # the module itself, or one around it whose hook places what is inside
+    while True:  # the hook may be on the module itself or on one around it
         hook = getattr(module, "_hf_hook", None)
         for one in (hook, *getattr(hook, "hooks", ())):
             weights = getattr(one, "weights_map", None)
@@ -51,25 +51,25 @@ def read(model: nn.Module, name: str) -> Tensor | None:
 
 
 def feature_maps(model: nn.Module) -> Iterator[tuple[str, FeatureMap]]:
-    """Every feature map by its name, those that an adapter of peft has put aside too."""
+    """Every feature map by its name, including the originals behind an adapter of peft."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, FeatureMap))
 
 
 def added_values(model: nn.Module) -> dict[str, Tensor]:
-    """What the feature maps compute with, by full name; nothing that was not learned is copied.
+    """The values that the feature maps compute with, by full name. Those without a learned part are not copied.
 
     Raises:
-        InputError: it is not there (meta device).
+        InputError: there are none (meta device).
     """
-    found = {}
+    added = {}
     for name, fm in feature_maps(model):
         values = fm.values(lambda own, prefix=name: read(model, f"{prefix}.{own}"))  # type: ignore[misc]
-        found.update({f"{name}.{own}": x for own, x in values.items()})
-    return found
+        added.update({f"{name}.{own}": x for own, x in values.items()})
+    return added
 
 
 def set_added(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Writes what `added_values` gave. In place."""
+    """Sets what `added_values` returned, in place."""
     for name, value in values.items():
         path, _, own = name.rpartition(".")
         fm = model.get_submodule(path)
@@ -78,23 +78,23 @@ def set_added(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def own_entries(model: nn.Module) -> dict[str, Any]:
-    """The model's own entries of its state dict: tensors, and whatever quantization keeps there; nothing is copied."""
+    """The entries of the state dict that conversion did not add, by name; nothing is copied."""
     prefixes = tuple(f"{name}." for name, _ in feature_maps(model))
     return {name: x for name, x in model.state_dict().items() if not name.startswith(prefixes)}
 
 
 def left_out(model: nn.Module, missing: set[str]) -> set[str]:
-    """The offsets a checkpoint lacks because it was written before there were any, and so has none at all."""
+    """The offsets that a checkpoint lacks because its version had none: all of them, or the empty set."""
     offsets = {f"{name}.{own}" for name, fm in feature_maps(model) for own, _ in fm.named_parameters(recurse=False)}
     return offsets if offsets <= missing else set()
 
 
 @torch.no_grad()
 def settle_offsets(model: nn.Module, absent: set[str], *, offloaded: bool) -> None:
-    """After a checkpoint was read into float32 offsets: zeros for `absent` ones, and the dtype of the model for all.
+    """Completes the loading of a checkpoint into float32 offsets: zeros for `absent` ones, and the model's dtype.
 
     Args:
-        offloaded: weights on the meta device lie in files in the dtype they have, so this must stay.
+        offloaded: weights on the meta device are in files, whose dtype must stay.
     """
     for name in absent:
         model.get_parameter(name).zero_()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -26,25 +27,28 @@ from ..ops.state import AttentionState
 from .added import read
 from .calls import AttentionCall
 from .fingerprint import digest
-from .layers import map_of
+from .layers import layer_of, map_of
 from .masks import allowed_keys
 from .parts import Part, joined, parts_of
+from .patches import asked_to_record, patch_caches
 from .stream import CROP, Stream
+
+patch_caches(cache_utils)
 
 
 def _versions(feature_map: FeatureMap) -> tuple[Any, ...]:
-    """The configuration, and counts of in-place changes: calibration, training and redraws raise one of them."""
+    """The configuration and the tensors' version counters: calibration, training and redraws raise one of them."""
     tables = (feature_map._parameters, feature_map._buffers)
     tensors = [x for table in tables for x in table.values() if x is not None]
     return (feature_map.config, *(0 if x.is_inference() else x._version for x in tensors))
 
 
 class DarkCacheLayer(CacheLayerMixin):
-    """Holds sums of constant size where other layers hold all keys and values; those of exact heads it holds too.
+    """Holds sums of constant size where other layers hold all keys and values; of exact heads it holds those too.
 
     The attention function calls `extend` with new keys and values. For each attention in a forward pass of the module
     (one, but for differential attention) there is one `Stream` for each part of its heads with constant state, and, if
-    heads of it keep softmax, a layer of transformers' own with the keys and values of these heads alone.
+    some heads keep softmax, a layer of transformers' own with the keys and values of these heads alone.
     """
 
     is_sliding = False
@@ -54,15 +58,14 @@ class DarkCacheLayer(CacheLayerMixin):
         super().__init__(**kwargs)
         self.keys = self.values = torch.empty(0)  # models ask other layers whether they hold any
         self.streams = [Stream()]
-        self.kept: list[Any] = []  # layers with the keys and values of exact heads, one an attention of a forward pass
-        self.real: Tensor | None = None  # (B, seen) booleans beside `kept`: which tokens are no padding; None: all
+        self.exact_layers: list[Any] = []  # keys and values of exact heads, one for each attention of a forward pass
+        self.exact_mask: Tensor | None = None  # (B, seen) booleans, True for real tokens of `exact_layers`; None: all
         self.template: Any = DynamicLayer()  # an empty layer of the kind that the cache was made with
         self.seen = 0  # tokens, padding included: what transformers counts positions by
         self.inherited: tuple[Tensor, Tensor] | None = None  # keys and values to read before the first token
         self.owner: Any = None  # weak reference to the attention module that filled it
-        self.versions: tuple[Any, ...] = ()
-        # Of a copy or a file, where the owner may be another one.
-        self.identity: tuple[str | None, str, DarkConfig] | None = None
+        self.versions: tuple[Any, ...] = ()  # `_versions` of the feature map that filled it
+        self.identity: tuple[str | None, str, DarkConfig] | None = None  # `identity_of` the owner of the original
 
     @property
     def state(self) -> AttentionState | None:
@@ -79,13 +82,13 @@ class DarkCacheLayer(CacheLayerMixin):
         return self.streams[0].filled
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: no reference to a module, but what its numbers were."""
+        """A copy or a pickle has no reference to a module, but the module's identity."""
         module = self.owner() if self.owner is not None else None
         identity = self.identity if module is None or not self.filled else identity_of(module, map_of(module))
         return {**self.__dict__, "owner": None, "identity": identity}
 
     def bind(self, module: Any, feature_map: Any = None) -> DarkCacheLayer:
-        """Notes whose state this is.
+        """Makes the module the owner of this state.
 
         Raises:
             ConversionError: it was filled by another model, or the feature map has changed since.
@@ -119,12 +122,12 @@ class DarkCacheLayer(CacheLayerMixin):
         """
         count = self.streams[0].count
         if traced(mask) or count is None or mask.shape[1] != self.seen + new:
-            return  # a mask of the new tokens alone says nothing of others
-        said, read = mask[:, : mask.shape[1] - new].sum(1), count.to(mask.device)
-        if bool((said != read).any()):
-            row = int((said != read).nonzero()[0])
+            return  # a mask of the new tokens alone
+        shown, read = mask[:, : mask.shape[1] - new].sum(1), count.to(mask.device)
+        if bool((shown != read).any()):
+            row = int((shown != read).nonzero()[0])
             raise ConversionError(
-                f"attention_mask shows {int(said[row])} tokens of row {row} before this call, and past_key_values has "
+                f"attention_mask shows {int(shown[row])} tokens of row {row} before this call, and past_key_values has "
                 f"read {int(read[row])}: what is in the sums cannot be hidden later. Pass the mask they were read "
                 "with, or start with an empty cache."
             )
@@ -145,23 +148,23 @@ class DarkCacheLayer(CacheLayerMixin):
         Raises:
             ConversionError: see `check_past`.
         """
-        new, constant = key.shape[2], [part for part in parts if part.feature_map is not None]
-        exact = parts[-1] if len(constant) < len(parts) else None
+        new = key.shape[2]
+        constant = [part for part in parts if part.feature_map is not None]
+        exact = next((part for part in parts if part.feature_map is None), None)
         while len(self.streams) < (turn + 1) * len(constant):
             self.streams.append(Stream(records=self.is_croppable))
         streams = self.streams[turn * len(constant) :][: len(constant)]
         if self.inherited is not None and not streams[0].filled:
-            before = self.inherited[0].shape[2]
-            read = None if mask is None or mask.shape[1] != before + new else mask[:, :before]
+            keys, values = self.inherited
+            before = keys.shape[2]
+            read = mask[:, :before] if mask is not None and mask.shape[1] == before + new else None
             if turn == 0:
                 self.seen = 0
-                self._read(None if exact is None else read, before)
+                self._count(before, None if exact is None else read)
             for part, stream in zip(constant, streams, strict=True):
-                keys, values = map(part.of_keys, self.inherited)
-                stream.absorb(keys, values, read, part.feature_map, **options)
+                stream.absorb(part.of_keys(keys), part.of_keys(values), read, part.feature_map, **options)
             if exact is not None:
-                keys, values = map(exact.of_keys, self.inherited)
-                self._keep(turn, keys, values.to(keys.dtype))
+                self._store_exact(turn, exact.of_keys(keys), exact.of_keys(values).to(keys.dtype))
         if turn == 0:
             if self.inherited is not None and self.seen > self.inherited[0].shape[2]:
                 self.inherited = None  # every stream has read them in the forward pass before
@@ -169,34 +172,40 @@ class DarkCacheLayer(CacheLayerMixin):
                 self.check_past(mask, new)
         mask = None if mask is None else mask[:, -new:]
         if turn == 0:
-            self._read(None if exact is None else mask, new)
-        outputs = []
-        for part, stream in zip(constant, streams, strict=True):
-            given = part.of_queries(query), part.of_keys(key), part.of_keys(value)
-            outputs.append(stream.extend(*given, mask, part.feature_map, **options))
+            self._count(new, None if exact is None else mask)
+        outputs = [
+            stream.extend(
+                part.of_queries(query), part.of_keys(key), part.of_keys(value), mask, part.feature_map, **options
+            )
+            for part, stream in zip(constant, streams, strict=True)
+        ]
         if exact is not None:
-            keys, values = self._keep(turn, exact.of_keys(key), exact.of_keys(value))
-            allowed = allowed_keys(self.real, None, new, self.seen, options["is_causal"], query.device)
+            keys, values = self._store_exact(turn, exact.of_keys(key), exact.of_keys(value))
+            allowed = allowed_keys(self.exact_mask, None, new, self.seen, options["is_causal"], query.device)
             outputs.append(softmax_attention(exact.of_queries(query), keys, values, allowed=allowed, **options))
-            _detach(self.kept[turn])
+            layer = self.exact_layers[turn]
+            if layer.keys.requires_grad or layer.values.requires_grad:
+                # Gradients stop at the end of a call, as in a state: a graph over all calls would grow with each.
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         return joined(parts, outputs)
 
-    def _keep(self, turn: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds keys and values (B, G of the exact heads, T, d) to what is kept; all of them."""
-        if turn == len(self.kept):
-            self.kept.append(copy.deepcopy(self.template))
-        keys, values = self.kept[turn].update(key, value)
-        length = self.kept[turn].get_seq_length()  # a static layer gives all that it has room for
+    def _store_exact(self, turn: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys and values (B, G of the exact heads, T, d); returns all there are so far."""
+        if turn == len(self.exact_layers):
+            self.exact_layers.append(copy.deepcopy(self.template))
+        keys, values = self.exact_layers[turn].update(key, value)
+        length = self.exact_layers[turn].get_seq_length()  # a static layer returns all that it has room for
         return (keys, values) if keys.shape[2] == length else (keys[:, :, :length], values[:, :, :length])
 
-    def _read(self, mask: Tensor | None, new: int) -> None:
-        """Counts `new` tokens, and notes for exact heads which of them are no padding: (B, new), or None for all."""
-        if mask is not None and self.real is None and not traced(mask) and bool(mask.all()):
+    def _count(self, new: int, mask: Tensor | None) -> None:
+        """Counts `new` tokens; `mask` (B, new) says for exact heads which of them are real, None that all are."""
+        if mask is not None and self.exact_mask is None and not traced(mask) and bool(mask.all()):
             mask = None
-        known = mask if mask is not None else self.real
+        known = mask if mask is not None else self.exact_mask
         if known is not None:
-            before = known.new_ones(known.shape[0], self.seen) if self.real is None else self.real
-            self.real = torch.cat([before, known.new_ones(known.shape[0], new) if mask is None else mask], dim=1)
+            rows = known.shape[0]
+            before = known.new_ones(rows, self.seen) if self.exact_mask is None else self.exact_mask
+            self.exact_mask = torch.cat([before, known.new_ones(rows, new) if mask is None else mask], dim=1)
         self.is_initialized = True
         self.seen += new
 
@@ -225,18 +234,19 @@ class DarkCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.streams = [Stream(records=self.is_croppable)]
-        self.seen, self.is_initialized, self.inherited, self.real = 0, False, None, None
-        for layer in self.kept:
+        self.seen, self.is_initialized = 0, False
+        self.inherited = self.exact_mask = None
+        for layer in self.exact_layers:
             layer.reset()
 
     def offload(self) -> None:
-        """Moves the keys and values of exact heads; a state is a few kilobytes a head, not worth it."""
-        for layer in self.kept:
+        """Moves the keys and values of exact heads alone: a state is a few kilobytes a head."""
+        for layer in self.exact_layers:
             layer.offload()
 
     def prefetch(self) -> None:
         """See `offload`."""
-        for layer in self.kept:
+        for layer in self.exact_layers:
             layer.prefetch()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -253,9 +263,9 @@ class DarkCacheLayer(CacheLayerMixin):
         rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         for stream in self.streams:
             stream.select(rows)
-        if self.real is not None:
-            self.real = self.real[rows.to(self.real.device)]
-        for layer in self.kept:
+        if self.exact_mask is not None:
+            self.exact_mask = self.exact_mask[rows.to(self.exact_mask.device)]
+        for layer in self.exact_layers:
             layer.reorder_cache(rows)
 
     @property
@@ -269,7 +279,7 @@ class DarkCacheLayer(CacheLayerMixin):
             stream.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last `-tokens_to_remove` tokens back (transformers counts them negative); padding counts too.
+        """Takes the last `-tokens_to_remove` tokens back, padding included (transformers passes a negative number).
 
         Afterwards only tokens that come later can be taken back.
 
@@ -292,28 +302,31 @@ class DarkCacheLayer(CacheLayerMixin):
         owner: Any = self.owner() if self.owner else None
         if remove and owner is None:
             raise ConversionError(f"crop({tokens_to_remove}): the model that filled this cache is gone.")
-        if remove and (stuck := next((x for x in self.kept if not (x.is_croppable and whole(x))), None)):
+        fixed = next((x for x in self.exact_layers if not (x.is_croppable and has_all_keys(x))), None)
+        if remove and fixed is not None:
             raise ConversionError(
-                f"crop({tokens_to_remove}): exact heads keep their keys in a {type(stuck).__name__}, which takes none "
+                f"crop({tokens_to_remove}): exact heads keep their keys in a {type(fixed).__name__}, which takes none "
                 "back. Use a dynamic cache."
             )
-        maps = [None] if owner is None else _constant_maps(owner)
+        maps: list[Any] = [None]
+        if owner is not None:
+            maps = [x.feature_map for x in parts_of(layer_of(owner), map_of(owner)) if x.feature_map is not None]
         for i, stream in enumerate(self.streams):
             stream.take_back(remove, maps[i % len(maps)] if remove else None)
-        for layer in self.kept:
+        for layer in self.exact_layers:
             layer.crop(-remove)
         self.seen -= remove
-        self.real = None if self.real is None else self.real[:, : self.seen]
+        self.exact_mask = None if self.exact_mask is None else self.exact_mask[:, : self.seen]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the states and of exact heads' keys and values, without what is recorded for `crop`."""
-        kept = (x for layer in self.kept for x in (layer.keys, layer.values) if x is not None)
-        return sum(stream.nbytes for stream in self.streams) + sum(x.nbytes for x in kept)
+        exact = (x for layer in self.exact_layers for x in (layer.keys, layer.values) if x is not None)
+        return sum(stream.nbytes for stream in self.streams) + sum(x.nbytes for x in exact)
 
 
 class DarkHybridLayer(DarkCacheLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
-    """A layer whose attention stands beside a recurrent mixer (Falcon-H1): our sums, and the mixer's own states."""
+    """For a module that runs attention and a recurrent mixer side by side (Falcon-H1): our sums, the mixer's states."""
 
     is_compileable = False
 
@@ -352,29 +365,17 @@ class DarkHybridLayer(DarkCacheLayer, LinearAttentionAndFullAttentionLayer):  # 
         DarkCacheLayer.crop(self, tokens_to_remove)
 
 
-def _constant_maps(module: Any) -> list[Any]:
-    """The feature maps of a converted module's parts with constant state, in their order."""
-    parts = parts_of(module.__dict__["dark_layer"], map_of(module))
-    return [part.feature_map for part in parts if part.feature_map is not None]
-
-
 def identity_of(module: Any, feature_map: FeatureMap) -> tuple[str | None, str, DarkConfig]:
-    """What a converted module's cache depends on, as far as it outlives the process: base weights, features, heads."""
+    """What a module's state depends on, comparable across processes: base weights, features, configuration."""
     base = getattr(module.config, "darkformer_base", None) or {}
     values = feature_map.values(lambda name: read(module, f"dark.{name}"))
     return base.get("fingerprint"), digest(values), feature_map.config
 
 
-def whole(layer: Any) -> bool:
-    """Whether a layer has all keys that it has read as one tensor: quantized and sliding ones do not."""
+def has_all_keys(layer: Any) -> bool:
+    """Whether a layer has all the keys it has read in one tensor: quantized and sliding ones do not."""
     length = int(layer.get_seq_length()) if layer.is_initialized else 0
     return length == 0 or (layer.keys.dim() == 4 and layer.keys.shape[2] >= length)
-
-
-def _detach(layer: Any) -> None:
-    """Gradients stop at the end of a call, as in a state: a graph over all calls would grow with each."""
-    if layer.keys.requires_grad or layer.values.requires_grad:
-        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 
 def _template(layer: Any) -> Any:
@@ -395,7 +396,7 @@ def _keys_of(layer: Any, slot: int) -> tuple[Tensor, Tensor] | None:
     length = int(layer.get_seq_length()) if layer.is_initialized else 0
     if not length:
         return None
-    if not whole(layer):
+    if not has_all_keys(layer):
         raise ConversionError(
             f"layer {slot} of past_key_values, a {type(layer).__name__}, has read {length} tokens and does not have "
             "all of their keys as they came: a converted layer needs them. Start with an empty cache."
@@ -404,7 +405,7 @@ def _keys_of(layer: Any, slot: int) -> tuple[Tensor, Tensor] | None:
 
 
 def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLayer:
-    """The cache's layer of this call as a `DarkCacheLayer`, put in place of an ordinary one.
+    """The cache's layer of this call; an ordinary one is replaced by a `DarkCacheLayer` first.
 
     Raises:
         ConversionError: the module did not update the cache, so its keys are another layer's.
@@ -422,10 +423,10 @@ def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLa
         mixer = isinstance(layer, LinearAttentionLayer)
         own = DarkHybridLayer(layer) if mixer else DarkCacheLayer()
         own.template = _template(layer)
-        if cache.__dict__.get("records_past"):
+        if asked_to_record(cache):
             own.activate_past_recording()
         if (keys := _keys_of(layer, slot)) is not None:
-            if module.__dict__["dark_layer"].calls > 1:
+            if layer_of(module).calls > 1:
                 raise ConversionError(
                     f"layer {slot} of past_key_values holds keys and values that differential attention splits before "
                     "it attends: a converted layer cannot read them. Start with an empty cache."
@@ -435,34 +436,13 @@ def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLa
     return layer.bind(module, feature_map)
 
 
-def _note_recording() -> None:
-    """Lets a cache remember that it was asked to record.
-
-    `generate` asks before the first token, when the layers that a converted model replaces are still standard ones,
-    which keep everything and have nothing to note it in.
-    """
-    original = Cache.activate_past_recording
-    if getattr(original, "by_darkformer", False):
-        return
-
-    def activate_past_recording(self: Any) -> None:
-        self.records_past = True
-        original(self)
-
-    activate_past_recording.by_darkformer = True  # type: ignore[attr-defined]
-    activate_past_recording.__doc__ = original.__doc__
-    Cache.activate_past_recording = activate_past_recording  # type: ignore[method-assign]
-
-
-_note_recording()
-
-
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all layers: states of converted layers, keys and values of the others."""
-
-    def one(layer: Any) -> int:
+    total = 0
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
         if isinstance(layer, DarkCacheLayer):
-            return layer.nbytes
-        return 0 if getattr(layer, "keys", None) is None else layer.keys.nbytes + layer.values.nbytes
-
-    return sum(map(one, cache.layers))
+            total += layer.nbytes
+        elif getattr(layer, "keys", None) is not None:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total

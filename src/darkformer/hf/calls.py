@@ -1,4 +1,4 @@
-"""One forward pass of one converted attention module, passed along with it: nothing of a call lies on a module."""
+"""One forward pass of a converted attention module: what it needs is passed as an argument, not kept on the module."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-#: Names that transformers' attention modules have for the argument that holds the cache.
+#: Names of the cache argument in transformers' attention modules.
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 
 class AttentionCall:
-    """Which cache a forward pass of an attention module was given, and what it asked of it so far.
+    """One forward pass of an attention module, and the cache layer it has updated.
 
     Attributes:
         cache: the cache whose layer the module updates; None before it does.
@@ -25,23 +25,23 @@ class AttentionCall:
         self._turns = 0
 
     def turn(self) -> int:
-        """0 for the first attention of this forward pass, 1 for the second: differential attention has two."""
+        """0 in the first attention of this forward pass, 1 in the second: differential attention has two."""
         self._turns += 1
         return self._turns - 1
 
 
 class CallCache(Cache):
-    """A cache as one forward pass of a converted module sees it: the same layers.
+    """The cache that one forward pass of a converted module gets, with the layers of the original.
 
-    `update` hands new keys and values through and notes for whom, instead of storing them: the attention function puts
-    them into sums.
+    `update` returns new keys and values instead of storing them, and notes the layer in the call: the attention
+    function adds them to that layer's sums.
     """
 
     def __init__(self, cache: Cache, call: AttentionCall) -> None:
         self.layers, self._cache, self._call = cache.layers, cache, call
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_cache":  # an object that is being copied has none yet
+        if name == "_cache":  # not yet set while the object is being copied
             raise AttributeError(name)
         return getattr(self._cache, name)
 
@@ -54,7 +54,7 @@ class CallCache(Cache):
 
 
 class CallEncoderDecoderCache(EncoderDecoderCache):
-    """The same for modules that keep self-attention and cross-attention apart; the latter stays as it is."""
+    """The same for modules with separate caches for self-attention and cross-attention; the latter stays as it is."""
 
     def __init__(self, cache: EncoderDecoderCache, call: AttentionCall) -> None:
         self.self_attention_cache: Any = CallCache(cache.self_attention_cache, call)
@@ -62,20 +62,19 @@ class CallEncoderDecoderCache(EncoderDecoderCache):
         self.is_updated = cache.is_updated
 
 
-def _seen_by(cache: Any, call: AttentionCall) -> Cache:
+def _wrapped(cache: Any, call: AttentionCall) -> Cache:
     return (CallEncoderDecoderCache if isinstance(cache, EncoderDecoderCache) else CallCache)(cache, call)
 
 
 def with_call(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A forward pass's arguments with a `CallCache` for the cache and `dark_call` beside it; None without a cache."""
+    """Arguments of a forward pass with a `CallCache` for its cache, and its `dark_call`; None without a cache."""
+    call = AttentionCall()
     for name in CACHE_ARGUMENTS:
         if kwargs.get(name) is not None:
-            call = AttentionCall()
-            return args, {**kwargs, name: _seen_by(kwargs[name], call), "dark_call": call}
+            return args, {**kwargs, name: _wrapped(kwargs[name], call), "dark_call": call}
     for place, value in enumerate(args):
         if isinstance(value, Cache):
-            call = AttentionCall()
-            return (*args[:place], _seen_by(value, call), *args[place + 1 :]), {**kwargs, "dark_call": call}
+            return (*args[:place], _wrapped(value, call), *args[place + 1 :]), {**kwargs, "dark_call": call}
     return None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +17,19 @@ from ..errors import ConversionError
 from ..features.feature_map import FeatureMap
 from .added import offset_dtype
 from .fingerprint import describe_base
-from .interface import NAME, Observation, Observer, enter, observed
-from .layers import Layer, config_of, converted_modules, dark_layers, inner_names
-from .plan import Plan, check_names, plan_by_structure, plan_conversion, streaming_gap
+from .interface import NAME, enter, observing
+from .layers import (
+    Layer,
+    attach,
+    attachment_of,
+    config_of,
+    converted_modules,
+    dark_layers,
+    detach,
+    inner_names,
+    layer_of,
+)
+from .plan import Plan, check_names, plan_by_structure, plan_conversion, streaming_error
 from .trial import note_previous, tolerance
 
 __all__ = [
@@ -31,11 +40,11 @@ _log = logging.getLogger("darkformer")
 
 
 def _attach(model: nn.Module, plan: Plan, config: DarkConfig) -> None:
-    """Gives the plan's modules their feature maps; what `revert` goes back to is noted first."""
+    """Gives the plan's modules their feature maps, after what `revert` restores has been noted."""
     note_previous(model)
     for _, module, layer in plan.layers:
-        module.__dict__.setdefault("dark_previous", "sdpa")
-        _attach_one(module, layer, config)
+        _set_map(module, layer, config)
+        module.register_forward_pre_hook(enter, with_kwargs=True)
     for own in {id(module.config): module.config for _, module, _ in plan.layers}.values():
         own._attn_implementation = NAME
         own.darkformer = config.to_dict()
@@ -43,7 +52,7 @@ def _attach(model: nn.Module, plan: Plan, config: DarkConfig) -> None:
 
 
 def _device(module: Any) -> torch.device:
-    """Where a module computes: where its weights are, or where accelerate's hook brings them for a forward pass."""
+    """The device of a module's weights, or the one to which accelerate's hook moves them for a forward pass."""
     weight = next((x for x in module.parameters() if not x.is_meta), None)
     if weight is not None:
         return weight.device
@@ -52,16 +61,11 @@ def _device(module: Any) -> torch.device:
     return torch.device(next((x for x in devices if x is not None), "cpu"))
 
 
-def _attach_one(module: Any, layer: Layer, config: DarkConfig) -> None:
-    _set_map(module, layer, config)
-    module.register_forward_pre_hook(enter, with_kwargs=True)
-
-
 def _set_map(module: Any, layer: Layer, config: DarkConfig) -> FeatureMap:
-    """A new feature map for those heads of a module that have one, and the record of what all of them compute."""
+    """Gives a module a new feature map for those heads that need one, and records what all of its heads compute."""
     parts = config.parts_of(layer.layer, layer.num_kv_heads)
     heads = parts.features or parts.local or parts.exact
-    with torch.inference_mode(False):  # whose tensors would never learn
+    with torch.inference_mode(False):  # tensors made in inference mode can never be trained
         feature_map = FeatureMap(
             config.at_layer(layer.layer, layer.num_kv_heads),
             num_heads=len(heads) * layer.group,
@@ -71,20 +75,19 @@ def _set_map(module: Any, layer: Layer, config: DarkConfig) -> FeatureMap:
             dtype=offset_dtype(module),
             heads=heads,
         )
-        # On the meta device weights will be loaded, and moved with the model's own.
+        # A model under construction on the meta device gets its weights, and its device, later.
         building = torch.get_default_device().type == "meta"
         module.dark = feature_map if building else feature_map.to(_device(module))
-    module.__dict__["dark_layer"] = replace(
-        layer, exact=heads is parts.exact, exact_heads=parts.exact, local_heads=parts.local
-    )  # fmt: skip
+    exact = heads is parts.exact
+    attach(module, layer=replace(layer, exact=exact, exact_heads=parts.exact, local_heads=parts.local))
     return feature_map
 
 
 def drop_features(model: nn.Module, heads: Iterable[tuple[int, int]]) -> None:
-    """Switches features off in some heads of a converted model, in place: window and sinks alone stay there.
+    """Switches the features of some heads of a converted model off, in place: window and sinks remain.
 
-    These heads then cost no features, in time or bytes, and what the others have is as it was. Caches filled before
-    are refused, and an optimizer has to be made anew.
+    The features of these heads then cost neither time nor bytes; the other heads keep theirs as they are. Caches filled
+    before are refused, and an optimizer has to be created again.
 
     Args:
         heads: (layer, key/value head) of each.
@@ -102,7 +105,7 @@ def drop_features(model: nn.Module, heads: Iterable[tuple[int, int]]) -> None:
         )
     before = config_of(model)
     config = replace(before, no_features=(*before.no_features, *names))
-    layers = [module.__dict__["dark_layer"] for module in modules]
+    layers = list(map(layer_of, modules))
     check_names(config, layers)
     for module, layer in zip(modules, layers, strict=True):
         old, parts = module.dark, config.parts_of(layer.layer, layer.num_kv_heads)
@@ -119,24 +122,12 @@ def drop_features(model: nn.Module, heads: Iterable[tuple[int, int]]) -> None:
 
 @torch.no_grad()
 def _copy_heads(old: FeatureMap, new: FeatureMap) -> None:
-    """What `old` has of the heads of `new`."""
+    """Copies the tensors of the heads that `new` shares with `old`."""
     rows = torch.tensor([old.heads.index(head) for head in new.heads])
-    tables = ((old._buffers, new._buffers), (old._parameters, new._parameters))
-    for theirs, ours in tables:
-        for name, x in ours.items():
-            if x is not None:
-                source = theirs[name]
-                assert source is not None
-                x.copy_(source.index_select(0, rows.to(source.device)))
-                x.requires_grad_(source.requires_grad)
-
-
-def _detach(module: Any) -> None:
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is enter:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-    del module.dark, module.__dict__["dark_layer"]
+    sources = {**dict(old.named_buffers()), **dict(old.named_parameters())}
+    for name, x in (*new.named_buffers(), *new.named_parameters()):
+        x.copy_(sources[name].index_select(0, rows.to(sources[name].device)))
+        x.requires_grad_(sources[name].requires_grad)
 
 
 def _warn_of_softcap(model: Any) -> None:
@@ -154,15 +145,15 @@ def convert(model: PreTrainedModel, config: DarkConfig, *, example: Mapping[str,
     """Replaces the model's softmax attention by `config`'s, in place, and returns the model.
 
     Works on any decoder or encoder that calls transformers' attention interface. A trial forward pass on a dozen tokens
-    shows which modules attend, with how many heads, under which mask and into which layer of the cache; where exact
-    attention in their place would not give the original's output, nothing is changed. Layers that already attend
-    through a sliding window stay as they are unless `config.convert_sliding`; towers of other modalities and
-    cross-attention always do. What was converted and what was left, and why, goes to the log of `darkformer` (INFO).
-    The weights are not touched; `calibrate` and `finetune` come next. Forward hooks of yours see the trial's passes.
+    shows which modules attend, with how many heads, under which mask and into which layer of the cache; if exact
+    attention in their place would change the model's output, nothing is converted. Layers that already attend through
+    a sliding window stay as they are unless `config.convert_sliding`; towers of other modalities and cross-attention
+    always do. The logger `darkformer` says which modules were converted, and why others were not (INFO). The weights
+    are not touched; `calibrate` and `finetune` come next. Your own forward hooks run in the trial's passes too.
 
     Args:
-        example: keyword arguments for the model's forward pass, where a few token ids (`input_ids`) do not do. Padding
-            and the cache are not tried then.
+        example: keyword arguments for the model's forward pass, if it needs more than a few token ids (`input_ids`).
+            Padding and the cache are not tried then.
 
     Raises:
         ConversionError: not a transformers model, converted already, nothing in it can be converted, or its attention
@@ -180,10 +171,10 @@ def convert(model: PreTrainedModel, config: DarkConfig, *, example: Mapping[str,
 
 
 def convert_by(model: PreTrainedModel, plan: Plan, config: DarkConfig, base: dict[str, Any] | None) -> None:
-    """`convert` by a plan, for a model whose base is known: `base` is what `describe_base` says of it.
+    """Converts by a plan. `base` is what `describe_base` returns for the model's weights.
 
     Raises:
-        ConversionError: the converted model does not give in steps what it gives in one piece.
+        ConversionError: the converted model's output in steps differs from that in one piece.
     """
     _attach(model, plan, config)
     _warn_of_softcap(model)
@@ -205,25 +196,25 @@ def convert_by(model: PreTrainedModel, plan: Plan, config: DarkConfig, base: dic
 def _check_streaming(model: PreTrainedModel, plan: Plan, config: DarkConfig) -> None:
     """Compares a prompt and a step with the same tokens in one piece, after conversion.
 
-    Some models differ by themselves: those that quantize by what is in the batch. Only where the converted one differs
-    is it reverted, for a look at the softmax model's own difference.
+    Some softmax models differ themselves, such as those whose quantization depends on the batch. The model is reverted
+    to measure its own difference only where the converted one differs.
     """
     for run in (run for run in plan.runs if run.cached):
-        if (gap := streaming_gap(plan.body, run)) <= tolerance(model):
+        if (error := streaming_error(plan.body, run)) <= tolerance(model):
             continue
         _revert(model)
-        own = streaming_gap(plan.body, run)
+        own = streaming_error(plan.body, run)
         _attach(model, plan, config)
-        if gap > 5 * own:
+        if error > 5 * own:
             raise ConversionError(
                 f"{type(model).__name__} gives other numbers in steps than in one piece once it is converted (relative "
-                f"difference {gap:.1e}): its layers keep something of the past that converted layers do not follow."
+                f"difference {error:.1e}): its layers keep something of the past that converted layers do not follow."
             )
         _log.info("In steps the softmax model itself differs from one piece by %.1e (relative).", own)
 
 
 def attach_saved(model: PreTrainedModel) -> None:
-    """Gives a model under construction the feature maps its config speaks of; their weights are loaded afterwards."""
+    """Gives a model under construction the feature maps that its config describes; their weights are loaded later."""
     config = DarkConfig.from_dict(dict(model.config.darkformer))
     described = getattr(model.config, "darkformer_layers", None)
     if described is None:  # saved by 0.1.0
@@ -255,35 +246,18 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _revert(model: PreTrainedModel) -> None:
-    """`revert` of a model that is converted."""
-    for module in converted_modules(model):
-        _detach(module)
-        module.config._attn_implementation = module.__dict__.get("dark_previous", "sdpa")
-        for name in ("darkformer", "darkformer_layers", "darkformer_base"):
-            module.config.__dict__.pop(name, None)
-    for module in model.modules():
-        module.__dict__.pop("dark_previous", None)
-    model.config.__dict__.pop("darkformer_base", None)
-
-
-@contextmanager
-def observing(model: nn.Module, observer: Observer, *, softmax: bool = True) -> Iterator[None]:
-    """Within the block every converted layer's q, k, v and output are shown to `observer`, without gradients.
-
-    Only what the same thread runs is shown.
-
-    Args:
-        softmax: the model computes softmax attention meanwhile. False: what it is converted to.
-
-    Raises:
-        ConversionError: no layer is converted, or an adapter of peft has wrapped the feature maps.
-    """
     modules = converted_modules(model)
-    if not modules:
-        raise ConversionError(
-            f"{type(model).__name__} has no converted attention layer to observe: convert it first, and calibrate it "
-            "before an adapter of peft takes over its feature maps."
-        )
-    layers = frozenset(id(module.dark) for module in modules)
-    with observed(Observation(observer, layers, softmax)), torch.no_grad():
-        yield
+    for module in modules:
+        for key, hook in list(module._forward_pre_hooks.items()):  # handles would not survive a copy of the model
+            if hook is enter:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        del module.dark
+        attachment = attachment_of(module)
+        module.config._attn_implementation = "sdpa" if attachment is None else attachment.previous
+    for config in {id(own): own for own in (model.config, *(module.config for module in modules))}.values():
+        for name in ("darkformer", "darkformer_layers", "darkformer_base"):
+            if name in vars(config):
+                delattr(config, name)
+    for module in model.modules():
+        detach(module)

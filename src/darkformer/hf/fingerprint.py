@@ -21,12 +21,12 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def _text(value: Any) -> str:
-    """A description of a value that is the same in every process."""
+    """The value's repr without addresses, so that it is the same in every process."""
     return _ADDRESS.sub("", repr(value))
 
 
 def _parts(name: str, entry: Any) -> Iterator[tuple[str, Tensor | str]]:
-    """The dense tensors and the texts that an entry of a state dict consists of, each by a name of its own."""
+    """The dense tensors and texts of an entry of a state dict, each with a name of its own."""
     if isinstance(entry, (tuple, list)):  # packed parameters of torch.ao
         for i, x in enumerate(entry):
             yield from _parts(f"{name}.{i}", x)
@@ -35,7 +35,7 @@ def _parts(name: str, entry: Any) -> Iterator[tuple[str, Tensor | str]]:
             yield from _parts(f"{name}.{key}", entry[key])
     elif not isinstance(entry, Tensor):
         yield name, _text(entry)
-    elif hasattr(entry, "full_tensor"):  # sharded: every process must ask
+    elif hasattr(entry, "full_tensor"):  # sharded: a collective call, so every process must make it
         yield name, entry.full_tensor()
     elif hasattr(entry, "__tensor_flatten__"):  # of several tensors, as torchao's
         inner, context = entry.__tensor_flatten__()
@@ -58,9 +58,9 @@ def digest(entries: Mapping[str, Any], *, values: bool = False) -> str:
     """SHA-256 over names, shapes and numbers, in the order of the names.
 
     Args:
-        entries: tensors, and whatever else a state dict holds; a `functools.partial` stands for what it returns.
-        values: floating-point tensors count by their float32 values, so that the same numbers stored in bfloat16 and in
-            float32 agree; otherwise dtype and bytes count as they are.
+        entries: tensors, and whatever else a state dict holds; of a `functools.partial`, what it returns.
+        values: floating-point tensors count by their float32 values, so that the same numbers in bfloat16 and float32
+            agree; otherwise by dtype and bytes.
     """
     total = hashlib.sha256()
     for key in sorted(entries):
@@ -79,9 +79,9 @@ def digest(entries: Mapping[str, Any], *, values: bool = False) -> str:
 
 
 def digest_own(model: nn.Module, *, values: bool = False) -> str | None:
-    """`digest` of the model's own weights; None where they are not there (meta device).
+    """`digest` of the model's own weights; None if it has none (meta device).
 
-    Those that accelerate offloads are read from where it keeps them, one at a time.
+    Weights that accelerate has offloaded are read one at a time.
     """
     entries = {
         name: partial(read, model, name) if isinstance(x, Tensor) and x.is_meta else x
@@ -94,17 +94,17 @@ def digest_own(model: nn.Module, *, values: bool = False) -> str | None:
 
 
 def describe_base(model: nn.Module) -> dict[str, Any] | None:
-    """Name, dtype and fingerprint of the model's own weights; None while they are not there (meta device).
+    """Name, dtype and fingerprint of the model's own weights; None if it has none (meta device).
 
-    One pass over the weights: 1 to 2 GB a second on a CPU with SHA instructions. It cannot wait until something is
-    saved, because nothing cheaper tells whether the weights are still those that were converted: what writes through
-    `.data` (peft's merge does) leaves the tensor, its memory and its version counter as they were.
+    Takes one pass over the weights, at 1 to 2 GB a second on a CPU with SHA instructions. `convert` cannot leave this
+    until something is saved, as no cheaper check shows whether the weights are still those that were converted: writes
+    through `.data` (as in peft's merge) leave the tensor, its memory and its version counter unchanged.
     """
     fingerprint = digest_own(model, values=True)
     if fingerprint is None:
         return None
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    if Path(name).exists():  # a folder of this machine: its name says enough, and is saved with the model
+    if Path(name).exists():  # a local folder: its path is nobody else's concern
         name = Path(name).name
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {"name": name, "dtype": dtype, "fingerprint": fingerprint}

@@ -1,4 +1,4 @@
-"""The converted layers of a model: what is known of each from `convert` on, and how to walk over them."""
+"""The converted layers of a model: what `convert` learned about each, where that is kept, and how to walk over them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..features.feature_map import FeatureMap
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One attention module of a converted model: what its calls look like, which does not change from call to call.
+    """What `convert` found out about one attention module; none of it changes from call to call.
 
     Attributes:
         name: of the module inside its innermost `PreTrainedModel`, so that it is the same with and without a head.
@@ -24,7 +24,7 @@ class Layer:
         slots: layers of the cache that it fills; several where several layers of a model share one attention module.
         num_heads, num_kv_heads, head_dim: of the queries and keys that reach the attention function.
         calls: how often one forward pass of the module attends (twice in differential attention).
-        local: whether the softmax it replaces sees near keys only (`convert_sliding`).
+        local: whether the softmax it replaces is limited to a window or chunk (`convert_sliding`).
         exact: whether all its heads compute softmax attention (`keep_exact`, method `exact`), with the cache it had.
         causal_by_mask: causality follows the mask function even without padding, as in eager attention; False: then
             the module's flag decides, as in torch's and flash attention.
@@ -51,7 +51,7 @@ class Layer:
         return self.num_heads // self.num_kv_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON, without what the configuration says."""
+        """Plain values, for config.json, without what the configuration says."""
         values = {**dataclasses.asdict(self), "slots": list(self.slots)}
         return {name: x for name, x in values.items() if name not in ("exact_heads", "local_heads")}
 
@@ -59,6 +59,46 @@ class Layer:
     def from_dict(cls, values: dict[str, Any]) -> Layer:
         """Inverse of `to_dict`."""
         return cls(**{**values, "slots": tuple(values["slots"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Attachment:
+    """What darkformer keeps on an attention module, beside the feature map of a converted one (`module.dark`).
+
+    Every module that attends under a config whose `_attn_implementation` is darkformer has one, in the attribute
+    `_darkformer`; copies and pickles of the module take it along. Only the functions of this file touch it.
+
+    Attributes:
+        previous: the attn_implementation of the module's config before. A module that stays goes on with it, and
+            `revert` restores it.
+        layer: of a converted module; None for one that stays.
+    """
+
+    previous: str
+    layer: Layer | None = None
+
+
+def attachment_of(module: nn.Module) -> Attachment | None:
+    """The module's `Attachment`, None if it has none. Wrappers that forward attributes do not count."""
+    return module.__dict__.get("_darkformer")
+
+
+def layer_of(module: nn.Module) -> Layer:
+    """What is known of a converted attention module."""
+    attachment = attachment_of(module)
+    assert attachment is not None and attachment.layer is not None, "not a converted attention module"
+    return attachment.layer
+
+
+def attach(module: Any, *, previous: str | None = None, layer: Layer | None = None) -> None:
+    """Sets fields of the module's `Attachment`; those that are not passed keep their values."""
+    before = attachment_of(module) or Attachment("sdpa")
+    module._darkformer = Attachment(previous or before.previous, layer or before.layer)
+
+
+def detach(module: Any) -> None:
+    """Removes the module's `Attachment`, if it has one."""
+    module.__dict__.pop("_darkformer", None)
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -83,13 +123,13 @@ def converted_modules(model: nn.Module) -> list[Any]:
 
 
 def config_of(model: nn.Module) -> DarkConfig:
-    """What a converted model was converted by; the config of a feature map is what that means for its layer."""
-    module: Any = next(m for m in model.modules() if "dark_layer" in m.__dict__)
+    """The configuration a model was converted with; that of a single feature map is `DarkConfig.at_layer` of it."""
+    module: Any = next(m for m in model.modules() if (a := attachment_of(m)) is not None and a.layer is not None)
     return DarkConfig.from_dict(dict(module.config.darkformer))
 
 
 def map_of(module: Any) -> FeatureMap:
-    """The feature map of a converted module, inside whatever adapter of peft has wrapped it."""
+    """The feature map of a converted module, also where an adapter of peft has wrapped it."""
     return module.dark if isinstance(module.dark, FeatureMap) else next(dark_layers(module.dark))
 
 

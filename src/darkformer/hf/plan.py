@@ -1,4 +1,4 @@
-"""What `convert` would do to a model: which attention modules become linear, which stay, and why others refuse."""
+"""What `convert` would do to a model: which attention modules become linear, which stay, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..errors import ConversionError
 from .interface import NAME
 from .layers import Layer, inner_names, uses_interface
 from .trial import (
-    Arrival,
+    AttendingModule,
     Run,
-    difference,
     first_difference,
     has_weights,
     new_cache,
     quiet,
     read_model,
+    relative_error,
     run_model,
     run_original,
     tolerance,
@@ -36,8 +36,8 @@ class Plan:
     """What `convert` would do to a model.
 
     Attributes:
-        layers: (full name, module, what is known of it) of each attention module that becomes linear.
-        left: attention modules that keep what they have, by full name, and why.
+        layers: (full name, module, its `Layer`) of each attention module that becomes linear.
+        left: full name → why the module keeps the attention it has.
         body: the model, or its body without a head, as the trial called it.
         runs: how the trial called it; empty where there was none.
         note: why there was no trial, or None.
@@ -56,8 +56,8 @@ class Plan:
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"{len(names)} stay as they are ({some}): {reason}")
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            lines.append(f"{len(names)} stay as they are ({listed}): {reason}")
         return "\n".join(lines + ([self.note] if self.note else []))
 
 
@@ -77,7 +77,7 @@ def _refuse(name: str, module: Any, reason: str) -> ConversionError:
 
 
 def _check_kind(model: PreTrainedModel) -> None:
-    """Refuses what no trial needs to show.
+    """Refuses models that cannot be converted whatever a trial would show.
 
     Raises:
         ConversionError: an encoder-decoder, or heads that are split over processes.
@@ -89,16 +89,13 @@ def _check_kind(model: PreTrainedModel) -> None:
             "models and encoders."
         )
     refuse_tensor_parallel(model)
-    if any(getattr(module, "config", None) is not None and shares_config(module) for module in model.modules()):
-        raise ConversionError(
-            f"{type(model).__name__} shares its config object with a model that was converted: build each model from a "
-            "copy of its own (copy.deepcopy(config))."
-        )
-
-
-def shares_config(module: Any) -> bool:
-    """Whether a module that is not converted has a config that says so."""
-    return getattr(module.config, "_attn_implementation", None) == NAME and uses_interface(module)
+    for module in model.modules():
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation == NAME and uses_interface(module):
+            raise ConversionError(
+                f"{type(model).__name__} shares its config object with a model that was converted: build each model "
+                "from a copy of its own (copy.deepcopy(config))."
+            )
 
 
 def refuse_tensor_parallel(model: Any) -> None:
@@ -115,7 +112,7 @@ def refuse_tensor_parallel(model: Any) -> None:
 
 
 def _attention_modules(model: nn.Module) -> dict[str, Any]:
-    """By full name: what goes through transformers' interface, or looks like attention of a numbered layer."""
+    """Full name → module: those that call transformers' interface, or look like attention of a numbered layer."""
 
     def is_attention(module: Any) -> bool:
         named = type(module).__name__.endswith(("Attention", "SelfAttention"))
@@ -125,10 +122,10 @@ def _attention_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping[str, Any] | None = None) -> Plan:
-    """What `convert` would do, found out by a trial forward pass; the model stays as it is.
+    """What `convert` would do, by a trial forward pass; the model stays as it is.
 
     Args:
-        example: keyword arguments for the model's forward pass, where a few token ids (`input_ids`) do not do.
+        example: keyword arguments for the model's forward pass, if it needs more than a few token ids (`input_ids`).
 
     Raises:
         ConversionError: nothing to convert, a layer in `keep_exact` that would not be converted anyway, or attention
@@ -148,8 +145,7 @@ def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping
             "does not use transformers' attention interface, so its attention cannot be replaced. "
             "Models built on that interface (Llama, Gemma, Qwen, …) can.",
         )  # fmt: skip
-    looked = has_weights(model)
-    plan = _plan_by_trial(model, config, modules, example) if looked else plan_by_structure(model, config)
+    plan = _plan_by_trial(model, config, modules, example) if has_weights(model) else plan_by_structure(model, config)
     check_names(config, [layer for *_, layer in plan.layers], plan.left)
     return plan
 
@@ -158,11 +154,12 @@ def check_names(config: DarkConfig, layers: Iterable[Layer], left: Mapping[str, 
     """Refuses options that name layers or heads which the configuration does not convert.
 
     Args:
-        layers: those that it converts. left: why other attention modules stay, by name.
+        layers: those that it converts.
+        left: name → why another attention module stays.
 
     Raises:
-        ConversionError: a layer that is not converted, or whose softmax sees near keys only. ConfigError: a head that a
-            layer does not have.
+        ConversionError: a layer that is not converted, or whose softmax is limited to a window. ConfigError: a head
+            that a layer does not have.
     """
     known = {layer.layer: layer for layer in layers}
     sliding = sorted(name for name, reason in (left or {}).items() if "within a" in reason)
@@ -176,8 +173,8 @@ def check_names(config: DarkConfig, layers: Iterable[Layer], left: Mapping[str, 
     for number in sorted(config.layers_named("keep_exact")):
         if known[number].local:
             raise ConversionError(
-                f"keep_exact names layer {number}, whose softmax sees near keys only: there is no far field to keep. "
-                "Leave convert_sliding off, and it stays as it is."
+                f"keep_exact names layer {number}, whose softmax is limited to a window: there is no far field to "
+                "keep. Leave convert_sliding off, and it stays as it is."
             )
     for layer in known.values():
         config.parts_of(layer.layer, layer.num_kv_heads)
@@ -211,7 +208,7 @@ def _run_as_it_is(
 def _plan_by_trial(
     model: PreTrainedModel, config: DarkConfig, modules: dict[str, Any], example: Mapping[str, Any] | None
 ) -> Plan:
-    body, runs, wanted = _run_as_it_is(model, example)
+    body, runs, originals = _run_as_it_is(model, example)
     try:
         trial = read_model(body, runs)
     except ConversionError:
@@ -221,63 +218,57 @@ def _plan_by_trial(
             f"{type(model).__name__} cannot run through another attention function than its own "
             f"({type(error).__name__}: {error}), so its attention cannot be replaced."
         ) from error
+    attending = trial.modules
     if example is not None:
-        trial.arrivals[:] = _of_text(model, trial.arrivals)
-    layers, left = _choose(model, config, modules, trial.arrivals)
-    for run, found, want in zip(runs, trial.outputs, wanted, strict=True):
-        if (gap := difference(found, want, run.real)) > tolerance(model):
+        attending = _of_text(model, attending)
+    layers, left = _choose(model, config, modules, attending)
+    for run, output, original in zip(runs, trial.outputs, originals, strict=True):
+        if (change := relative_error(output, original, run.real)) > tolerance(model):
             name = first_difference(body, runs, trial) or "a layer"
             raise ConversionError(
                 f"{name} of {type(model).__name__} attends in a way that was not understood: on {run.name} exact "
-                f"attention in its place changes the output by {gap:.1e} (relative). The model is left as it was."
+                f"attention in its place changes the output by {change:.1e} (relative). The model is left as it was."
             )
-    if not all(arrival.is_causal for arrival in trial.arrivals):  # an encoder: there is nothing to stream
+    if not all(module.is_causal for module in attending):  # an encoder: there is nothing to stream
         return Plan(layers, left, body)
-    if not all(_is_finite(want, run) for run, want in zip(runs, wanted, strict=True)):
-        return Plan(layers, left, body, note="The model's own output holds NaN or infinity.")
+    for run, output in zip(runs, originals, strict=True):
+        if not bool((output if run.real is None else output[run.real]).isfinite().all()):
+            return Plan(layers, left, body, note="The model's own output holds NaN or infinity.")
     untried = "Whether it gives in steps what it gives in one piece was not tried."
     return Plan(layers, left, body, runs, None if any(run.cached for run in runs) else untried)
 
 
-def _is_finite(output: torch.Tensor, run: Run) -> bool:
-    """Whether a run's output is finite wherever it is not padding."""
-    return bool((output if run.real is None else output[run.real]).isfinite().all())
-
-
-def _of_text(model: PreTrainedModel, arrivals: list[Arrival]) -> list[Arrival]:
-    """Without cross-attention and the towers that an `example` with images, sound or encoder states has called."""
+def _of_text(model: PreTrainedModel, attending: list[AttendingModule]) -> list[AttendingModule]:
+    """Without cross-attention and the towers that an `example` with images, sound or encoder states has run."""
     text = model.config.get_text_config(decoder=True)
-    own = [arrival for arrival in arrivals if text is model.config or arrival.module.config is text]
-    causal = [arrival for arrival in own if arrival.is_causal]
-    return causal or own or arrivals
+    own = [x for x in attending if text is model.config or x.module.config is text]
+    return [x for x in own if x.is_causal] or own or attending
 
 
 def _choose(
-    model: PreTrainedModel, config: DarkConfig, modules: dict[str, Any], arrivals: list[Arrival]
+    model: PreTrainedModel, config: DarkConfig, modules: dict[str, Any], attending: list[AttendingModule]
 ) -> tuple[list[tuple[str, Any, Layer]], dict[str, str]]:
-    """Layers to convert and those that stay, by what arrived from them."""
+    """Layers to convert, and why other modules stay."""
     inner = {id(module): (name, short) for name, short, module in inner_names(model)}
     left: dict[str, str] = {}
     layers: list[tuple[str, Any, Layer]] = []
-    for arrival in arrivals:
-        module = arrival.module
+    for x in attending:
+        module = x.module
         name, short = inner[id(module)]
-        if arrival.local is not None and not config.convert_sliding:
-            left[name] = (
-                f"attends within a {'sliding window' if arrival.local == 'window' else 'chunk'}, linear already."
-            )
+        if x.local is not None and not config.convert_sliding:
+            left[name] = f"attends within a {'sliding window' if x.local == 'window' else 'chunk'}, linear already."
             continue
-        if reason := _why_not(arrival):
+        if reason := _why_not(x):
             raise _refuse(name, module, reason)
         own = _number(module)
-        slots = tuple(arrival.slots) or (len(layers) if own is None else own,)
+        slots = tuple(x.slots) or (len(layers) if own is None else own,)
         layer = Layer(
             name=short,
             layer=slots[0] if own is None else own,
             slots=slots,
-            **arrival.heads._asdict(),
-            calls=arrival.calls,
-            local=arrival.local is not None,
+            **x.heads._asdict(),
+            calls=x.calls,
+            local=x.local is not None,
             causal_by_mask=module.config._attn_implementation == "eager",
         )
         if any(tied.startswith(f"{name}.") for tied in _tied(model)):
@@ -287,19 +278,19 @@ def _choose(
                 "module cannot be saved and loaded.",
             )  # fmt: skip
         layers.append((name, module, layer))
-    seen = {id(arrival.module) for arrival in arrivals}
+    called = {id(x.module) for x in attending}
     for name, module in modules.items():
-        if id(module) not in seen:
+        if id(module) not in called:
             left[name] = (
                 "not part of the language model's self-attention: a forward pass on text does not call it."
                 if uses_interface(module)
                 else "does not use transformers' attention interface."
             )
     if not layers:
-        if not arrivals:
+        if not attending:
             raise ConversionError(f"{type(model).__name__} attends nowhere on text: there is nothing to convert.")
         raise ConversionError(
-            f"all {len(arrivals)} attention layers of {type(model).__name__} are sliding-window layers, linear "
+            f"all {len(attending)} attention layers of {type(model).__name__} are sliding-window layers, linear "
             "already: set convert_sliding=True to convert them nevertheless."
         )
     return layers, left
@@ -317,20 +308,19 @@ def _number(module: Any) -> int | None:
     return number if isinstance(number, int) and number >= 0 else None
 
 
-def _why_not(arrival: Arrival) -> str | None:
-    """Why the attention that arrived from a module cannot be replaced, or None."""
-    if arrival.unread is not None:
-        return arrival.unread
-    if arrival.foreign_keys or getattr(arrival.module, "is_kv_shared_layer", False):
+def _why_not(x: AttendingModule) -> str | None:
+    """Why the attention of a module cannot be replaced, or None."""
+    if x.problem is not None:
+        return x.problem
+    if x.foreign_keys or getattr(x.module, "is_kv_shared_layer", False):
         return "takes keys and values from another layer's cache, which converted layers do not keep."
-    heads = arrival.heads
-    if heads.num_heads % heads.num_kv_heads:
-        return f"attends with {heads}: query heads do not divide among the others."
+    if x.heads.num_heads % x.heads.num_kv_heads:
+        return f"attends with {x.heads}: query heads do not divide among the others."
     return None
 
 
 def _is_sliding(module: Any) -> bool:
-    """Whether a module sees near keys only, by what it and its configuration say."""
+    """Whether a module's attention is limited to a window or chunk, by its attributes and its configuration."""
     for name in ("is_sliding", "sliding_window"):
         if hasattr(module, name):
             return bool(getattr(module, name))
@@ -341,7 +331,7 @@ def _is_sliding(module: Any) -> bool:
 
 
 def plan_by_structure(model: PreTrainedModel, config: DarkConfig) -> Plan:
-    """Without weights there is no trial: what the configuration and the modules' names say, for what is plain there."""
+    """A plan without a trial, for models without weights: by the configuration and the modules' attributes."""
     left: dict[str, str] = {}
     layers: list[tuple[str, Any, Layer]] = []
     for name, short, module in inner_names(model):
@@ -377,8 +367,8 @@ def plan_by_structure(model: PreTrainedModel, config: DarkConfig) -> Plan:
     return Plan(layers, left, note="There was no trial forward pass: the weights are on the meta device.")
 
 
-def streaming_gap(body: Any, run: Run) -> float:
-    """How far the output of a cached run lies from that of the same tokens in one piece (relative)."""
+def streaming_error(body: Any, run: Run) -> float:
+    """Relative difference between the output of a cached run and that of the same tokens in one piece."""
     joined: dict[str, Any] = {
         name: torch.cat([one[name] for one in run.passes], dim=1)
         for name in ("input_ids", "position_ids")
@@ -387,4 +377,4 @@ def streaming_gap(body: Any, run: Run) -> float:
     with quiet(body):
         in_steps = run_model(body, run, new_cache(body))
         at_once = run_model(body, Run("", [{**run.passes[-1], **joined}], None, cached=False))
-    return difference(in_steps, at_once, run.real)
+    return relative_error(in_steps, at_once, run.real)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
@@ -18,11 +16,11 @@ from ..config import DarkConfig
 from ..errors import ConversionError, InputError
 from ..ops.state import AttentionState
 from .added import added_values
-from .cache import DarkCacheLayer, Stream, whole
+from .cache import DarkCacheLayer, Stream, has_all_keys
 from .fingerprint import digest, digest_own
-from .layers import config_of, converted_modules, map_of
+from .layers import config_of, converted_modules, layer_of, map_of
 from .parts import parts_of
-from .sealed import checksum, read_sealed, write_sealed
+from .sealed import read_sealed, write_sealed
 
 #: Version of the file's layout. A reader refuses higher ones.
 LAYOUT = 1
@@ -30,19 +28,19 @@ FIELDS = [f.name for f in dataclasses.fields(AttentionState)]
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a state depends on: one pass over the weights."""
+    """What a state depends on. Takes one pass over the weights."""
     modules = converted_modules(model)
     if not modules:
         raise ConversionError(f"{type(model).__name__} is not converted: its cache is transformers' own.")
     weights = digest_own(model)
     if weights is None:
-        raise InputError("the model's weights are out of reach (meta device), and a cache belongs to its weights.")
+        raise InputError("the model has no weights (meta device), and a cache belongs to the weights that filled it.")
     return {"configuration": config_of(model).to_dict(), "features": digest(added_values(model)), "weights": weights}
 
 
 def _slots(model: PreTrainedModel) -> dict[int, Any]:
-    """Converted modules with a state, by the layers of the cache that they fill."""
-    layers = ((module, module.__dict__["dark_layer"]) for module in converted_modules(model))
+    """Layer of the cache → the converted module that fills it, of those with a state."""
+    layers = ((module, layer_of(module)) for module in converted_modules(model))
     return {slot: module for module, layer in layers if not layer.exact for slot in layer.slots}
 
 
@@ -53,8 +51,8 @@ def cache_of(model: PreTrainedModel, states: Mapping[int, AttentionState], seen:
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     for slot, module in _slots(model).items():
-        if len(parts := parts_of(module.__dict__["dark_layer"], map_of(module))) > 1 or parts[0].feature_map is None:
-            raise ConversionError(f"layer {slot} has exact heads or heads of several kinds: one state does not do.")
+        if len(parts := parts_of(layer_of(module), map_of(module))) > 1 or parts[0].feature_map is None:
+            raise ConversionError(f"layer {slot} has exact heads or heads of several kinds: one state is not enough.")
         own = DarkCacheLayer().bind(module)
         own.state, own.seen, own.is_initialized = states[slot], seen, True
         cache.layers[slot] = own
@@ -62,7 +60,7 @@ def cache_of(model: PreTrainedModel, states: Mapping[int, AttentionState], seen:
 
 
 def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a layer is, and its tensors by name.
+    """A layer's entry in the header, and its tensors by name.
 
     Raises:
         ConversionError: it holds the states of a recurrent mixer.
@@ -76,12 +74,12 @@ def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if stream.filled
             for name in FIELDS
         }
-        exact = layer.kept if layer.filled else []
+        exact = layer.exact_layers if layer.filled else []
         for prefix, kept in zip(_prefixes(len(exact)), exact, strict=True):
             keys, values = _keys_and_values(kept)
             tensors |= {f"{prefix}keys": keys, f"{prefix}values": values}
-        if layer.real is not None and layer.filled:
-            tensors["real"] = layer.real
+        if layer.exact_mask is not None and layer.filled:
+            tensors["real"] = layer.exact_mask
         return {"kind": "state", "seen": layer.seen, "streams": len(layer.streams), "exact": len(exact)}, tensors
     seen = int(layer.get_seq_length())
     if layer.is_sliding:
@@ -99,14 +97,14 @@ def _keys_and_values(layer: Any) -> tuple[Tensor, Tensor]:
     Raises:
         ConversionError: it keeps them in another form.
     """
-    if not whole(layer):
+    if not has_all_keys(layer):
         raise ConversionError(f"a cache of {type(layer).__name__} is not saved: use a dynamic or a static one.")
     length = int(layer.get_seq_length())  # a static layer has room for more than it has read
     return layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def _prefixes(streams: int) -> list[str]:
-    """What stands before the names of each stream's tensors; nothing for the first, as in files of one stream."""
+    """Prefixes of the names of each stream's tensors; the first has none, as in files of one stream."""
     return ["", *(f"stream{i}." for i in range(1, streams))][:streams]
 
 
@@ -129,7 +127,7 @@ def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
             raise ConversionError(f"layer {slot} of the cache holds no state: run the model with it first.")
         layer.bind(module)
     described = [_tensors_of(layer) for layer in cache.layers]
-    tensors = {f"layers.{i}.{name}": x for i, (_, given) in enumerate(described) for name, x in given.items()}
+    tensors = {f"layers.{i}.{name}": x for i, (_, of_layer) in enumerate(described) for name, x in of_layer.items()}
     header = {
         "layout": LAYOUT, "version": __version__, "layers": [kind for kind, _ in described], **_identity(model),
     }  # fmt: skip
@@ -141,18 +139,7 @@ def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not file.is_file():
         raise InputError(f"{file}: no such file.")
-    try:
-        metadata, tensors = read_sealed(file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: cannot be read ({error}): it is damaged, or no safetensors file.") from error
-    if "darkformer_cache" not in metadata:
-        raise InputError(f"{file}: holds no cache; darkformer.save_cache writes one.")
-    header = json.loads(metadata["darkformer_cache"])
-    if header["layout"] > LAYOUT:
-        raise InputError(f"{file}: written by darkformer {header['version']}, newer than {__version__}: upgrade.")
-    if checksum(header, tensors) != metadata.get("checksum"):
-        raise InputError(f"{file}: its checksum does not fit its content: it is damaged; save the cache again.")
-    return header, tensors
+    return read_sealed(file, "darkformer_cache", LAYOUT, what="cache", writer="darkformer.save_cache")
 
 
 def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
@@ -165,7 +152,7 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
     file = Path(file)
     header, tensors = _read(file)
     identity = _identity(model)
-    # What an earlier version wrote lacks the fields that came later: they have their defaults.
+    # A file of an earlier version lacks the fields that were added later, which have their defaults.
     header["configuration"] = DarkConfig.from_dict(header["configuration"]).to_dict()
     there, here = header["configuration"], identity["configuration"]
     fields = ", ".join(f"{k}: {there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k])
@@ -180,28 +167,24 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     modules = _slots(model)
     for i, described in enumerate(header["layers"]):
-        given = {name: tensors[f"layers.{i}.{name}"].to(device) for name in _names(tensors, i)}
+        prefix = f"layers.{i}."
+        stored = {name.removeprefix(prefix): x.to(device) for name, x in tensors.items() if name.startswith(prefix)}
         if described["kind"] == "state":
             own = DarkCacheLayer().bind(modules[i])
             own.streams = [Stream() for _ in range(described.get("streams", 1))]
             for prefix, stream in zip(_prefixes(len(own.streams)), own.streams, strict=True):
-                if f"{prefix}count" in given:
-                    stream.hold(AttentionState(**{name: given[f"{prefix}{name}"] for name in FIELDS}))
+                if f"{prefix}count" in stored:
+                    stream.hold(AttentionState(**{name: stored[f"{prefix}{name}"] for name in FIELDS}))
             for prefix in _prefixes(described.get("exact", 0)):
-                own.kept.append(DynamicLayer())
-                own.kept[-1].update(given[f"{prefix}keys"], given[f"{prefix}values"])
-            own.real = given.get("real")
+                own.exact_layers.append(DynamicLayer())
+                own.exact_layers[-1].update(stored[f"{prefix}keys"], stored[f"{prefix}values"])
+            own.exact_mask = stored.get("real")
             own.seen, own.is_initialized = described["seen"], own.filled
             cache.layers[i] = own
-        elif given:
+        elif stored:
             layer: Any = cache.layers[i]
-            layer.lazy_initialization(given["keys"], given["values"])
-            layer.keys, layer.values = given["keys"], given["values"]
+            layer.lazy_initialization(stored["keys"], stored["values"])
+            layer.keys, layer.values = stored["keys"], stored["values"]
             if described["kind"] == "sliding":
                 layer.cumulative_length = described["seen"]
     return cache
-
-
-def _names(tensors: dict[str, Tensor], layer: int) -> list[str]:
-    prefix = f"layers.{layer}."
-    return [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]

@@ -7,36 +7,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import ConfigError, InputError
 from .fingerprint import digest
 
 
-def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """SHA-256 over the header and every tensor's name, type, shape and bytes."""
     return digest(tensors | {json.dumps(header, sort_keys=True): torch.zeros(0)})
 
 
 def write_sealed(file: Path, kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes in one step, the header under `kind`: a killed run leaves the old file or the new one.
+    """Writes in one step: a killed run leaves the old file or the new one.
 
     Args:
+        kind: the key of the metadata that holds the header.
+        header: plain values, with the file's `layout` and the `version` of darkformer.
         tensors: of any device; what is written are contiguous copies on the CPU.
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    metadata = {"format": "pt", kind: json.dumps(header), "checksum": checksum(header, tensors)}
+    metadata = {"format": "pt", kind: json.dumps(header), "checksum": _checksum(header, tensors)}
     part = file.with_name(file.name + ".part")
     save_file(tensors, part, metadata=metadata)
     part.replace(file)
 
 
-def read_sealed(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors as they stand in the file; the caller says what a wrong one means to its user.
+def read_sealed(
+    file: Path, kind: str, layout: int, *, what: str, writer: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that exists.
+
+    Args:
+        kind: as in `write_sealed`.
+        layout: the highest one that the caller reads.
+        what, writer: what such a file holds and which function writes it, for messages.
 
     Raises:
-        SafetensorError, OSError, ValueError: the file cannot be read.
+        InputError: damaged, or a file of another kind. ConfigError: a newer version wrote it.
     """
-    with safe_open(file, framework="pt") as content:
-        return content.metadata() or {}, {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    damaged = f"{file} is damaged (cut short or altered):"
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{damaged} it cannot be read ({error}).") from error
+    if kind not in metadata:
+        raise InputError(f"{file} holds no {what}: it was not written by {writer}.")
+    try:
+        header = json.loads(metadata[kind])
+        newest = int(header["layout"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{damaged} its header cannot be read.") from error
+    if newest > layout:
+        raise ConfigError(
+            f"{file} has layout {newest}, this version reads up to {layout}: it was written by darkformer "
+            f"{header.get('version')}; upgrade this installation."
+        )
+    if metadata.get("checksum") != _checksum(header, tensors):
+        raise InputError(f"{damaged} its checksum does not fit its content.")
+    return header, tensors

@@ -1,4 +1,4 @@
-"""What one attention of a module keeps of the tokens it has read, and how the last of them are taken back."""
+"""The constant-size state of one attention of a module, and how its last tokens are taken back."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..ops.native import stepper
 from ..ops.native.step import Step
 from ..ops.state import AttentionState
 
-#: Tokens that can be taken back at least, while a cache records (fewer if it has recorded fewer).
+#: While a cache records, at least this many tokens can be taken back (or all that were recorded).
 CROP = 256
 
 
 def _read_keys(
     state: AttentionState | None, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any
 ) -> AttentionState:
-    """The state after keys and values (B, G, T, d) whose queries do not matter."""
-    query = key.repeat_interleave(feature_map.num_heads // feature_map.num_kv_heads, dim=1)  # any will do
+    """The state after keys and values (B, G, T, d), whatever their queries."""
+    query = key.repeat_interleave(feature_map.num_heads // feature_map.num_kv_heads, dim=1)
     _, after = attention(
         query, key, value, feature_map, key_mask=mask, initial_state=state, return_state=True, **options
     )  # fmt: skip
@@ -34,8 +34,8 @@ def _read_keys(
 class History:
     """What taking tokens back needs: the state before them, and their keys and values.
 
-    Sums are not subtracted: a key that raises a feature's running maximum has rescaled everything before it, and what
-    underflowed then would be gone. The state is made again from the one before, which gives prefill's numbers.
+    Sums are not subtracted: a key that raises a feature's running maximum rescales all earlier sums, and what
+    underflows then is lost. The state is computed again from the earlier one, which gives the same numbers as prefill.
     """
 
     state: AttentionState | None
@@ -72,9 +72,9 @@ class History:
 
 
 class Stream:
-    """What one attention of a module keeps of the tokens it has read: a state, or a `Step` that changes it in place.
+    """The state of one attention of a module.
 
-    While single tokens come, a `Step` holds the state; `state` is then a copy.
+    While tokens come one by one, a compiled `Step` holds the state and updates it in place; `state` is then a copy.
     """
 
     def __init__(self, *, records: bool = False) -> None:
@@ -88,7 +88,7 @@ class Stream:
         return self._step.state() if self._step is not None else self._state
 
     def hold(self, state: AttentionState | None) -> None:
-        """Goes on from `state`."""
+        """Replaces the state."""
         self._state, self._step = state, None
 
     @property
@@ -97,7 +97,7 @@ class Stream:
         return self._state is not None or self._step is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: the state itself, without its graph; a `Step` is memory of this process."""
+        """A copy or a pickle holds the state without its graph, not the `Step`, which is memory of this process."""
         state = self.state
         return {"_state": None if state is None else state.detach(), "_step": None, "history": self.history}
 
@@ -116,7 +116,7 @@ class Stream:
     def extend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any
     ) -> Tensor:
-        """Attention of new tokens after all before them, (B, H, L, d_v); the state has them afterwards.
+        """Attention of new tokens to themselves and all earlier ones, (B, H, L, d_v); they are added to the state.
 
         Args:
             query: (B, H, L, d). key, value: (B, G, L, d). mask: (B, L) booleans or None.
@@ -128,22 +128,21 @@ class Stream:
         # While recording, a long prompt is cut so that only its end has to be kept.
         cuts = [0, length - CROP, length] if self.history and length > CROP else [0, length]
         for start, stop in itertools.pairwise(cuts):
-            part = [x[:, :, start:stop] for x in (query, key, value)]
-            some = None if mask is None else mask[:, start:stop]
+            q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+            real = None if mask is None else mask[:, start:stop]
             output, state = attention(
-                part[0], part[1], part[2], feature_map, key_mask=some, initial_state=self.state, return_state=True,
-                **options,
-            )  # fmt: skip
+                q, k, v, feature_map, key_mask=real, initial_state=self.state, return_state=True, **options
+            )
             outputs.append(output)
             if self.history:
-                self._record(part[1].detach(), part[2].detach(), some, feature_map, options)
+                self._record(k.detach(), v.detach(), real, feature_map, options)
             self.hold(state.detach())  # gradients stop here: a graph over all calls would not be of constant size
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def absorb(self, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, **options: Any) -> None:
-        """Reads keys and values (B, G, T, d) that came without queries, as if they had been the first T tokens.
+        """Reads keys and values (B, G, T, d) that came without queries, as the first T tokens.
 
-        The state keeps their graph: what made them can be trained, as the prefixes of prefix tuning are.
+        The state keeps their graph, so that prefixes can be trained (prefix tuning).
         """
         state = _read_keys(None, key, value.to(key.dtype), mask, feature_map, **options)
         self.hold(state)
@@ -154,13 +153,13 @@ class Stream:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, feature_map: Any, *,
         scaling: float, softcap: float | None = None, is_causal: bool = True,
     ) -> Tensor | None:  # fmt: skip
-        """The compiled step, where it can: no gradient, no recording, a real token in every row. Else None."""
+        """The output by the compiled step if that applies (no gradients, no recording, only real tokens), else None."""
         if traced(query) or query.shape[2] != 1 or not is_causal or self.history is not None or torch.is_grad_enabled():
             return None
         if mask is not None and not bool(mask.all()):
             return None
         if self._step is None or not self._step.takes(query, key, scaling, softcap):
-            self.hold(self.state)  # a step for other shapes gives its state back
+            self.hold(self.state)  # from a step for other shapes, if there is one
             self._step = stepper(self._state, query, key, feature_map, scaling=scaling, softcap=softcap)
             if self._step is None:
                 return None
@@ -173,7 +172,7 @@ class Stream:
         history = self.history
         assert history is not None
         history.options = options
-        if key.shape[2] >= CROP:  # alone enough: what came before need not be taken back
+        if key.shape[2] >= CROP:  # enough by themselves: earlier tokens are no longer needed
             history.state, history.pieces = None if self.state is None else self.state.detach(), []
         real = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         history.pieces.append((key, value, real if mask is None else mask))

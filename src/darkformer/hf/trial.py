@@ -1,7 +1,7 @@
-"""Looks at what a model's attention really receives, by a trial forward pass, instead of guessing it from names.
+"""Learns what a model's attention really receives from a trial forward pass, instead of guessing it from names.
 
 The model runs on a few tokens: whole, and as a padded prompt with a step after it. Once as it is, and once with our own
-reading of every attention call. What both give must agree, or the model is refused before anything is changed.
+softmax in place of its attention. Where the outputs differ the model is refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .interface import NAME, attending, receive, softmax_of, stays
-from .layers import uses_interface
+from .interface import NAME, attend_as_before, attending, receive, softmax_of
+from .layers import attach, attachment_of, detach, uses_interface
 from .masks import AttentionMask
 
 #: Tokens of the trial, those of its last step, and pads before the second row's prompt.
 TOKENS, STEP, PADS = 12, 1, 3
 EXAMPLE = "the example"
-#: Largest relative difference between a model and our reading of it, by dtype; between kernels it is rounding alone.
+#: Largest relative difference between a model and itself with our softmax, by dtype: only rounding differs.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
@@ -40,35 +40,56 @@ class Heads(NamedTuple):
 
 
 @dataclass
-class Arrival:
-    """What reached the attention function from one module."""
+class AttendingModule:
+    """A module that called the attention function in a trial, and what it passed.
+
+    Attributes:
+        local: "window" or "chunk" where transformers limits the distance that a query sees.
+        problem: why a converted layer could not follow its calls, or None.
+        calls: in one forward pass of the module.
+        slots: layers of the cache that it updated.
+        foreign_keys: it attended to keys that it did not put into the cache.
+    """
 
     module: Any
     heads: Heads
-    local: str | None  # "window" or "chunk" where transformers limits the distance
-    unread: str | None  # why its mask cannot be followed
+    local: str | None
+    problem: str | None
     is_causal: bool
-    calls: int = 0  # in one forward pass of the module
+    calls: int = 0
     slots: list[int] = field(default_factory=list)
-    foreign_keys: bool = False  # it attends to keys that it did not put into the cache
+    foreign_keys: bool = False
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Which attention calls a model makes, in the order in which its modules first made one."""
+    """What the runs of a trial gave.
 
-    arrivals: list[Arrival]
-    outputs: list[Tensor]  # of the model, by run
-    attended: list[list[tuple[Any, Tensor]]]  # (module, its output) by run
+    Attributes:
+        modules: in the order of their first calls.
+        outputs: of the model, by run.
+        attention_outputs: (module, its output) of each attention call, by run.
+    """
+
+    modules: list[AttendingModule]
+    outputs: list[Tensor]
+    attention_outputs: list[list[tuple[Any, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One way to call the model: keyword arguments of each of its forward passes, in turn."""
+    """One way to call the model.
+
+    Attributes:
+        name: for messages.
+        passes: keyword arguments of each of its forward passes, in turn.
+        real: (B, tokens of all passes together) booleans, True for real tokens; None: all are.
+        cached: whether the passes share a cache.
+    """
 
     name: str
     passes: list[dict[str, Any]]
-    real: Tensor | None  # (B, tokens) of all passes together, which of them are no padding
+    real: Tensor | None
     cached: bool
 
 
@@ -80,18 +101,18 @@ def has_weights(model: nn.Module) -> bool:
 
 
 def _reserved(config: Any) -> set[int]:
-    """Numbers of tokens that mean something to a configuration: images, padding, ends."""
-    found: set[int] = set()
+    """Ids of the tokens that a configuration gives a meaning: images, padding, ends."""
+    ids: set[int] = set()
     for name, value in vars(config).items():
         if name.endswith(("_token_id", "_token_index", "_token_ids")):
-            found |= set(value) if isinstance(value, list) else {value}
+            ids |= set(value) if isinstance(value, list) else {value}
         elif hasattr(value, "get_text_config"):
-            found |= _reserved(value)
-    return {x for x in found if isinstance(x, int)}
+            ids |= _reserved(value)
+    return {x for x in ids if isinstance(x, int)}
 
 
 def trial_runs(model: PreTrainedModel, example: Mapping[str, Any] | None, *, cached: bool) -> list[Run]:
-    """How the model is called: whole, and, unless `example` says what its inputs are, padded in two pieces."""
+    """The trial's runs: a whole sequence and a padded batch, this in two passes if `cached`; or `example` alone."""
     if example is not None:
         return [Run(EXAMPLE, [dict(example)], None, cached=False)]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -120,10 +141,10 @@ def trial_runs(model: PreTrainedModel, example: Mapping[str, Any] | None, *, cac
 
 
 def _tensor(output: Any) -> Tensor:
-    """Logits of a model's output, else its hidden states (or whatever it gives first)."""
+    """Logits of a model's output, else its hidden states, else its first tensor."""
     for name in ("logits", "last_hidden_state"):
-        if isinstance(found := getattr(output, name, None), Tensor):
-            return found
+        if isinstance(x := getattr(output, name, None), Tensor):
+            return x
     values = output.values() if isinstance(output, Mapping) else output
     return next(x for x in values if isinstance(x, Tensor))
 
@@ -132,8 +153,8 @@ def run_model(model: Any, run: Run, cache: Any = None) -> Tensor:
     """The model's output for a run, its passes joined along the tokens."""
     outputs = []
     for arguments in run.passes:
-        given = {"past_key_values": cache, "use_cache": True} if cache is not None else {}
-        outputs.append(_tensor(model(**arguments, **given)).detach())
+        caching = {"past_key_values": cache, "use_cache": True} if cache is not None else {}
+        outputs.append(_tensor(model(**arguments, **caching)).detach())
         if run.name != EXAMPLE and outputs[-1].shape[:2] != arguments["input_ids"].shape:
             raise ValueError(f"an output of shape {tuple(outputs[-1].shape)} is not one for each token")
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
@@ -161,17 +182,13 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration in the model, outer ones first."""
-    found: list[Any] = []
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation") and not any(config is other for other in found):
-            found.append(config)
-    return found
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
 
 
 @contextlib.contextmanager
 def implementation(model: nn.Module) -> Iterator[None]:
-    """Within the block every attention of the model goes through ours; what it was before stands on each module."""
+    """Within the block all attention of the model calls `dark_attention`, and thereby the function of `attending`."""
     before = [(config, config._attn_implementation) for config in _configs(model)]
     marked = note_previous(model)
     try:
@@ -179,151 +196,154 @@ def implementation(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = NAME
         yield
     finally:
-        for config, previous in before:  # outer ones first: they set those inside them
+        for config, previous in before:  # outer ones first, as setting one sets those inside it
             config._attn_implementation = previous
         for module in marked:
-            module.__dict__.pop("dark_previous", None)
+            detach(module)
 
 
 def note_previous(model: nn.Module) -> list[Any]:
-    """Notes on every module that attends which implementation it has now, for those that will keep it."""
+    """Notes on every module that attends the implementation it has now; returns these modules."""
     marked: list[Any] = [m for m in model.modules() if hasattr(m, "config") and uses_interface(m)]
     for module in marked:
         previous = module.config._attn_implementation
         if previous != NAME:
-            module.__dict__["dark_previous"] = previous or "eager"
+            attach(module, previous=previous or "eager")
     return marked
 
 
 class _Recorder:
-    """Computes the softmax attention of each call as a converted model would, and notes what arrived."""
+    """Computes the softmax attention of each call as a converted model would, and records the calls."""
 
     def __init__(self) -> None:
-        self.arrivals: dict[int, Arrival] = {}
-        self.attended: list[tuple[Any, Tensor]] = []
-        self._forgets = False  # whether that layer keeps the last keys only
+        self.modules: dict[int, AttendingModule] = {}
+        self.outputs: list[tuple[Any, Tensor]] = []
         self._updated: int | None = None  # the layer of the cache that was updated since any module attended
+        self._updated_is_sliding = False
         self._last: Any = None  # the module that attended last
-        self._turn = 0
+        self._calls = 0  # in the present forward pass of a module
 
-    def watch(self, cache: DynamicCache) -> DynamicCache:
-        """Has the cache say which of its layers is updated."""
+    def recorded(self, cache: DynamicCache) -> DynamicCache:
+        """The cache, whose updates are recorded from now on."""
         update = cache.update
 
-        def noting(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            self._updated = layer_idx
-            known = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-            self._forgets = bool(getattr(known, "is_sliding", False))
+        def recording(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+            self._updated, self._updated_is_sliding = layer_idx, bool(getattr(layer, "is_sliding", False))
             return update(key, value, layer_idx, *args, **kwargs)
 
-        cache.update = noting  # type: ignore[assignment, method-assign]
+        cache.update = recording  # type: ignore[assignment, method-assign]
         return cache
 
     def enter(self, module: Any, *_: Any) -> None:
         """Before a forward pass of a module that attends."""
-        self._turn, self._last = 0, None
+        self._calls, self._last = 0, None
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        by_mask = module.__dict__["dark_previous"] == "eager"
-        unread, local, is_causal = None, None, False
+        problem, local, is_causal = None, None, False
         if isinstance(mask, AttentionMask):
-            unread, local, is_causal = mask.unread, mask.local, bool(mask.is_causal)
+            problem, local, is_causal = mask.problem, mask.local, bool(mask.is_causal)
         elif isinstance(mask, Tensor):
-            unread = (
+            problem = (
                 f"is given a mask of the model's own making, {tuple(mask.shape)}, which a converted layer cannot read."
             )
-        if unread is None and local is None:
-            scaling = kwargs["scaling"]
+        if problem is None and local is None:
+            attachment = attachment_of(module)
+            by_mask = attachment is not None and attachment.previous == "eager"
             extra = {name: x for name, x in kwargs.items() if name not in ("scaling", "dropout")}
-            received = receive(module, query, key, value, mask, scaling, extra, causal_by_mask=by_mask)
+            received = receive(module, query, key, value, mask, kwargs["scaling"], extra, causal_by_mask=by_mask)
             is_causal, output, weights = received.is_causal, softmax_of(received)[0], None
             output = output.transpose(1, 2).to(value.dtype).contiguous()
         else:
-            output, weights = stays(module, query, key, value, mask, **kwargs)
-        heads = Heads(query.shape[1], key.shape[1], query.shape[3])
-        arrival = self.arrivals.setdefault(id(module), Arrival(module, heads, local, unread, is_causal))
-        self._turn += 1
-        arrival.calls = max(arrival.calls, self._turn)
-        if heads != arrival.heads:
-            arrival.unread = f"attends with {arrival.heads} and with {heads}: heads that change from call to call."
-        if arrival.is_causal != is_causal:
-            arrival.unread = (
+            output, weights = attend_as_before(module, query, key, value, mask, **kwargs)
+        self._record(module, Heads(query.shape[1], key.shape[1], query.shape[3]), local, problem, is_causal)
+        if key.shape[2] != query.shape[2] and self._updated is None and self._last is not module:
+            self.modules[id(module)].foreign_keys = True
+        self._updated, self._last = None, module
+        self.outputs.append((module, output.detach()))
+        return output, weights
+
+    def _record(self, module: Any, heads: Heads, local: str | None, problem: str | None, is_causal: bool) -> None:
+        seen = self.modules.setdefault(id(module), AttendingModule(module, heads, local, problem, is_causal))
+        self._calls += 1
+        seen.calls = max(seen.calls, self._calls)
+        if heads != seen.heads:
+            seen.problem = f"attends with {seen.heads} and with {heads}: heads that change from call to call."
+        if is_causal != seen.is_causal:
+            seen.problem = (
                 "is causal with padding and bidirectional without it, or the reverse: its flag is_causal and its mask "
                 "disagree. Make both say how it shall attend."
             )
-        if self._updated is not None and self._updated not in arrival.slots:
-            arrival.slots.append(self._updated)
-            if self._forgets and arrival.local is None:  # whatever its mask says
-                arrival.local = "window"
-        if key.shape[2] != query.shape[2] and self._updated is None and self._last is not module:
-            arrival.foreign_keys = True
-        self._updated, self._last = None, module
-        self.attended.append((module, output.detach()))
-        return output, weights
+        if self._updated is not None and self._updated not in seen.slots:
+            seen.slots.append(self._updated)
+            if self._updated_is_sliding and seen.local is None:  # whatever its mask says
+                seen.local = "window"
 
 
 def read_model(model: PreTrainedModel, runs: list[Run]) -> Trial:
-    """Runs the model with our reading of its attention. The model is as before afterwards.
+    """Runs the model with our softmax in place of its attention. The model is as before afterwards.
 
     Raises:
         Exception: whatever the model raises when its attention is ours.
     """
     recorder = _Recorder()
-    outputs, attended = [], []
+    outputs, attention_outputs = [], []
     hooks = [m.register_forward_pre_hook(recorder.enter) for m in model.modules() if uses_interface(m)]
     try:
         with quiet(model), implementation(model), attending(recorder):
             for run in runs:
-                recorder.attended = []
-                outputs.append(run_model(model, run, recorder.watch(new_cache(model)) if run.cached else None))
-                attended.append(recorder.attended)
+                recorder.outputs = []
+                outputs.append(run_model(model, run, recorder.recorded(new_cache(model)) if run.cached else None))
+                attention_outputs.append(recorder.outputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return Trial(list(recorder.arrivals.values()), outputs, attended)
+    return Trial(list(recorder.modules.values()), outputs, attention_outputs)
 
 
 def run_original(model: PreTrainedModel, runs: list[Run]) -> list[Tensor]:
-    """What the model gives as it is, by run."""
+    """The model's outputs as it is, by run."""
     with quiet(model):
         return [run_model(model, run, new_cache(model) if run.cached else None) for run in runs]
 
 
-def difference(found: Tensor, wanted: Tensor, real: Tensor | None) -> float:
-    """Relative difference ‖found - wanted‖ / ‖wanted‖ over real tokens; infinite where only one of them is finite."""
-    found, wanted = found.double(), wanted.double()
-    if real is not None and found.shape[:2] == real.shape:
-        found, wanted = found[real], wanted[real]
-    if not bool((found.isfinite() == wanted.isfinite()).all()):
+def relative_error(output: Tensor, expected: Tensor, real: Tensor | None) -> float:
+    """‖output − expected‖ / ‖expected‖ over real tokens; infinite where only one of them is finite."""
+    output, expected = output.double(), expected.double()
+    if real is not None and output.shape[:2] == real.shape:
+        output, expected = output[real], expected[real]
+    finite = expected.isfinite()
+    if not torch.equal(output.isfinite(), finite):
         return float("inf")
-    known = wanted.isfinite()
-    scale = float(wanted[known].norm())
-    return float((found[known] - wanted[known]).norm()) / (scale or 1.0)
+    return float((output[finite] - expected[finite]).norm()) / (float(expected[finite].norm()) or 1.0)
 
 
 def tolerance(model: PreTrainedModel) -> float:
-    """How far two ways to compute the same model may lie apart."""
+    """The largest `relative_error` between two ways to compute the same model."""
     return TOLERANCES.get(model.dtype, TOLERANCES[torch.bfloat16])
 
 
 def first_difference(model: PreTrainedModel, runs: list[Run], trial: Trial) -> str | None:
-    """The name of the first module whose attention differs from what it was, None if none does by itself."""
-    attended: list[tuple[Any, Tensor]] = []
+    """The name of the first module whose attention output in the trial differs from the original; None: no single one.
+
+    Both are computed in the same order, so that calls correspond.
+    """
+    originals: list[tuple[Any, Tensor]] = []
 
     def original(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, weights = stays(module, *args, **kwargs)
-        attended.append((module, output.detach()))
+        output, weights = attend_as_before(module, *args, **kwargs)
+        originals.append((module, output.detach()))
         return output, weights
 
     names = {id(module): name for name, module in model.named_modules()}
     with quiet(model), implementation(model), attending(original):
-        for run, found in zip(runs, trial.attended, strict=True):
-            attended.clear()
+        for run, outputs in zip(runs, trial.attention_outputs, strict=True):
+            originals.clear()
             run_model(model, run, new_cache(model) if run.cached else None)
-            for (module, output), (_, wanted) in zip(found, attended, strict=True):
+            for (module, output), (_, expected) in zip(outputs, originals, strict=True):
                 real = run.real if run.real is not None and run.real.shape == output.shape[:2] else None
-                if difference(output, wanted, real) > tolerance(model):
+                if relative_error(output, expected, real) > tolerance(model):
                     return names[id(module)]
     return None

@@ -152,7 +152,7 @@ def chosen(
         )  # fmt: skip
     with reporter.stage("heads and windows for the budget", 1) as advance:
         (choice,) = choose_budget(
-            model, batches, [limit], tokenizer=tokenizer, config=config, found=found, dtype=dtype,
+            model, batches, [limit], tokenizer=tokenizer, config=config, measured=found, dtype=dtype,
             count_features=count_features, progress=advance,
         )  # fmt: skip
     write_json(file, choice.to_dict())

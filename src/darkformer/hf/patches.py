@@ -1,0 +1,138 @@
+"""Everything that darkformer changes in transformers, and why no documented hook does instead.
+
+- `PreTrainedModel.post_init`: a saved converted model keeps its own model type (`llama`, …), so that `from_pretrained`
+  of the Auto classes and of the model's own class load it, and `AutoConfig.register` would need a type of its own. Its
+  feature maps must exist before the weights are read; `post_init` runs "at the end of each model initialization".
+- `PreTrainedModel._finalize_model_loading`: refuses a checkpoint that lacks tensors which conversion added.
+  transformers would only warn, and leave them as the memory was.
+- `Cache.activate_past_recording`: remembers the request on the cache. `generate` makes it before the first token, when
+  the layers are still standard ones; those of a converted model take their place later. Applied by `hf.cache`.
+
+The attention and the mask function are not patches: `hf.interface` registers them with `AttentionInterface` and
+`AttentionMaskInterface`. Models without a `darkformer` entry in their config run the originals.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import re
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from ..errors import InputError
+
+_TARGET = "transformers.modeling_utils"
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replaces a method of a class by `make(method)`, unless that was done before or there is no such method."""
+    original = getattr(owner, name, None)
+    if original is None or getattr(original, "by_darkformer", False):
+        return
+    wrapper: Any = functools.wraps(original)(make(original))
+    wrapper.by_darkformer = True
+    setattr(owner, name, staticmethod(wrapper) if isinstance(vars(owner)[name], staticmethod) else wrapper)
+
+
+def _attaching(original: Any) -> Any:
+    """`post_init` that first attaches the feature maps which the config describes."""
+
+    def post_init(self: Any) -> None:
+        if getattr(self.config, "darkformer", None):
+            from .added import OFFSETS
+            from .convert import attach_saved
+
+            attach_saved(self)
+            # Offsets are read in float32 whatever the model's dtype, so that `settle_offsets` need round none.
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), OFFSETS}
+        original(self)
+
+    return post_init
+
+
+def _checking(original: Any) -> Any:
+    """`_finalize_model_loading` that refuses incomplete checkpoints of converted models."""
+
+    def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
+        from .added import feature_maps, left_out, settle_offsets
+        from .plan import refuse_tensor_parallel
+
+        if next(feature_maps(model), None) is None:  # the config may have the entry for a part of the model only
+            return original(model, load_config, loading_info)
+        refuse_tensor_parallel(model)
+        older = left_out(model, loading_info.missing_keys)
+        missing = sorted(name for name in loading_info.missing_keys - older if ".dark." in name)
+        if missing:
+            raise InputError(
+                f"{load_config.pretrained_model_name_or_path} lacks {len(missing)} tensors of what conversion added "
+                f"({', '.join(missing[:3])}, …), though its config.json says darkformer: save the model again. "
+                "To convert softmax weights, load them with their own config and call darkformer.convert."
+            )
+        ignored = model._keys_to_ignore_on_load_missing
+        model._keys_to_ignore_on_load_missing = {*(ignored or ()), *map(re.escape, older)}
+        try:
+            info = original(model, load_config, loading_info)
+        finally:
+            model._keys_to_ignore_on_load_missing = ignored
+        settle_offsets(model, older, offloaded="disk" in (load_config.device_map or {}).values())
+        return info
+
+    return finalize
+
+
+def patch_models(modeling_utils: Any) -> None:
+    """Patches `PreTrainedModel`, so that saved converted models load."""
+    _wrap(modeling_utils.PreTrainedModel, "post_init", _attaching)
+    _wrap(modeling_utils.PreTrainedModel, "_finalize_model_loading", _checking)
+
+
+def patch_caches(cache_utils: Any) -> None:
+    """Patches `Cache`, so that `asked_to_record` can answer."""
+
+    def remembering(original: Any) -> Any:
+        def activate_past_recording(self: Any) -> None:
+            self.record_past = True  # the name that transformers' own recording layers use
+            original(self)
+
+        return activate_past_recording
+
+    _wrap(cache_utils.Cache, "activate_past_recording", remembering)
+
+
+def asked_to_record(cache: Any) -> bool:
+    """Whether `activate_past_recording` was called on this cache."""
+    return getattr(cache, "record_past", False)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Patches `transformers.modeling_utils` right after its import, and is removed then."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _TARGET:
+            return None
+        others = (getattr(x, "find_spec", None) for x in sys.meta_path if not isinstance(x, _Finder))
+        spec = next((spec for find in others if find and (spec := find(name, path, target)) is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                patch_models(module)
+                sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def install() -> None:
+    """Patches models now if transformers is imported, else once it is: `import darkformer` need not import it."""
+    if _TARGET in sys.modules:
+        patch_models(sys.modules[_TARGET])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
