@@ -17,9 +17,9 @@ from darkformer import ConfigError, DarkConfig, TrainConfig
 from darkformer.calibration.budget import Choice
 from darkformer.console import RichReporter
 from darkformer.evaluation import demo
-from darkformer.evaluation.demo import Demo, DemoConfig
+from darkformer.evaluation.demo import Demo
 from darkformer.evaluation.demo_report import markdown_table, notes, print_demo
-from darkformer.evaluation.frontier import FrontierSettings
+from darkformer.evaluation.settings import DemoConfig, FrontierSettings
 from darkformer.evaluation.frontier_report import frontier_cells
 from darkformer.evaluation.recall import RecallTask
 from darkformer.hf.load import load_model
