@@ -98,6 +98,7 @@ def linearize(
 def recipe_of(record: dict[str, Any]) -> dict[str, Any]:
     """The options that a record of `linearize` was made with; the folder is the caller's own."""
     options = {name: record[name] for name in ("model", "data", "held_out", "config")}
-    # Records of earlier versions do not have the last three.
-    others = {"context": record.get("context"), "budget": record.get("memory"), "budget_at": record.get("memory_at")}
-    return {**options, "train": record["budget"], **others}
+    options |= {"train": record["budget"], "context": record.get("context")}  # earlier versions had no context
+    if record.get("memory"):
+        options |= {"budget": record["memory"], "budget_at": record["memory_at"], "frontier": bool(record["frontier"])}
+    return options

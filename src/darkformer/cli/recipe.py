@@ -73,30 +73,32 @@ class Recipe:
         values: dict[str, Any] = {}
         for key, name, value in self._options(file):
             text = self._typed(f"{file}: {key}", self.kinds[name], value)
+            if text is None:
+                continue
             if values.setdefault(name, text) != text:
-                raise ConfigError(f"{file}: {key}: {value!r} here and {values[name]!r} before: it is one option.")
+                raise ConfigError(f"{file}: {key}: {text} here, {values[name]} elsewhere in the file, for one option.")
         return values
 
     def _options(self, file: Path) -> Iterator[tuple[str, str, Any]]:
         """(name in the file, parameter, value) of each option that the file sets."""
         for key, value in self._content(file).items():
-            section = self.sections.get(key) if isinstance(value, Mapping) else None
+            section = self.sections.get(key) if value is None or isinstance(value, Mapping) else None
             if section is None:
                 yield key, self._parameter(file, key, self.names), value
                 continue
             fields = {f.name: f for f in dataclasses.fields(section.owner)}
             offered = {alias: name for alias, name in self.names.items() if name in section.fields}
-            for inner, x in value.items():
+            for inner, x in (value or {}).items():
                 f = fields.get(inner)
-                # A record says every field, those that this verb decides itself as they are before it does.
+                # A record says every field. What this verb decides itself is there as it was before it did.
                 if f is None or f.name in section.fields or x != _plain(f.default):
-                    yield f"{key}.{inner}", self._parameter(file, inner, offered), x
+                    yield f"{key}: {inner}", self._parameter(file, inner, offered, f"{key}: "), x
 
     def _content(self, file: Path) -> dict[str, Any]:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config {file}: it cannot be read ({error}).") from error
+            raise ConfigError(f"--config {file}: it cannot be read ({getattr(error, 'strerror', error)}).") from error
         import yaml  # only here: not every call has a file
 
         try:
@@ -113,14 +115,18 @@ class Recipe:
             raise ConfigError(
                 f"--config {file}: a record of darkformer {content['command']}; darkformer {self.verb} takes {takes}."
             )
-        return self.from_record(content)
+        try:
+            return self.from_record(content)
+        except KeyError as error:
+            raise ConfigError(f"--config {file}: a record without {error}: it is not of a finished run.") from error
 
-    def _parameter(self, file: Path, key: Any, names: Mapping[str, str]) -> str:
+    def _parameter(self, file: Path, key: Any, names: Mapping[str, str], section: str = "") -> str:
+        """The parameter that a file calls `key`."""
         alias = str(key).replace("-", "_")
         if alias not in names:
-            near = difflib.get_close_matches(alias, names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"darkformer {self.verb} --help lists them."
-            raise ConfigError(f"{file}: {key}: darkformer {self.verb} has no such option here; {hint}")
+            closest = difflib.get_close_matches(alias, names, 1)
+            hint = f"Did you mean {closest[0]}?" if closest else f"darkformer {self.verb} --help lists them."
+            raise ConfigError(f"{file}: {section}{key}: darkformer {self.verb} has no such option. {hint}")
         return names[alias]
 
     @staticmethod
