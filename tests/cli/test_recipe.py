@@ -114,6 +114,11 @@ def test_what_a_recipe_cannot_say(calls: list[dict[str, Any]], recipe: Path, tex
     assert not calls
 
 
+def test_the_example(calls: list[dict[str, Any]]) -> None:
+    run("linearize", "--config", str(SOURCES.parents[1] / "recipes" / "linearize.yaml"))
+    assert calls[0]["budget"].steps == 500 and calls[0]["memory"] == "10%"
+
+
 def test_a_file_that_is_not_there_and_a_record_where_none_is_taken(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.yaml: it cannot be read \(No such file"):
         run("linearize", "--config", str(tmp_path / "no.yaml"))

@@ -118,10 +118,12 @@ def test_a_finished_demo_shows_its_record(
     assert (out / "record.json").stat().st_mtime_ns == before
 
 
-def test_its_record_is_a_recipe_of_the_same_run(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_its_record_is_a_recipe_of_the_same_run(
+    finished: tuple[Path, dict[str, Any]], model_folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished[0], out)
-    words = ["demo", "--config", str(out / "record.json"), "--out", str(out)]
+    words = ["demo", "--config", str(out / "record.json"), "--model", str(model_folder), "--out", str(out)]
     with pytest.raises(ConfigError, match="config: window: darkformer demo has no such option"):
         CliRunner().invoke(app, words, catch_exceptions=False)
     for name in ("record.json", "run.json"):  # as if the command line had made it

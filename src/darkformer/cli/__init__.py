@@ -9,8 +9,9 @@ from ..errors import DarkformerError, import_problem
 
 try:
     import typer
-    from rich.console import Console  # noqa: F401 - here, so that its absence is explained
     from typer.core import TyperGroup
+
+    from .terminal import errors  # imports rich
 except Exception as error:  # pragma: no cover - exercised in a bare environment
     if problem := import_problem(error, "the command line needs", "pip install 'darkformer[all]'"):
         raise problem from error
@@ -18,7 +19,6 @@ except Exception as error:  # pragma: no cover - exercised in a bare environment
 
 from . import bench, budget, demo, diagnose, evaluate, generate, linearize, native, push, reproduce
 from .options import command
-from .terminal import errors
 
 
 class _Verbs(TyperGroup):

@@ -37,7 +37,7 @@ def demo(
 
 
 def recipe_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The options that a record of `demo` was made with; the folder is the caller's own."""
+    """The options that a record of `demo` was made with; of a model it has only the last name, --model says where."""
     from ..hf.load import DEMO_FILE
 
     options = {f.name: record[f.name] for f in dataclasses.fields(DemoConfig)}

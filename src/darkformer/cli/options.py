@@ -81,6 +81,7 @@ def command(verb: Callable[..., None], from_record: Callable[[dict[str, Any]], d
             parameters[f.name] = _parameter(owner, f, chosen, parameters.get(f.name))
     if not sections:
         return verb
+    records = ", or the record of a finished run" if from_record else ""
     recipe = Recipe(verb.__name__, parameters, sections, from_record)
     parameters["config_file"] = inspect.Parameter(
         "config_file",
@@ -90,7 +91,7 @@ def command(verb: Callable[..., None], from_record: Callable[[dict[str, Any]], d
             Path | None,
             typer.Option(
                 "--config",
-                help="YAML file of these options by name, or record.json of a finished run. Flags win over it.",
+                help=f"YAML file of these options by name{records}. Flags win over it.",
                 metavar="FILE",
                 is_eager=True,
                 callback=recipe.read,
@@ -117,7 +118,7 @@ def model_folder(name: str) -> str:
 
 
 def _owner_and_fields(annotation: Any) -> tuple[Any, Fields]:
-    """A parameter's dataclass and the fields chosen of it; (None, …) if it is an option by itself."""
+    """A parameter's dataclass and which of its fields; (None, …) if the parameter is an option by itself."""
     owner, *extra = typing.get_args(annotation) if typing.get_origin(annotation) is Annotated else (annotation,)
     chosen = next((x for x in extra if isinstance(x, Fields)), Fields())
     return (owner if dataclasses.is_dataclass(owner) else None), chosen
@@ -127,7 +128,7 @@ def _parameter(
     owner: type, f: dataclasses.Field[Any], chosen: Fields, shared: inspect.Parameter | None
 ) -> inspect.Parameter:
     """One field as a parameter of typer."""
-    kind, default = _typed(owner, f.name), chosen.defaults.get(f.name, f.default)
+    kind, default = _types(owner)[f.name], chosen.defaults.get(f.name, f.default)
     flag, text, panel = f.metadata["flag"], f.metadata["help"], PANELS.get(owner.__name__)
     if not flag:
         flag = f"--{f.name}".replace("_", "-")
@@ -147,15 +148,12 @@ def _parameter(
 
 @functools.cache
 def _types(owner: type) -> dict[str, Any]:
+    """Types by the name of the field."""
     return typing.get_type_hints(owner)
-
-
-def _typed(owner: type, name: str) -> Any:
-    return _types(owner)[name]
 
 
 def _field_value(owner: type, name: str, value: Any) -> Any:
     """An option's value as the field has it: lists are tuples, and 0 stands for the None of an `int | None`."""
     if isinstance(value, list):
         return tuple(value)
-    return None if value == 0 and isinstance(_typed(owner, name), types.UnionType) else value
+    return None if value == 0 and isinstance(_types(owner)[name], types.UnionType) else value
