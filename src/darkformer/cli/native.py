@@ -13,12 +13,13 @@ app = typer.Typer(no_args_is_help=True, help="The compiled CPU attention: status
 @app.command()
 def status() -> None:
     """Say whether the compiled attention can run here, and if not, why. Builds nothing."""
-    found = native.status()
-    if found["reason"]:
-        state = f"not available: {found['reason']}"
+    status = native.status()
+    reason, built = status.pop("reason"), status.pop("built")
+    if reason:
+        summary = f"not available: {reason}"
     else:
-        state = "ready" if found["built"] else "not built yet: the first use builds it (or: darkformer native build)"
-    for name, value in {"native": state, **{k: v for k, v in found.items() if k not in ("reason", "built")}}.items():
+        summary = "ready" if built else "not built yet: the first use builds it (or: darkformer native build)"
+    for name, value in {"native": summary, **status}.items():
         typer.echo(f"{name.replace('_', ' ') + ':':17}{value}")
 
 

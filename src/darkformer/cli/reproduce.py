@@ -10,8 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..config import DemoConfig, TrainConfig, field_help
+from ..config import TrainConfig, field_help
+from ..console import RichReporter
 from ..errors import ConfigError
+from ..evaluation.settings import BudgetTask
+from .terminal import console
 
 Figure = Annotated[
     str,
@@ -22,7 +25,7 @@ ScaleName = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of runs, records, plots and tables.")]
 Data = Annotated[
-    list[str], typer.Option("--data", help=f"Instead of the scale's own text. {field_help(DemoConfig, 'data')}")
+    list[str], typer.Option("--data", help=f"Instead of the scale's own text. {field_help(BudgetTask, 'data')}")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the reproduction in the folder; add figures to it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the reproduction in the folder.")]
@@ -34,48 +37,43 @@ PlotOnly = Annotated[bool, typer.Option("--plot-only", help="Only draw, from the
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print the plan and its time, after a short calibration.")]
 
 
-def register(app: typer.Typer, console: Console) -> None:
-    """Adds `reproduce` to the command line."""
+def reproduce(
+    figure: Figure,
+    scale: ScaleName = "laptop",
+    out: Out = Path("runs/reproduce"),
+    data: Data = [],  # noqa: B006 - typer copies it
+    steps: Steps = 0,
+    dtype: Dtype = "",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    plot_only: PlotOnly = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Reproduce the paper's Figures 1 to 5: train every method alike, keep records, draw from them.
 
-    @app.command()
-    def reproduce(
-        figure: Figure,
-        scale: ScaleName = "laptop",
-        out: Out = Path("runs/reproduce"),
-        data: Data = [],  # noqa: B006 - typer copies it
-        steps: Steps = 0,
-        dtype: Dtype = "",
-        resume: Resume = False,
-        overwrite: Overwrite = False,
-        plot_only: PlotOnly = False,
-        dry_run: DryRun = False,
-    ) -> None:
-        """Reproduce the paper's Figures 1 to 5: train every method alike, keep records, draw from them.
+    Killed at any moment, it continues with --resume where it stopped.
+    """
+    from ..research.reproduce.scales import SCALES
+    from ..research.reproduce.session import Reproduction, chosen_figures, draw
 
-        Killed at any moment, it continues with --resume where it stopped.
-        """
-        from ..console import RichReporter
-        from ..research.reproduce.scales import SCALES
-        from ..research.reproduce.session import Reproduction, chosen_figures, draw
-
-        figures = chosen_figures(figure)
-        if scale not in SCALES:
-            raise ConfigError(f"--scale {scale}: unknown; choose one of {', '.join(SCALES)}.")
-        if plot_only:
-            figures = tuple(name.split(".")[0] for name in figures)
-            print_tables(draw(out, figures, strict=figure != "all"), console)
-            return
-        chosen = SCALES[scale].shortened(steps) if steps else SCALES[scale]
-        if data:
-            chosen = replace(chosen, data=tuple(data))
-        if dtype:
-            chosen = replace(chosen, dtype=TrainConfig(dtype=dtype).dtype)  # checked, and `auto` settled for good
-        work = Reproduction(chosen, figures, out, RichReporter())
-        if dry_run:
-            print_rows(work.plan(), f"plan, scale {scale}", console)
-            return
-        print_tables(work.run(resume=resume, overwrite=overwrite), console)
-        console.print(f"Records: {out / 'records'}   plots: {out / 'plots'}   tables: {out / 'tables'}", markup=False)
+    figures = chosen_figures(figure)
+    if scale not in SCALES:
+        raise ConfigError(f"--scale {scale}: unknown; choose one of {', '.join(SCALES)}.")
+    if plot_only:
+        figures = tuple(name.split(".")[0] for name in figures)
+        print_tables(draw(out, figures, strict=figure != "all"), console)
+        return
+    chosen = SCALES[scale].shortened(steps) if steps else SCALES[scale]
+    if data:
+        chosen = replace(chosen, data=tuple(data))
+    if dtype:
+        chosen = replace(chosen, dtype=TrainConfig(dtype=dtype).dtype)  # checked, and `auto` settled for good
+    work = Reproduction(chosen, figures, out, RichReporter())
+    if dry_run:
+        print_rows(work.plan(), f"plan, scale {scale}", console)
+        return
+    print_tables(work.run(resume=resume, overwrite=overwrite), console)
+    console.print(f"Records: {out / 'records'}   plots: {out / 'plots'}   tables: {out / 'tables'}", markup=False)
 
 
 def print_rows(rows: list[list[str]], title: str, console: Console) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration.moments import Moments, head_rows
 from ..calibration.probe import SCALES as SEARCH_SCALES
 from ..calibration.probe import Probe
-from ..config import DarkConfig
+from ..config import DarkConfig, option
 from ..features.feature_map import FeatureMap
 from .estimators import (
     ESTIMATORS,
@@ -45,7 +45,7 @@ class Effort:
     """How much is sampled; the defaults keep SmolLM2-135M under five minutes on two cores."""
 
     counts: tuple[int, ...] = COUNTS
-    tokens: int = 512  # of a sequence, for what is quadratic
+    tokens: int = option(512, "Tokens of a sequence; the cost is quadratic.", minimum=16)
     pairs: int = 128  # for measured second moments
     draws: int = 4096  # per pair
     queries: int = 16  # per query head, for the predicted noise of the output

@@ -15,7 +15,7 @@ from ..calibration.budget import Budget, choose_budget, full_context
 from ..calibration.moments import Moments, tokens_needed
 from ..calibration.probe import real_tokens
 from ..calibration.sensitivity import sensitivity
-from ..config import DarkConfig
+from ..config import CONTEXT, DarkConfig
 from ..errors import ConfigError, InputError, NonFiniteError, RunFolderError
 from ..features.feature_map import FeatureMap
 from ..hf.convert import convert, dark_layers, observing, revert
@@ -23,7 +23,7 @@ from ..hf.load import load_model, load_tokenizer
 from ..records import environment, write_json
 from ..reporting import Reporter, Silent
 from ..train.data import load_documents, token_blocks
-from ..train.linearize import CONTEXT, check_context, choice_batches
+from ..train.linearize import check_context, choice_batches
 from .estimators import ESTIMATORS
 from .layer import Effort, Layer, diagnose_layer
 from .report import write_diagnosis

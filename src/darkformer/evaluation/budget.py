@@ -4,64 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..calibration.budget import Budget, Choice, Chooser, calibrate_within, full_context
+from ..calibration.budget import (  # fmt: skip
+    Budget,
+    Choice,
+    Chooser,
+    cache_element_bytes,
+    calibrate_within,
+    full_context,
+    kept_bytes,
+)
 from ..calibration.calibrate import HeadChoice
 from ..calibration.sensitivity import Sensitivity, sensitivity
-from ..config import DarkConfig, option
+from ..config import DarkConfig
 from ..errors import ConfigError
 from ..hf.convert import plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
 from ..records import RUN_FILE, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
-from ..train.linearize import (  # fmt: skip
-    CONTEXT,
-    EVALUATION_TOKENS,
-    calibration_batches,
-    check_context,
-    choice_batches,
-    load_context_text,
-)
-from .frontier import FrontierRow, FrontierSettings, measure_frontier
+from ..train.linearize import calibration_batches, check_budget_config, check_context, choice_batches, load_context_text
+from .frontier import FrontierRow, measure_frontier
+from .settings import BudgetTask, FrontierSettings
 
-#: Budgets of the frontier.
-BUDGETS = ("0", "5%", "10%", "20%", "30%", "50%", "100%")
 RECORD, PICTURE = "budget.json", "frontier.png"
-
-
-@dataclass(frozen=True)
-class BudgetTask:
-    """What a frontier is made of.
-
-    Raises:
-        ConfigError: a budget that is none, or one that is given twice; a window of no key, or one given twice;
-            a length or context below 1 or 2 tokens.
-    """
-
-    data: tuple[str, ...] = option(("pydoc",), "Text that heads are chosen and calibrated on.")
-    held_out: tuple[str, ...] = option((), "Text of the scores; empty: every eighth document of the data.")
-    budgets: tuple[str, ...] = option(BUDGETS, "Bytes a sequence may keep: 10%, 64MB or 0. Repeat for more.")
-    at: int | None = option(None, "Tokens that a budget is counted at; none: the most the model reads.")
-    context: int = option(CONTEXT, "Tokens of the sequences that heads are chosen, calibrated and scored at.")
-    windows: tuple[int, ...] = option((64, 256), "Rows with this window and sinks alone, to compare with. Repeat.")
-    eval_tokens: int = option(EVALUATION_TOKENS, "Tokens of held-out text that every score is measured on.")
-
-    def __post_init__(self) -> None:
-        budgets = [Budget.parse(text, self.at or 1) for text in self.budgets]
-        for name, values, given in (("budget", budgets, self.budgets), ("window", self.windows, self.windows)):
-            if len(set(values)) < len(values):
-                raise ConfigError(f"{name}={', '.join(map(str, given))}: one of them is there twice. Give each once.")
-        if min(self.windows, default=1) < 1:
-            raise ConfigError(f"window={min(self.windows)}: a row of a window alone needs one key at least.")
-        for name, number, least in (("at", self.at or 1, 1), ("context", self.context, 2)):
-            if number < least:
-                raise ConfigError(f"{name}={number}: must be at least {least} tokens.")
 
 
 def frontier_rows(choices: Sequence[tuple[str, Choice]], windows: Sequence[int], sinks: int) -> list[FrontierRow]:
@@ -77,6 +48,16 @@ def frontier_rows(choices: Sequence[tuple[str, Choice]], windows: Sequence[int],
         name = "budget-" + "".join(c if c.isalnum() or c == "." else "" for c in text)
         rows.append(FrontierRow(name, title, choice.config, text))
     return rows
+
+
+def with_budget(budgets: Sequence[str], text: str, model: Any, at: int | None, dtype: str) -> tuple[str, ...]:
+    """`budgets` and one more, from the least bytes to the most; as they are where it is one of them."""
+    length = at or full_context(model)
+    softmax = kept_bytes(model, None, length, cache_element_bytes(model, dtype))
+    parsed = {each: Budget.parse(each, length) for each in (*budgets, text)}
+    if parsed[text] in [parsed[each] for each in budgets]:
+        return tuple(budgets)
+    return tuple(sorted(parsed, key=lambda each: parsed[each].bytes_of(softmax)))
 
 
 def measured_choices(
@@ -172,6 +153,7 @@ def run_budget(
         DarkformerError: bad input, or a folder that holds another run.
     """
     reporter, started = reporter or Silent(), time.perf_counter()
+    check_budget_config(config)
     claim = {
         "command": "budget", "model": model_name, "config": config.to_dict(),
         **{name: list(x) if isinstance(x, tuple) else x for name, x in vars(task).items()},

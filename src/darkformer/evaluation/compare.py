@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import CONTEXT, EVALUATION_TOKENS, TrainConfig
 from ..hf.convert import dark_layers
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
@@ -23,8 +23,6 @@ from .recall import RecallTask, recall
 
 #: What `evaluate` writes into its output folder.
 RECORD, RECALL_PLOT, POSITION_PLOT = "evaluation.json", "recall.png", "loss-by-position.png"
-#: Tokens of a scored sequence: long enough that windows alone do not do.
-CONTEXT = 2048
 
 
 def text_blocks(tokenizer: Any, data: Sequence[str], context: int, *, whole: bool) -> Tensor:
@@ -43,7 +41,7 @@ def text_blocks(tokenizer: Any, data: Sequence[str], context: int, *, whole: boo
 
 def text_scores(
     names: Sequence[str], data: Sequence[str], out: Path, reporter: Reporter, *, context: int = CONTEXT,
-    dtype: str = "auto", max_tokens: int = 8192, whole: bool = False,
+    dtype: str = "auto", max_tokens: int = EVALUATION_TOKENS, whole: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Loss, perplexity and accuracy of each model, by position too; writes `evaluation.json` and a plot into `out`.
 

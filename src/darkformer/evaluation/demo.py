@@ -11,19 +11,20 @@ from torch import Tensor
 
 from ..calibration.budget import Choice
 from ..calibration.calibrate import HeadChoice, calibrate
-from ..config import DarkConfig, DemoConfig, TrainConfig
+from ..config import DarkConfig, TrainConfig
 from ..console import RichReporter
 from ..errors import ConfigError
 from ..hf.layers import config_of
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
 from ..records import RUN_FILE, environment, open_run, read_json, write_json
 from ..train.data import Document, load_documents, split_documents, token_blocks
-from ..train.linearize import trained
+from ..train.linearize import check_budget_config, trained
 from .budget import calibration, measured_choices
 from .demo_report import write_report
-from .frontier import FrontierRow, FrontierSettings, measure_frontier, measure_quality, row_work, speed_work
+from .frontier import FrontierRow, measure_frontier, measure_quality, row_work, speed_work
 from .generation import generate_text
 from .recall import RecallTask
+from .settings import DemoConfig, FrontierSettings
 
 #: What is measured of every row, beside loss and accuracy.
 SETTINGS = FrontierSettings(
@@ -47,6 +48,7 @@ class Demo:
     ) -> None:  # fmt: skip
         if default.window == 0:
             raise ConfigError("window=0: the demo also measures window and sinks alone: give a window of at least 1.")
+        check_budget_config(default)
         if budget.train == "geometry" and default.method not in ("dark", "lfk"):
             raise ConfigError(f"train='geometry' with method={default.method!r}, which has none: use all, qkv or none.")
         self.demo, self.default, self.budget, self.out, self.reporter = demo, default, budget, out, reporter

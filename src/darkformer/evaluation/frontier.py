@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.budget import kept_bytes
-from ..config import DarkConfig, native_dtype
+from ..config import DarkConfig
 from ..errors import ConfigError, InputError
 from ..hf.cache import cache_bytes
 from ..hf.convert import convert, converted_modules, dark_layers, revert
@@ -29,12 +29,11 @@ from ..hf.layers import config_of
 from ..records import environment, read_json, write_json
 from ..reporting import Reporter, Silent
 from ..train.evaluate import evaluate
-from .recall import RecallTask, recall
+from .recall import recall
+from .settings import FrontierSettings
 
 #: The record's file in the run's folder.
 RECORD = "frontier.json"
-#: Numbers at four distances, some of them beyond every window; the last is about the context.
-RECALL = RecallTask(distances=(256, 512, 1024, 1900), trials=40, numbers=8, batch_size=1)
 #: Tokens of the prompt that warms a model up before it is timed.
 WARM_UP = 64
 
@@ -55,41 +54,6 @@ class FrontierRow:
 
 #: What a caller measures beside the rest.
 Also = Callable[[FrontierRow, Any], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class FrontierSettings:
-    """What is measured of every row.
-
-    Attributes:
-        dtype: of scores and recall (autocast) and of the timed model's weights; `auto` is what the machine multiplies.
-        element_bytes: of keys and values in the computed bytes; None: of the timed model's.
-        lengths: tokens of one sequence whose bytes are computed.
-        prefill: tokens of the timed prompt; 0 times nothing. repeats: turns of it, of which the median counts.
-        batches: sequences that generate at once after that prompt. new_tokens: timed steps of each.
-    """
-
-    dtype: str = "auto"
-    element_bytes: int | None = None
-    lengths: tuple[int, ...] = (8192, 32768)
-    recall: RecallTask | None = RECALL
-    prefill: int = 8192
-    repeats: int = 3
-    batches: tuple[int, ...] = ()
-    new_tokens: int = 16
-
-    def __post_init__(self) -> None:
-        if self.dtype == "auto":  # at once, so that the record says what ran
-            object.__setattr__(self, "dtype", native_dtype())
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype={self.dtype!r}: choose auto, float32 or bfloat16.")
-        if self.element_bytes is None:
-            object.__setattr__(self, "element_bytes", getattr(torch, self.dtype).itemsize)
-        if not self.lengths or min((*self.lengths, *self.batches, self.repeats, self.new_tokens)) < 1:
-            raise ConfigError(
-                f"lengths={self.lengths}, batches={self.batches}, repeats={self.repeats}, new_tokens={self.new_tokens}:"
-                " each must be at least 1, and there must be a length."
-            )
 
 
 def sequence_bytes(model: Any, seq_len: int, *, element_bytes: int) -> tuple[int, int]:

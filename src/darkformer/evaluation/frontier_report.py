@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -100,3 +100,10 @@ def frontier_table(record: Mapping[str, Any]) -> Group:
             table.add_row(*(Text(cells[i]) for i in (0, *chosen)))
         tables.append(table)
     return Group(*tables)
+
+
+def print_frontier(record: Mapping[str, Any], console: Console) -> None:
+    """Table and notes."""
+    console.print(frontier_table(record))
+    for note in frontier_notes(record):
+        console.print(note, style="dim", markup=False)

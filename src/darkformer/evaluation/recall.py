@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import option
 from ..errors import InputError
 from ..reporting import Progress
 
@@ -71,10 +72,10 @@ class RecallTask:
         InputError: no trials, no positive distances, or more numbers in a prompt than there are wordings.
     """
 
-    distances: tuple[int, ...] = DISTANCES
-    trials: int = 20
+    distances: tuple[int, ...] = option(DISTANCES, "Tokens from the number to its question. Repeat.", "--distance")
+    trials: int = option(20, "Numbers asked for at each distance.", minimum=1)
     seed: int = 0
-    batch_size: int = 4
+    batch_size: int = option(4, "Prompts in one forward pass.", minimum=1)
     numbers: int = 0
 
     def __post_init__(self) -> None:

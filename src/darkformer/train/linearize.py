@@ -22,7 +22,7 @@ from ..calibration.budget import (  # fmt: skip
 )
 from ..calibration.calibrate import calibrate
 from ..calibration.sensitivity import sensitivity
-from ..config import DarkConfig, TrainConfig
+from ..config import CONTEXT, EVALUATION_TOKENS, DarkConfig, TrainConfig
 from ..errors import ConfigError, InputError, RunFolderError
 from ..hf.convert import convert, plan_conversion
 from ..hf.layers import config_of
@@ -34,10 +34,8 @@ from .data import blocks_of, load_documents, split_documents, text_size, tokens_
 from .evaluate import TOKENS_AT_ONCE, evaluate
 from .finetune import finetune
 
-#: Tokens of the calibration pass, of the text that heads are chosen on, and of the one that scores are measured on.
-CALIBRATION_TOKENS, CHOICE_TOKENS, EVALUATION_TOKENS = 12288, 8192, 8192
-#: Tokens of a sequence that a model is calibrated, chosen and scored at.
-CONTEXT = 2048
+#: Tokens of the calibration pass, and of the text that heads are chosen on.
+CALIBRATION_TOKENS, CHOICE_TOKENS = 12288, 8192
 
 
 class Within(NamedTuple):
@@ -138,6 +136,20 @@ def check_context(model: Any, context: int) -> None:
         raise InputError(f"context={context}: this model has positions for {most} tokens. Give a smaller --context.")
 
 
+def check_budget_config(config: DarkConfig) -> None:
+    """What a budget chooses must be open in the configuration that it starts from.
+
+    Raises:
+        ConfigError: exact heads, windows of layers or softmax everywhere are chosen already.
+    """
+    if config.keep_exact:
+        raise ConfigError("--keep-exact beside --budget: a budget chooses the exact heads itself. Give one of them.")
+    if config.layer_windows:
+        raise ConfigError("--layer-window beside --budget: a budget chooses the windows itself. Give one of them.")
+    if config.method == "exact":
+        raise ConfigError("--method exact beside --budget: softmax everywhere is a budget of 100%. Give one of them.")
+
+
 def chosen(
     model: Any, tokenizer: Any, blocks: Tensor, limit: Budget, config: DarkConfig, reporter: Reporter, folder: Path,
     dtype: str, count_features: bool,
@@ -200,12 +212,8 @@ def linearize(
     out, reporter = Path(out), reporter or Silent()
     if resume and overwrite:
         raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
-    if memory is not None and config.keep_exact:
-        raise ConfigError("--keep-exact beside --budget: a budget chooses the exact heads itself. Give one of them.")
-    if memory is not None and config.layer_windows:
-        raise ConfigError("--layer-window beside --budget: a budget chooses the windows itself. Give one of them.")
-    if memory is not None and config.method == "exact":
-        raise ConfigError("--method exact beside --budget: softmax everywhere is a budget of 100%. Give one of them.")
+    if memory is not None:
+        check_budget_config(config)
     started = time.perf_counter()
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
@@ -221,6 +229,9 @@ def linearize(
         model = load_model(model_name)
     check_context(model, context)
     limit = None if memory is None else Budget.parse(memory, memory_at or full_context(model))
+    element_bytes = cache_element_bytes(model, budget.dtype)
+    number = budget.dtype if budget.dtype == "bfloat16" else str(model.dtype).removeprefix("torch.")
+    counted = f"counted at {element_bytes} bytes a number ({number})"
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
         reporter.say(f"{out} is finished: nothing left to do.")
@@ -233,16 +244,18 @@ def linearize(
             model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype,
             trains or not config.drop_features,
         )  # fmt: skip
-        reporter.say(f"a budget of {limit}: {choice}")
+        reporter.say(f"a budget of {limit}, {counted}: {choice}")
         config = choice.config
         frontier = None if before is None else before(model, tokenizer, long_blocks, validation, out)
         if not trains:  # else features may learn what they do not do yet, and were counted
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
-            within = Within(size, limit.length, cache_element_bytes(model, budget.dtype))
+            within = Within(size, limit.length, element_bytes)
     choices = calibrated(model, config, long_blocks, reporter, config.method, within)
     if limit is not None:
-        kept = converted_bytes(model, limit.length, cache_element_bytes(model, budget.dtype))
-        reporter.say(f"after calibration: {kept / 1e6:.1f} MB at {limit.length:,} tokens, with the features left on.")
+        kept = converted_bytes(model, limit.length, element_bytes)
+        reporter.say(
+            f"after calibration: {kept / 1e6:.1f} MB at {limit.length:,} tokens, {counted}, with the features left on."
+        )
     scores["converted"] = scored(model, validation, budget, reporter, "converted")
     losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
     if budget.steps and budget.train != "none":

@@ -1,0 +1,104 @@
+"""The verb `linearize`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import CONTEXT, DarkConfig, TrainConfig, field_help
+from ..console import RichReporter
+from ..errors import ConfigError
+from ..evaluation.settings import BudgetTask
+from .options import Context, Data, Decoder, HeldOut, Overwrite, Resume, RunFolder
+from .terminal import console
+
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper",
+        help="The paper's exact form: window 0, sinks 0, no change of variables, M from the identity. Of the other "
+        "attention options only --method, --features, --draw, --convert-sliding and --keep-exact count beside it.",
+        rich_help_panel="Attention",
+    ),
+]
+MemoryBudget = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        help="Bytes one sequence may keep: a share of the softmax cache (10%), a size (64MB), or 0 for constant state. "
+        "Which heads keep softmax, and the windows of the others, are chosen to lose least; --window does not count "
+        "then.",
+        rich_help_panel="Attention",
+    ),
+]
+BudgetAt = Annotated[int, typer.Option("--budget-at", help=field_help(BudgetTask, "at"), min=0)]
+WithFrontier = Annotated[
+    bool, typer.Option("--frontier/--no-frontier", help="With --budget: measure and print other budgets first.")
+]
+
+
+def linearize(
+    model: Decoder,
+    out: RunFolder,
+    config: DarkConfig,
+    train: TrainConfig,
+    data: Data = ["pydoc"],  # noqa: B006 - typer copies it
+    held_out: HeldOut = [],  # noqa: B006
+    paper: Paper = False,
+    budget: MemoryBudget = "",
+    budget_at: BudgetAt = 0,
+    frontier: WithFrontier = True,
+    context: Context = CONTEXT,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Replace a decoder's softmax attention by linear attention: convert, calibrate, finetune, save.
+
+    Example: darkformer linearize HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --steps 500 --out runs/smol
+    """
+    from ..evaluation.compare import print_scores
+    from ..train.linearize import linearize as run
+
+    if paper and budget:
+        raise ConfigError("--paper with --budget: the paper's form has no exact part that a budget could choose.")
+    if paper:
+        config = DarkConfig.paper(
+            config.num_features, method=config.method, draw=config.draw, seed=config.seed,
+            convert_sliding=config.convert_sliding, keep_exact=config.keep_exact,
+        )  # fmt: skip
+
+    def measure_other_budgets(model: Any, tokenizer: Any, blocks: Any, validation: Any, out: Path) -> dict[str, Any]:
+        from ..evaluation.budget import PICTURE, measure_budgets, with_budget
+        from ..evaluation.frontier_report import print_frontier
+        from ..evaluation.settings import FrontierSettings
+
+        settings = FrontierSettings(dtype=train.dtype)
+        task = BudgetTask(at=budget_at or None, context=context)
+        task = replace(task, budgets=with_budget(task.budgets, budget, model, task.at, train.dtype))
+        record = measure_budgets(
+            model, tokenizer, blocks, validation, out / "frontier", task, config, settings, folder=out / "sensitivity",
+            reporter=RichReporter(),
+        )  # fmt: skip
+        print_frontier(record, console)
+        console.print(f"Picture: {out / 'frontier' / PICTURE}", markup=False)
+        return record
+
+    record = run(
+        model, out, data=data, held_out=held_out, config=config, budget=train, context=context, memory=budget or None,
+        memory_at=budget_at or None, before=measure_other_budgets if budget and frontier else None, resume=resume,
+        overwrite=overwrite, reporter=RichReporter(),
+    )  # fmt: skip
+    print_scores(record["scores"], console)
+    console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'", markup=False)
+
+
+def recipe_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The options that a record of `linearize` was made with; the folder is the caller's own."""
+    options = {name: record[name] for name in ("model", "data", "held_out", "config")}
+    options |= {"train": record["budget"], "context": record.get("context")}  # earlier versions had no context
+    if record.get("memory"):
+        options |= {"budget": record["memory"], "budget_at": record["memory_at"], "frontier": bool(record["frontier"])}
+    return options

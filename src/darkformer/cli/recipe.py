@@ -1,0 +1,151 @@
+"""`--config`: the options of a verb from a YAML file, or from the record of a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Section:
+    """A dataclass that a verb takes, and the names of its fields that are options of the verb."""
+
+    owner: type
+    fields: set[str]
+
+
+class Recipe:
+    """Reads the files that one verb's `--config` takes.
+
+    A file holds options by the name of their flag or field, alone or within the section of their dataclass:
+
+        model: HuggingFaceTB/SmolLM2-135M
+        data: ["books/*.txt"]
+        steps: 500
+        config: {window: 128, keep_exact: [6, "18.2"]}
+
+    Its values go the way of the command line's: each as it would be typed, so that the same rules refuse it.
+
+    Args:
+        parameters: of the verb, by the name of field or parameter.
+        sections: the verb's dataclasses by the names of their sections.
+        from_record: turns a record of this verb into a recipe; None: the verb takes no records.
+    """
+
+    def __init__(
+        self,
+        verb: str,
+        parameters: Mapping[str, inspect.Parameter],
+        sections: Mapping[str, Section],
+        from_record: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    ) -> None:
+        self.verb, self.sections, self.from_record = verb, sections, from_record
+        self.kinds: dict[str, Any] = {}
+        self.names: dict[str, str] = {}  # what a file may call a parameter
+        for name, parameter in parameters.items():
+            self.kinds[name], info = typing.get_args(parameter.annotation)
+            flags = [flag.split("/")[0] for flag in (info.default, *(info.param_decls or ())) if isinstance(flag, str)]
+            self.names |= {alias.removeprefix("--").replace("-", "_"): name for alias in (name, *flags)}
+
+    def read(self, context: typer.Context, value: Path | None) -> Path | None:
+        """typer's callback: the file's values become the defaults of this call.
+
+        Raises:
+            ConfigError: no such file, none of this kind, an option that the verb does not have, or one given twice.
+        """
+        if value is not None:
+            context.default_map = self.defaults(value)
+        return value
+
+    def defaults(self, file: Path) -> dict[str, Any]:
+        """Values by parameter, as typed on the command line."""
+        values: dict[str, Any] = {}
+        for key, name, value in self._options(file):
+            text = self._typed(f"{file}: {key}", self.kinds[name], value)
+            if text is None:
+                continue
+            if values.setdefault(name, text) != text:
+                raise ConfigError(f"{file}: {key}: {text} here, {values[name]} elsewhere in the file, for one option.")
+        return values
+
+    def _options(self, file: Path) -> Iterator[tuple[str, str, Any]]:
+        """(name in the file, parameter, value) of each option that the file sets."""
+        for key, value in self._content(file).items():
+            section = self.sections.get(key) if value is None or isinstance(value, Mapping) else None
+            if section is None:
+                yield key, self._parameter(file, key, self.names), value
+                continue
+            fields = {f.name: f for f in dataclasses.fields(section.owner)}
+            offered = {alias: name for alias, name in self.names.items() if name in section.fields}
+            for inner, x in (value or {}).items():
+                f = fields.get(inner)
+                # A record says every field. What this verb decides itself is there as it was before it did.
+                if f is None or f.name in section.fields or x != _plain(f.default):
+                    yield f"{key}: {inner}", self._parameter(file, inner, offered, f"{key}: "), x
+
+    def _content(self, file: Path) -> dict[str, Any]:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {file}: it cannot be read ({getattr(error, 'strerror', error)}).") from error
+        import yaml  # only here: not every call has a file
+
+        try:
+            # YAML takes JSON's 2e-05 for text
+            content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {file}: {' '.join(str(error).split())}.") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"--config {file}: give options as NAME: VALUE, one a line.")
+        if "command" not in content:
+            return content
+        if content["command"] != self.verb or self.from_record is None:
+            takes = f"a record of {self.verb}" if self.from_record else "a YAML file of options"
+            raise ConfigError(
+                f"--config {file}: a record of darkformer {content['command']}; darkformer {self.verb} takes {takes}."
+            )
+        try:
+            return self.from_record(content)
+        except KeyError as error:
+            raise ConfigError(f"--config {file}: a record without {error}: it is not of a finished run.") from error
+
+    def _parameter(self, file: Path, key: Any, names: Mapping[str, str], section: str = "") -> str:
+        """The parameter that a file calls `key`."""
+        alias = str(key).replace("-", "_")
+        if alias not in names:
+            closest = difflib.get_close_matches(alias, names, 1)
+            hint = f"Did you mean {closest[0]}?" if closest else f"darkformer {self.verb} --help lists them."
+            raise ConfigError(f"{file}: {section}{key}: darkformer {self.verb} has no such option. {hint}")
+        return names[alias]
+
+    @staticmethod
+    def _typed(where: str, kind: Any, value: Any) -> Any:
+        """A value as it would be typed on the command line; None leaves the option out."""
+        if value is None or (kind is bool and isinstance(value, bool)):
+            return value
+        if kind is bool:
+            raise ConfigError(f"{where}: {value!r}: must be true or false.")
+        if typing.get_origin(kind) is not list:
+            if isinstance(value, list | Mapping):
+                raise ConfigError(f"{where}: {value!r}: give one value.")
+            return str(value)
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(x, float | Mapping) for x in items):
+            raise ConfigError(f"{where}: {value!r}: give a list of names; in quotes: as a number 18.10 would be 18.1.")
+        return ["=".join(map(str, x)) if isinstance(x, list) else str(x) for x in items]
+
+
+def _plain(value: Any) -> Any:
+    """A field's default as a file has it."""
+    return list(value) if isinstance(value, tuple) else value
