@@ -203,7 +203,7 @@ def _install(library: Path, path: Path) -> None:
         file.write(hashlib.sha256(file.read()).digest())
         file.flush()
         os.fsync(file.fileno())
-    library.chmod(0o700)
+    library.chmod(0o755)  # whoever may enter the folder may use it: root can build for all
     os.replace(library, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
