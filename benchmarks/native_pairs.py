@@ -106,7 +106,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("after", type=Path, help="Source folder of the later version.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 512, 2048, 8192], help="Tokens L of the rows.")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="Dtypes of the rows.")
-    parser.add_argument("--seconds", type=float, default=10, help="Time of a row, about.")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="Time of a row, if its turns are not fewer than these:"
+    )
+    parser.add_argument("--turns", type=int, default=41, help="Turns of a row, at least.")
     parser.add_argument("--threads", type=int, default=1, help="Threads.")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="Processor time of the calling thread, or wall.")
     parser.add_argument("--out", type=Path, help="Where to write the record (JSON); without it, print only.")
@@ -132,7 +135,7 @@ def main() -> None:
                 runs[0](), runs[1]()
                 both = time.perf_counter() - start
                 repeats = max(1, int(2e-3 / both))  # short calls are timed several at once
-                turns = max(11, int(options.seconds / (both * repeats)))
+                turns = max(options.turns, int(options.seconds / (both * repeats)))
                 row = {"dtype": dtype, "length": length, "pass": "forward+backward" if backward else "forward"}
                 row |= measure(runs, turns, repeats, clock) | {"relative_difference": differs}
                 rows.append(row)

@@ -168,13 +168,13 @@ def _prepare_folder(folder: Path) -> None:
         BuildError: others can. OSError: it cannot be created.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = os.stat(folder)
-    if found.st_uid == os.geteuid() and found.st_mode & 0o022 and not os.environ.get("DARKFORMER_NATIVE_CACHE"):
+    info = os.stat(folder)
+    if info.st_uid == os.geteuid() and info.st_mode & 0o022 and not os.environ.get("DARKFORMER_NATIVE_CACHE"):
         folder.chmod(0o700)  # made by an earlier version under a lax umask; a folder that the user names is left alone
-        found = os.stat(folder)
-    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o022:
+        info = os.stat(folder)
+    if info.st_uid not in (os.geteuid(), 0) or info.st_mode & 0o022:
         raise BuildError(
-            f"others can write to {folder} (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}) and so could "
+            f"others can write to {folder} (owner {info.st_uid}, mode {stat.S_IMODE(info.st_mode):o}) and so could "
             "place code there: give it to its user with mode 700, or name another in DARKFORMER_NATIVE_CACHE"
         )
 
@@ -190,8 +190,8 @@ def _intact(path: Path) -> bool:
     except FileNotFoundError:
         return False
     with open(file, "rb") as opened:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o022:
+        info = os.fstat(file)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid not in (os.geteuid(), 0) or info.st_mode & 0o022:
             raise BuildError(f"{path} is no regular file that only this user or root can write to: delete it")
         content = opened.read()
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
@@ -203,7 +203,7 @@ def _install(library: Path, path: Path) -> None:
         file.write(hashlib.sha256(file.read()).digest())
         file.flush()
         os.fsync(file.fileno())
-    library.chmod(0o700)
+    library.chmod(0o755)  # whoever may enter the folder may use it: root can build for all
     os.replace(library, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -62,10 +62,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(log_normalizer, log_scale)
 
 
-def _by_argument(found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _by_argument(values: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients at the places of their arguments."""
     gradients: list[Tensor | None] = [None] * _ARGUMENTS
-    for i, gradient in zip(DIFFERENTIABLE, found, strict=True):
+    for i, gradient in zip(DIFFERENTIABLE, values, strict=True):
         gradients[i] = gradient
     return tuple(gradients)
 

@@ -57,7 +57,7 @@ def selftest() -> None:
     Raises:
         BuildError: names the tensor and the error.
     """
-    # Maps with folds, as they are, and with a triangular N.
+    # Maps with folds, without, and with a triangular N.
     for (dtype, tolerance), (draw, tokens) in product(
         TOLERANCE.items(), (("orthogonal", 1), ("iid", 1), ("iid", MANY))
     ):

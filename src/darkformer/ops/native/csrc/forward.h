@@ -24,14 +24,14 @@ template <bool BF16> struct ForwardPass : KeyScan<BF16> {
         query_map(Base::same_map(c) ? this->key_map : FeatureMap<BF16>(c, s, c.map_q, c.offset_q, c.fold_q, g, false, true)) {
     auto take = [](size_t n) { return scratch().take(n); };
     Q = take(CHUNK * s.d_pad), query_features = take(CHUNK * s.map_rows), query_lhs = take(CHUNK * s.m_pad);
-    query_half_norm = take(CHUNK), query_offset = take(CHUNK), scores = take(CHUNK * CHUNK), scores_lhs = take(CHUNK * CHUNK);
+    query_half_norm = take(CHUNK), scores = take(CHUNK * CHUNK), scores_lhs = take(CHUNK * CHUNK);
     O = take(CHUNK * s.dv_pad), row_max = take(CHUNK), normalizer = take(CHUNK * VL), log_scale_offset = take(s.m_pad);
     const size_t columns = s.W ? CHUNK + std::min<int64_t>(s.W, c.L + s.W) + 32 : 0;
     window_K = take(columns * s.d_pad), window_V = take(columns * s.dv_pad);
     window_K_t = take(columns * (s.d_pad + 16)), window_V_rhs = take(columns * s.dv_pad);
     window_logits = take(columns * CHUNK), window_lhs = take(columns * CHUNK);
     float *sink_K_t = take(s.sinks_pad * (s.d_pad + 16)), *sink_V_rhs = take(s.sinks_pad * s.dv_pad);
-    sink_logits = take(CHUNK * s.sinks_pad), sink_lhs = take(CHUNK * s.sinks_pad);
+    sink_logits = take(CHUNK * s.sinks_pad), sink_lhs = take(CHUNK * s.sinks_pad), query_offset = take(CHUNK);
     if (s.S) {
       float *sink_K = take(s.sinks_pad * s.d_pad), *sink_V = take(s.sinks_pad * s.dv_pad);
       reader.sinks(sink_K, sink_V);
