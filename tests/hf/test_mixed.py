@@ -792,7 +792,7 @@ class TestBadInput:
     def test_sliding_layers(self) -> None:
         with pytest.raises(ConversionError, match=r"names layer 0, .*attend within a window already.*choose from 2"):
             convert(tiny("gemma3"), replace(DARK, keep_exact=("0.0",)))
-        with pytest.raises(ConversionError, match="layer 0, whose softmax sees near keys only"):
+        with pytest.raises(ConversionError, match="layer 0, whose softmax is limited to a window"):
             converted(tiny("gemma3"), replace(DARK, keep_exact=("0.0",), convert_sliding=True))
 
     def test_softmax_over_a_mixed_cache(self, model: PreTrainedModel) -> None:
