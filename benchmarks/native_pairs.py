@@ -4,7 +4,9 @@
     python benchmarks/native_pairs.py /tmp/before/src src --out benchmarks/records/native-pairs.json
 
 Each turn runs both versions once on the same tensors, in alternating order, and yields one ratio; a row is the median
-ratio after/before with its interquartile range. On a busy machine use one thread and its processor time, the defaults.
+ratio after/before with its interquartile range. Where memory happens to lie makes a lasting difference of some percent,
+so a row has several rounds with new tensors and new working memory, and which version comes first alternates.
+On a busy machine use one thread and its processor time, the defaults.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def runner(package: ModuleType, inputs: list[torch.Tensor], backward: bool) -> C
     config = package.DarkConfig(num_features=FEATURES, window=WINDOW, sinks=SINKS)
     torch.manual_seed(0)
     feature_map = package.feature_map(config, num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM)
-    leaves = [x.detach().clone().requires_grad_(backward) for x in inputs]
+    leaves = [x.detach().requires_grad_(backward) for x in inputs]
     wanted = [*leaves, *(x for x in feature_map.parameters() if x.requires_grad)]
     grad_output = torch.ones_like(inputs[2])
 
@@ -79,24 +81,60 @@ def difference(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     )
 
 
-def measure(runs: list[Callable[[], Any]], turns: int, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """Times of before and after (runs) in turns of `repeats` calls each."""
-    seconds: list[list[float]] = [[], []]
-    for turn in range(turns):
-        for which in (0, 1) if turn % 2 else (1, 0):
+def take_turns(
+    runs: list[Callable[[], Any]], count: int, repeats: int, first: int, clock: Callable[[], float]
+) -> list[tuple[float, float]]:
+    """Seconds of before and after (runs) in so many turns of `repeats` calls each; `first` begins."""
+    pairs = []
+    for turn in range(count):
+        seconds = [0.0, 0.0]
+        for which in (first, 1 - first) if turn % 2 == 0 else (1 - first, first):
             start = clock()
             for _ in range(repeats):
                 runs[which]()
-            seconds[which].append((clock() - start) / repeats)
-    ratios = [after / before for before, after in zip(*seconds, strict=True)]
+            seconds[which] = (clock() - start) / repeats
+        pairs.append((seconds[0], seconds[1]))
+    return pairs
+
+
+def measure(
+    versions: list[ModuleType], dtype: str, length: int, backward: bool, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One row of the record."""
+    generator = torch.Generator().manual_seed(length)
+    pairs, differs, repeats = [], 0.0, 1
+    for number in range(options.rounds):
+        first = number % 2
+        for version in versions:
+            version.ops.native.release()
+        shape = (1, HEADS, length, HEAD_DIM)
+        inputs = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for _ in range(3)]
+        runs = [runner(version, inputs, backward) for version in versions]
+        results = {which: runs[which]() for which in (first, 1 - first)}
+        differs = max(differs, difference(results[0], results[1]))
+        start = time.perf_counter()
+        runs[0](), runs[1]()
+        both = time.perf_counter() - start
+        if number == 0:
+            repeats = max(1, int(2e-3 / both))  # short calls are timed several at once
+        count = max(options.turns, int(options.seconds / options.rounds / (both * repeats)))
+        pairs += take_turns(runs, count, repeats, first, CLOCKS[options.clock])
+    ratios = [after / before for before, after in pairs]
     low, high = np.percentile(ratios, [25, 75])
+    before, after = zip(*pairs, strict=True)
     return {
-        "before_seconds": statistics.median(seconds[0]),
-        "after_seconds": statistics.median(seconds[1]),
+        "dtype": dtype,
+        "length": length,
+        "pass": "forward+backward" if backward else "forward",
+        "before_seconds": statistics.median(before),
+        "after_seconds": statistics.median(after),
         "ratio": statistics.median(ratios),
         "ratio_iqr": [float(low), float(high)],
-        "turns": turns,
+        "ratio_of_fastest": min(after) / min(before),
+        "turns": len(pairs),
         "calls_per_turn": repeats,
+        "rounds": options.rounds,
+        "relative_difference": differs,
     }
 
 
@@ -106,10 +144,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("after", type=Path, help="Source folder of the later version.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 512, 2048, 8192], help="Tokens L of the rows.")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="Dtypes of the rows.")
-    parser.add_argument(
-        "--seconds", type=float, default=10, help="Time of a row, if its turns are not fewer than these:"
-    )
-    parser.add_argument("--turns", type=int, default=41, help="Turns of a row, at least.")
+    parser.add_argument("--seconds", type=float, default=10, help="Time of a row, about.")
+    parser.add_argument("--rounds", type=int, default=6, help="Rounds of a row, each with new tensors and memory.")
+    parser.add_argument("--turns", type=int, default=7, help="Turns of a round, at least.")
     parser.add_argument("--threads", type=int, default=1, help="Threads.")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="Processor time of the calling thread, or wall.")
     parser.add_argument("--out", type=Path, help="Where to write the record (JSON); without it, print only.")
@@ -121,29 +158,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     sources = [options.before.resolve(), options.after.resolve()]
     versions = [load(source) for source in sources]
-    clock, rows = CLOCKS[options.clock], []
-    print("    dtype  tokens             pass  before ms  after ms  ratio          IQR  turns")
+    rows = []
+    print("    dtype  tokens             pass  before ms  after ms  ratio          IQR  fastest  turns")
     for dtype in options.dtypes:
         for length in options.lengths:
-            generator = torch.Generator().manual_seed(length)
-            shape = (1, HEADS, length, HEAD_DIM)
-            inputs = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for _ in range(3)]
             for backward in (False, True):
-                runs = [runner(package, inputs, backward) for package in versions]
-                differs = difference(runs[0](), runs[1]())
-                start = time.perf_counter()
-                runs[0](), runs[1]()
-                both = time.perf_counter() - start
-                repeats = max(1, int(2e-3 / both))  # short calls are timed several at once
-                turns = max(options.turns, int(options.seconds / (both * repeats)))
-                row = {"dtype": dtype, "length": length, "pass": "forward+backward" if backward else "forward"}
-                row |= measure(runs, turns, repeats, clock) | {"relative_difference": differs}
+                row = measure(versions, dtype, length, backward, options)
                 rows.append(row)
+                low, high = row["ratio_iqr"]
                 print(
                     f"{dtype:>9} {length:>7} {row['pass']:>16} {1e3 * row['before_seconds']:>10.3f} "
-                    f"{1e3 * row['after_seconds']:>9.3f} {row['ratio']:>6.3f} "
-                    f"{row['ratio_iqr'][0]:>6.3f}–{row['ratio_iqr'][1]:.3f} {row['turns']:>6}"
-                    + (f"  differs by {differs:.1e}" if differs else ""),
+                    f"{1e3 * row['after_seconds']:>9.3f} {row['ratio']:>6.3f} {low:>6.3f}–{high:.3f} "
+                    f"{row['ratio_of_fastest']:>8.3f} {row['turns']:>6}"
+                    + (f"  differs by {row['relative_difference']:.1e}" if row["relative_difference"] else ""),
                     flush=True,
                 )
     if options.out:
