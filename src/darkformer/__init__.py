@@ -19,6 +19,7 @@ from .errors import (
     InputError,
     MissingExtraError,
     NonFiniteError,
+    OutOfMemoryError,
     RunFolderError,
     import_problem,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "Redraw",
     "RunFolderError",
     "Sensitivity",
