@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from ..features.log_features import key_log_features, query_log_features
+from ..features.affine import key_log_features, query_log_features
 from .state import LOG_ZERO, AttentionState, Problem, capped, next_buffers
 
 #: q, k (B, L, H, m), v (B, L, H, d_v), log-decays g (B, L, H, m), state (B, H, m, d_v) → out (B, L, H, d_v) and the

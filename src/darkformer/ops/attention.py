@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, InputError, NonFiniteError
 from ..features.feature_map import FeatureMap
-from ..features.log_features import FeatureParameters
+from ..features.affine import FeatureParameters
 from ..features.tracing import traced, transformed
 from . import functional
 from .assembled import assembled

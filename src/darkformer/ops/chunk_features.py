@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..features.log_features import FeatureParameters, key_log_features, query_log_features
+from ..features.affine import FeatureParameters, key_log_features, query_log_features
 
 LOG2E = math.log2(math.e)
 

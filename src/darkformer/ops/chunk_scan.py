@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..features.log_features import key_log_features, query_log_features
+from ..features.affine import key_log_features, query_log_features
 from .chunk_forward import Sums
 from .state import LOG_ZERO, capped, gather_tokens
 from .super_chunks import Frame, Tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..features.log_features import key_log_features, query_log_features
+from ..features.affine import key_log_features, query_log_features
 from .state import LOG_ZERO, AttentionState, Problem, capped, next_buffers
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import DarkConfig
 from ..errors import InputError
-from ..features.log_features import FeatureParameters
+from ..features.affine import FeatureParameters
 from ..features.tracing import traced, transformed
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.

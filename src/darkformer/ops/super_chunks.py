@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..features.log_features import FeatureParameters
+from ..features.affine import FeatureParameters
 from .chunk_features import LOG2E, Features, Form, Scratch, Side
 from .log_domain import ChunkTerms
 from .state import LOG_ZERO, gather_tokens

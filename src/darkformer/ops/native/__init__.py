@@ -16,7 +16,7 @@ from ...features.tracing import traced, transformed
 from ..state import AttentionState, Problem, next_buffers
 from . import load
 from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
-from .maps import sides
+from .maps import pack
 from .step import Step
 
 __all__ = ["Step", "build", "native", "release", "splits", "status", "stepper", "unavailable", "why_not"]
@@ -37,7 +37,7 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
     state, config = problem.state, problem.config
     batch, groups, tokens, head_dim = problem.key.shape
     many = 1 if problem.traced else batch * tokens  # a trace's length is not known
-    maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=many)
+    maps = pack(problem.parameters, groups, head_dim, problem.scaling, tokens=many)
     sums = (state.feature_values, state.feature_sum, state.log_scale.detach())
     if problem.fresh:
         sums = (torch.empty(0),) * 3

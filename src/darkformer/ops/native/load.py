@@ -36,7 +36,7 @@ class _Call(ctypes.Structure):
 class Inputs(NamedTuple):
     """The tensors of one call. Maps: ℓ = P·x - a - ½‖N·x - b‖² with [P; N] = `wq`, [a; b] = `offq`; keys alike.
 
-    With folds (rows i, c, u): ℓ = P·x + uᵀx - a - ½‖y‖² with y = i·(P·x) - c over the first d rows, which `maps.sides`
+    With folds (rows i, c, u): ℓ = P·x + uᵀx - a - ½‖y‖² with y = i·(P·x) - c over the first d rows, which `maps.pack`
     makes where those rows, each times its i, are a turned N.
     """
 

@@ -14,7 +14,7 @@ from ..state import AttentionState, Problem
 from . import load
 from .build import BuildError
 from .load import Inputs, Sizes
-from .maps import MANY, sides
+from .maps import TRIANGULAR_TOKENS, pack
 
 #: Largest relative error of output and gradients that passes; the inputs' own rounding is part of neither.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
@@ -37,7 +37,7 @@ def _problem(dtype: torch.dtype, compute: torch.dtype, draw: str) -> Problem:
 
 
 def _native(problem: Problem, grad: Tensor, tokens: int) -> list[Tensor]:
-    maps = [x.detach() for x in sides(problem.parameters, 2, 18, problem.scaling, tokens=tokens)]
+    maps = [x.detach() for x in pack(problem.parameters, 2, 18, problem.scaling, tokens=tokens)]
     s = problem.state
     tensors = [problem.query, problem.key, problem.value, *maps[:4]]
     tensors += [torch.empty(0), torch.empty(0), torch.empty(0), s.recent_key, s.recent_value, s.sink_key, s.sink_value]
@@ -58,7 +58,7 @@ def selftest() -> None:
     """
     # Maps that are folded, as they are, and triangular.
     for (dtype, tolerance), (draw, tokens) in product(
-        TOLERANCE.items(), (("orthogonal", 1), ("iid", 1), ("iid", MANY))
+        TOLERANCE.items(), (("orthogonal", 1), ("iid", 1), ("iid", TRIANGULAR_TOKENS))
     ):
         exact = _problem(dtype, torch.float64, draw)
         leaves = [x.requires_grad_() for x in (exact.query, exact.key, exact.value)]

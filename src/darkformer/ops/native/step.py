@@ -14,7 +14,7 @@ from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
 from ..state import AttentionState
 from . import load
-from .maps import sides
+from .maps import pack
 
 _INTEGERS = ("B", "G", "R", "d", "dv", "m", "r", "window", "sinks", "bf16", "threads", "head")
 _STRIDES = ("qs", "ks", "vs")
@@ -61,7 +61,7 @@ class Step:
         tensors = [getattr(state, name).detach().clone(memory_format=torch.contiguous_format) for name in _FIELDS]
         batch, groups, m, value_dim = tensors[0].shape
         with torch.no_grad():
-            maps = sides(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling, tokens=0)[:4]
+            maps = pack(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling, tokens=0)[:4]
         # A vector maximum passes NaN over: diverged maps would give finite, wrong numbers.
         self.finite = all(bool(torch.isfinite(x.sum())) for x in (*maps, *tensors[:2]))
         self.nbytes = sum(x.nbytes for x in tensors)
