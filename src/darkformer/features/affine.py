@@ -86,16 +86,32 @@ class Affine(NamedTuple):
             features = self.table(x, positions)
             return features if self.offset is None else features - self.offset[:, None]
         assert self.offset is not None
-        both = x @ self.weight.mT - self.offset[:, None]
-        features, token = both[..., : self.num_features], both[..., self.num_features :]
-        features = features - 0.5 * token.square().sum(-1, keepdim=True)
-        return features if self.linear is None else features + x @ self.linear[:, :, None]
+        batch, m, tokens = x.shape[0], self.num_features, x.flatten(0, 1)
+        weight, offset = self.weight.repeat(batch, 1, 1).mT, self.offset.repeat(batch, 1)[:, None]
+        features = torch.baddbmm(offset[..., :m], tokens, weight[..., :m], beta=-1)
+        mapped = torch.baddbmm(offset[..., m:], tokens, weight[..., m:], beta=-1)
+        shared = -0.5 * mapped.square().sum(-1, keepdim=True)
+        if self.linear is not None:
+            shared = torch.baddbmm(shared, tokens, self.linear.repeat(batch, 1)[..., None])
+        return features.add_(shared).unflatten(0, x.shape[:2])
 
     def mapped(self, x: Tensor) -> Tensor:
         """N·x - b: x (…, G, T, d) as the features see it."""
         assert self.weight is not None and self.offset is not None
         m = self.num_features
         return x @ self.weight[:, m:].mT - self.offset[:, None, m:]
+
+    def of_raw(self, root: float) -> Affine:
+        """The form of raw tokens, whose scaled ones are `root` times as large."""
+        weight, linear = (None if x is None else root * x for x in (self.weight, self.linear))
+        return self._replace(weight=weight, linear=linear)
+
+    def without_norm(self) -> Affine:
+        """Up to a term that all m features share, with fewer products."""
+        if self.weight is None or self.offset is None:
+            return self
+        m = self.num_features
+        return self._replace(weight=self.weight[:, :m], offset=self.offset[:, :m], linear=None)
 
 
 def _gaussian_side(

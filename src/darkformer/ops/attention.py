@@ -252,7 +252,7 @@ def _run_transformed(
         made: dict[str, Any] = dict(zip(_PARAMETERS, rest[len(_STATE) :], strict=True))
         plain = options._replace(
             initial_state=None if state is None else AttentionState(**before),
-            parameters=parameters._replace(**made, recalled=None),
+            parameters=parameters._replace(**made, cache=None),
         )
         output, after = _run(q, k, v, mask, numbers, plain)
         if not options.return_state:

@@ -63,7 +63,7 @@ def folds(p: FeatureParameters, head_dim: int, tokens: int) -> bool:
     return answer
 
 
-def _fold(omega: Tensor, form: Affine, linear: Tensor | None) -> Tensor:
+def _fold(omega: Tensor, form: Affine) -> Tensor:
     """(G, 3, d): inverse lengths of the first rows of Ω; b, rotated like N; the term that joins all log-features.
 
     The rotation is a constant: ‖y‖ does not change as y rotates, so the gradient through P is that of N.
@@ -72,7 +72,7 @@ def _fold(omega: Tensor, form: Affine, linear: Tensor | None) -> Tensor:
     head_dim = omega.shape[2]
     inverse = 1 / omega[:, :head_dim].norm(dim=2)
     rotated = inverse * (omega[:, :head_dim] @ form.offset[:, form.num_features :, None]).squeeze(-1)
-    return torch.stack([inverse, rotated, torch.zeros_like(rotated) if linear is None else linear], dim=1)
+    return torch.stack([inverse, rotated, torch.zeros_like(rotated) if form.linear is None else form.linear], dim=1)
 
 
 def _triangular(weight: Tensor, offset: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -88,15 +88,12 @@ def _triangular(weight: Tensor, offset: Tensor, m: int) -> tuple[Tensor, Tensor]
     return torch.cat([weight[:, :m], norm], dim=1), torch.cat([offset[:, :m], b], dim=1)
 
 
-def _pack_side(
-    form: Affine, omega: Tensor, root: float, *, folded: bool, triangular: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, offset and fold of one side for raw tokens x, whose scaled ones are root·x."""
-    assert form.weight is not None and form.offset is not None
-    m, weight, offset = form.num_features, root * form.weight, form.offset
-    linear = None if form.linear is None else root * form.linear
+def _pack_side(form: Affine, omega: Tensor, *, folded: bool, triangular: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, offset and fold of one side's form of raw tokens."""
+    m, weight, offset, linear = form.num_features, form.weight, form.offset, form.linear
+    assert weight is not None and offset is not None
     if folded:
-        return weight, offset, _fold(omega, form, linear)
+        return weight, offset, _fold(omega, form)
     if linear is not None:
         weight = torch.cat([weight[:, :m] + linear[:, None], weight[:, m:]], dim=1)
     if triangular:
@@ -112,7 +109,8 @@ def pack(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, to
     """
 
     def build() -> Packed:
-        if p.projection is None:
+        omega = p.projection
+        if omega is None:
             empty = torch.zeros(groups, 0, head_dim)
             return Packed(empty, empty[..., 0], empty, empty[..., 0], empty, empty)
         folded, root = tokens > 0 and folds(p, head_dim, tokens), scaling**0.5
@@ -120,7 +118,7 @@ def pack(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, to
         def side(form: Affine, map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             square = map is not None and map.shape[1] <= map.shape[2]
             triangular = square and not folded and tokens >= TRIANGULAR_TOKENS
-            return _pack_side(form, p.projection, root, folded=folded, triangular=triangular)  # type: ignore[arg-type]
+            return _pack_side(form.of_raw(root), omega, folded=folded, triangular=triangular)
 
         query, key = affine(p)
         wq, offq, foldq = side(query, p.query_map)

@@ -1,0 +1,187 @@
+"""One direction as an autograd function: super-chunks one after the other, each computed again for its gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...features.affine import Affine
+from ..state import gather_tokens
+from .log_domain import add_to_counts
+from .span import Masks, Operands, Result, Rules, attend_span
+
+
+class Inputs(NamedTuple):
+    """The differentiable inputs of a pass, whole and in their own dtypes."""
+
+    query: Tensor  # (B, G, R, L, d)
+    key: Tensor  # (B, G, L, d)
+    value: Tensor  # (B, G, L, d_v)
+    key_before: Tensor  # (B, G, prefix, d): those before the first token that the window reaches
+    value_before: Tensor  # (B, G, prefix, d_v)
+    sink_key: Tensor  # (B, G, sinks, d) the state's
+    sink_value: Tensor
+    sums: Tensor  # (B, G, m, d_v + 1) the state's, scaled by exp(-log_scale)
+    query_form: Affine
+    key_form: Affine
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """All tensors."""
+        return (*self[:8], *self.query_form[:3], *self.key_form[:3])
+
+    def with_tensors(self, tensors: Any) -> Inputs:
+        """The same with other tensors, in the order of `flat`."""
+        query_form, key_form = Affine(*tensors[8:11], *self.query_form[3:]), Affine(*tensors[11:], *self.key_form[3:])
+        return Inputs(*tensors[:8], query_form, key_form)
+
+    def span(self, start: int, stop: int, sinks: tuple[Tensor, Tensor], sums: Tensor) -> Operands:
+        """The tokens start…stop, with the sums before them."""
+        key, value = (
+            _rows(before, x, start, stop + before.shape[2])
+            for before, x in ((self.key_before, self.key), (self.value_before, self.value))
+        )
+        tensors = (x.to(sums.dtype) for x in (self.query[:, :, :, start:stop], key, value))
+        return Operands(*tensors, *sinks, sums, self.query_form, self.key_form)
+
+
+class Pass(NamedTuple):
+    """One direction apart from its differentiable inputs."""
+
+    rules: Rules
+    masks: Masks
+    log_scale: Tensor  # (B, G, m)
+    sink_slot: Tensor  # (B, sinks) token of this call that is the sink, if it is not the state's
+    sink_new: Tensor  # (B, sinks) whether it is this call's
+    output: torch.dtype
+
+    def sinks(self, t: Inputs) -> tuple[Tensor, Tensor]:
+        """Keys and values of the sinks, (B, G, sinks, …): the state's, or tokens of this call."""
+        compute, new = t.sums.dtype, self.sink_new[:, None, :, None]
+        if not t.sink_key.shape[2]:
+            return t.sink_key.to(compute), t.sink_value.to(compute)
+        key, value = (
+            torch.where(new, gather_tokens(x, self.sink_slot), stored.to(x.dtype)).to(compute)
+            for stored, x in ((t.sink_key, t.key), (t.sink_value, t.value))
+        )
+        return key, value
+
+    def spans(self) -> list[tuple[int, int, bool]]:
+        """Start and stop of each super-chunk, and whether its masks hide nothing; a short one hides its end."""
+        masks, span = self.masks, self.rules.sizes.span
+        length = masks.rows.shape[1]
+        prefix = masks.near.shape[1] - length
+        every, near = masks.rows.all(0) & masks.far.all(0) & masks.sinks.all(-1).all(0), masks.near.all(0)
+        bounds = [(start, min(start + span, length)) for start in range(0, length, span)]
+        flags = torch.stack([every[a:b].all() & near[a : b + prefix].all() for a, b in bounds]).tolist()
+        chunk = self.rules.sizes.chunk
+        return [(a, b, flag and (b - a) % chunk == 0) for (a, b), flag in zip(bounds, flags, strict=True)]
+
+
+def _rows(before: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start…stop of [before | x] along dimension 2, copied only where both are needed."""
+    prefix = before.shape[2]
+    if start >= prefix:
+        return x[:, :, start - prefix : stop - prefix]
+    return torch.cat([before[:, :, start:stop].to(x.dtype), x[:, :, : max(stop - prefix, 0)]], dim=2)
+
+
+class ChunkedPass(torch.autograd.Function):
+    """Keeps the inputs and the sums before every super-chunk.
+
+    `forward` has the context, as what it keeps is no output; `functional` hides it from torch.func.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Pass, inputs: Inputs, keep: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        t = inputs.with_tensors(tensors)
+        output = t.query.new_empty(*t.query.shape[:-1], t.value.shape[-1], dtype=p.output)
+        log_normaliser = t.query.new_empty(t.query.shape[:-1], dtype=t.sums.dtype)
+        sinks, sums, log_scale = p.sinks(t), t.sums, p.log_scale
+        before: list[tuple[Tensor, Tensor]] = []
+        for start, stop, complete in p.spans():
+            if keep:
+                before.append((sums, log_scale))
+            masks = p.masks.span(start, stop, complete)
+            result = attend_span(t.span(start, stop, sinks, sums), masks, log_scale, p.rules)
+            add_to_counts(result.log_normaliser.numel(), result.underflowed)
+            output[:, :, :, start:stop], log_normaliser[:, :, :, start:stop] = result.output, result.log_normaliser
+            sums, log_scale = result.sums, result.log_scale
+        if keep:
+            ctx.save_for_backward(*tensors)
+            ctx.p, ctx.before, ctx.inputs = p, before, inputs.with_tensors((None,) * 14)
+            ctx.set_materialize_grads(False)
+        sums = sums.clone() if sums is t.sums else sums
+        ctx.mark_non_differentiable(log_scale)
+        return output, log_normaliser, sums, log_scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        do, d_log_normaliser, d_sums, _ = grads
+        t, p = ctx.inputs.with_tensors(ctx.saved_tensors), ctx.p
+        prefix, compute, sinks = t.key_before.shape[2], t.sums.dtype, p.sinks(t)
+        needed = (*(True,) * 6, *ctx.needs_input_grad[11:])
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (t.query, t.key, t.value))
+        # Gradients of the keys that the windows of later super-chunks reach: only these need the compute dtype.
+        dk_before, dv_before = (torch.zeros_like(x, dtype=compute) for x in (t.key_before, t.value_before))
+        d_shared: list[Tensor | None] = [None] * 8  # of the sinks and the forms, which all super-chunks use
+        for (start, stop, complete), (sums, log_scale) in reversed(list(zip(p.spans(), ctx.before, strict=True))):
+            x = t.span(start, stop, sinks, sums)
+            flat = [*x[:6], *x.query_form[:3], *x.key_form[:3]]
+            leaves = [y if y is None else y.detach().requires_grad_(n) for y, n in zip(flat, needed, strict=True)]
+            forms = Affine(*leaves[6:9], *x.query_form[3:]), Affine(*leaves[9:], *x.key_form[3:])
+            with torch.enable_grad():
+                result = attend_span(Operands(*leaves[:6], *forms), p.masks.span(start, stop, complete), log_scale, p.rules)
+            here = slice(start, stop)
+            d_output = None if do is None else do[:, :, :, here].to(compute)
+            d_log = None if d_log_normaliser is None else d_log_normaliser[:, :, :, here]
+            dx = _gradients(zip(result[:3], (d_output, d_log, d_sums), strict=True), leaves)
+            dq[:, :, :, here] = dx[0]
+            for grad, whole, before in ((dx[1], dk, dk_before), (dx[2], dv, dv_before)):
+                grad[:, :, stop - start :] += before
+                whole[:, :, here] = grad[:, :, prefix:]
+                before.copy_(grad[:, :, :prefix])
+            d_sums = dx[5]
+            for i, grad in enumerate((*dx[3:5], *dx[6:])):
+                total = d_shared[i]
+                d_shared[i] = grad if total is None else total + grad
+        new, slot = p.sink_new[:, None, :, None], p.sink_slot[:, None, :, None]
+        d_stored = []
+        for grad, whole, stored in zip(d_shared[:2], (dk, dv), (t.sink_key, t.sink_value), strict=True):
+            assert grad is not None
+            if grad.shape[2]:  # sinks are tokens of this call or the state's
+                whole.scatter_add_(2, slot.expand_as(grad), grad.masked_fill(~new, 0).to(whole.dtype))
+            d_stored.append(grad.masked_fill(new, 0).to(stored.dtype))
+        d_before = dk_before.to(t.key_before.dtype), dv_before.to(t.value_before.dtype)
+        return None, None, None, dq, dk, dv, *d_before, *d_stored, d_sums, *d_shared[2:]
+
+
+def _gradients(outputs: Any, leaves: list[Tensor | None]) -> list[Any]:
+    """dL/d leaf, given pairs of an output and its gradient or None; None for a leaf that needs none."""
+    pairs = [(y, grad) for y, grad in outputs if grad is not None and y.requires_grad]
+    wanted = [y for y in leaves if y is not None and y.requires_grad]
+    if not pairs:
+        return [None if y is None else torch.zeros_like(y) for y in leaves]
+    ends, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(ends, wanted, grads, allow_unused=True, materialize_grads=True))
+    return [next(found) if y is not None and y.requires_grad else None for y in leaves]
+
+
+def attend_pass(t: Inputs, p: Pass) -> Result:
+    """A whole pass: output (B, G, R, L, d_v) in `p.output`, log-normaliser (B, G, R, L), sums after the last token."""
+    if p.rules.traced:
+        length = t.query.shape[3]
+        compute = t.sums.dtype
+        key, value = (
+            torch.cat([before.to(compute), x.to(compute)], dim=2)
+            for before, x in ((t.key_before, t.key), (t.value_before, t.value))
+        )
+        x = Operands(t.query.to(compute), key, value, *p.sinks(t), t.sums, t.query_form, t.key_form)
+        result = attend_span(x, p.masks, p.log_scale, p.rules)
+        return result._replace(output=result.output.to(p.output))
+    tensors = t.flat()
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return Result(*ChunkedPass.apply(p, t.with_tensors((None,) * 14), keep, *tensors), None)
