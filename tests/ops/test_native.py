@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from darkformer import AttentionState, ConfigError, DarkConfig, NonFiniteError, attention, feature_map
-from darkformer.ops import attention as attention_module
 from darkformer.ops import native
-from darkformer.ops.attention import BACKENDS
+from darkformer.ops.attention import BACKENDS, problem_of
 from darkformer.ops.native import load
 from darkformer.ops.native.build import usable
 from darkformer.ops.native.maps import folds, pack
@@ -350,15 +349,14 @@ def test_it_compiles() -> None:
     """`torch.compile` accepts the operator (no code is generated: backend="aot_eager")."""
     case = Case(length=40, window=5, sinks=2, **ODD_SIZES)
     made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
-    options = attention_module._Options(made, None, True, None, True, None, "auto")
-    problem_of = attention_module._pose(*inputs, None, options)[0]
+    problem, _ = problem_of(*inputs, made.parameters_for(torch.float32), scaling=0.3, return_state=True)
 
     def function(query: Tensor) -> Tensor:
-        return native.native(problem_of._replace(query=query))[0].square()
+        return native.native(problem._replace(query=query))[0].square()
 
-    found = torch.compile(function, backend="aot_eager", fullgraph=True)(problem_of.query)
+    found = torch.compile(function, backend="aot_eager", fullgraph=True)(problem.query)
     # Eager code may fold the norm into the features, a traced graph cannot look whether it may.
-    assert relative_error(found, function(problem_of.query)) <= ERROR
+    assert relative_error(found, function(problem.query)) <= ERROR
 
 
 @pytest.mark.parametrize("where", ["geometry", "projection", "query_center"])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..config import DarkConfig
 from ..errors import ConfigError
-from .draws import draw_projection
 from .affine import FeatureParameters, full_precision
+from .draws import draw_projection
 from .proposals import log_weight
 from .same import DENSE_TYPES, rounds, same_numbers
 from .tracing import traced, transformed

@@ -134,7 +134,9 @@ class ChunkedPass(torch.autograd.Function):
             leaves = [y if y is None else y.detach().requires_grad_(n) for y, n in zip(flat, needed, strict=True)]
             forms = Affine(*leaves[6:9], *x.query_form[3:]), Affine(*leaves[9:], *x.key_form[3:])
             with torch.enable_grad():
-                result = attend_span(Operands(*leaves[:6], *forms), p.masks.span(start, stop, complete), log_scale, p.rules)
+                result = attend_span(
+                    Operands(*leaves[:6], *forms), p.masks.span(start, stop, complete), log_scale, p.rules
+                )
             here = slice(start, stop)
             d_output = None if do is None else do[:, :, :, here].to(compute)
             d_log = None if d_log_normaliser is None else d_log_normaliser[:, :, :, here]
@@ -173,7 +175,6 @@ def _gradients(outputs: Any, leaves: list[Tensor | None]) -> list[Any]:
 def attend_pass(t: Inputs, p: Pass) -> Result:
     """A whole pass: output (B, G, R, L, d_v) in `p.output`, log-normaliser (B, G, R, L), sums after the last token."""
     if p.rules.traced:
-        length = t.query.shape[3]
         compute = t.sums.dtype
         key, value = (
             torch.cat([before.to(compute), x.to(compute)], dim=2)

@@ -13,7 +13,8 @@ from ..state import LOG_ZERO
 
 #: Chunks of a block, whose sums are added one after the other.
 BLOCK = 8
-#: Doublings where the length is a symbol: 2^16 blocks of 8 chunks of 16 are 8 million tokens, whose sums no memory holds.
+#: Doublings where the length is a symbol: 2^16 blocks are 8 million tokens, whose sums no
+#: memory holds.
 DOUBLINGS = 16
 
 

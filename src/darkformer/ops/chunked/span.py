@@ -88,40 +88,36 @@ def _by_chunk(x: Tensor, count: int, chunk: int) -> Tensor:
     return x.unflatten(1, (count, chunk))
 
 
-def _exact_terms(
-    q: Tensor, key: Tensor, value: Tensor, x: Operands, masks: Masks, rules: Rules
-) -> Iterator[Term]:
+def _exact_terms(q: Tensor, key: Tensor, value: Tensor, x: Operands, masks: Masks, rules: Rules) -> Iterator[Term]:
     """The window's band and the sinks, for queries q (K, R·C, d), keys and values (P, prefix + N·C, …)."""
     chunk, (batch, groups, heads), count = rules.sizes.chunk, x.query.shape[:3], len(q) // len(key)
 
-    def logits(keys: Tensor) -> Tensor:
-        return capped(q @ keys.mT * rules.scaling, rules.softcap)
-
-    def hide(logits: Tensor, visible: Tensor) -> None:  # visible (B, N, C, J)
-        split = logits.view(batch, groups, count, heads, chunk, -1)
-        split.masked_fill_(~visible[:, None, :, None], -torch.inf)
+    def logits(keys: Tensor, visible: Tensor | None) -> Tensor:  # visible broadcasts to (B, G, N, R, C, J)
+        product = torch.baddbmm(q.new_zeros(1), q, keys.mT, beta=0, alpha=rules.scaling)
+        product = capped(product, rules.softcap)
+        if visible is None:
+            return product
+        # A sum, unlike masked_fill, costs nothing in the backward pass.
+        bias = q.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+        return (product.view(batch, groups, count, heads, chunk, -1) + bias).view(product.shape)
 
     if rules.window > rules.nearest:
         width = key.shape[1] - (count - 1) * chunk  # prefix + C
         slot = torch.arange(width, device=q.device)
         offset = width - chunk + slot[:chunk, None] - slot
-        outside = (offset < rules.nearest) | (offset >= rules.window)
-        keys, values = (y.unfold(1, width, chunk).mT.flatten(0, 1) for y in (key, value))
-        band = logits(keys)
-        band += torch.zeros_like(outside, dtype=q.dtype).masked_fill_(outside, -torch.inf).repeat(heads, 1)
+        visible = (offset >= rules.nearest) & (offset < rules.window)
         if not masks.complete:
             near = F.pad(masks.near, (0, key.shape[1] - masks.near.shape[1]))
-            hide(band, near.unfold(1, width, chunk)[:, :, None])
-        yield band, values
+            visible = visible & near.unfold(1, width, chunk)[:, None, :, None, None]
+        keys, values = (y.unfold(1, width, chunk).mT.flatten(0, 1) for y in (key, value))
+        yield logits(keys, visible), values
     if x.sink_key.shape[2]:
         keys, values = (
             y[:, :, None].expand(-1, -1, count, -1, -1).flatten(0, 2)
             for y in (x.sink_key, F.pad(x.sink_value, (0, 1), value=1.0))
         )
-        sink = logits(keys)
-        if not masks.complete:
-            hide(sink, _by_chunk(masks.sinks, count, chunk))
-        yield sink, values
+        visible = None if masks.complete else _by_chunk(masks.sinks, count, chunk)[:, None, :, None]
+        yield logits(keys, visible), values
 
 
 def attend_span(x: Operands, masks: Masks, log_scale: Tensor, rules: Rules) -> Result:
@@ -132,7 +128,7 @@ def attend_span(x: Operands, masks: Masks, log_scale: Tensor, rules: Rules) -> R
     if rules.traced:  # whole blocks; a trace would ask whether there is a single one, so it has one more than it needs
         count = (count + (0 if isinstance(length, int) else BLOCK) + BLOCK - 1) // BLOCK * BLOCK
     query, key, value = x.query, x.key, F.pad(x.value, (0, 1), value=1.0)  # weights times the ones: the normaliser
-    if not masks.complete:
+    if rules.traced or count * chunk != length:
         query, key, value = (F.pad(y, (0, 0, 0, count * chunk - length)) for y in (query, key, value))
     q = query.unflatten(3, (count, chunk)).transpose(2, 3).reshape(-1, heads * chunk, query.shape[-1])
     key, value = key.flatten(0, 1), value.flatten(0, 1)
@@ -145,7 +141,7 @@ def attend_span(x: Operands, masks: Masks, log_scale: Tensor, rules: Rules) -> R
     def key_features() -> Tensor:  # (K, C, m)
         positions = _by_chunk(masks.key_position, count, chunk).flatten(1)
         lk = x.key_form(far_key.unflatten(0, (*pairs, count)).flatten(2, 3), positions).view(-1, chunk, m)
-        return lk if hidden is None else lk.masked_fill_(hidden, LOG_ZERO)
+        return lk if hidden is None else lk.masked_fill(hidden, LOG_ZERO)
 
     hidden = None
     if not masks.complete:
@@ -167,18 +163,17 @@ def attend_span(x: Operands, masks: Masks, log_scale: Tensor, rules: Rules) -> R
         peaks = lk.detach().amax(1).unflatten(0, (*pairs, count))
         scales = torch.cat([log_scale[:, :, None], peaks], dim=2).cummax(2).values
         earlier, scale = scales[:, :, :-1], scales[:, :, 1:]  # before each chunk, and with it
-        ek = lk.sub_(scale.flatten(0, 2)[:, None]).exp_()
+        ek = (lk - scale.flatten(0, 2)[:, None]).exp_()
         ek = ek if hidden is None else ek.masked_fill(hidden, 0)
         own, decay = (ek.mT @ far_value).unflatten(0, (*pairs, count)), (earlier - scale).exp()[..., None]
         running = [sums]
         for here, fading in zip(own.unbind(2), decay.unbind(2), strict=True):
             running.append(torch.addcmul(here, running[-1], fading))
         before, sums, log_scale = torch.stack(running[:-1], 2), running[-1], scales[:, :, -1]
-        past = query_features().add_(scale.flatten(0, 2)[:, None])
+        past = query_features() + scale.flatten(0, 2)[:, None]
         top = highest([*(logits for logits, _ in exact), past])
         eq = past.sub_(top).exp_()
-        inside = eq @ ek.mT
-        inside.view(-1, heads, chunk, chunk).tril_()
+        inside = (eq @ ek.mT).view(-1, heads, chunk, chunk).tril().view(*q.shape[:2], chunk)
         total = torch.baddbmm(inside @ far_value, eq, (before * decay).flatten(0, 2))
         for logits, values in exact:
             total = torch.baddbmm(total, logits.sub_(top).exp_(), values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import NonFiniteError
 from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
 from ..state import AttentionState, Problem, next_buffers
@@ -47,6 +49,8 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
         problem.lengths, state.count, maps.foldq, maps.foldk,
         config.feature_count, problem.scaling, problem.wants_state,
     )  # fmt: skip
+    if not (problem.traced or torch.compiler.is_compiling() or math.isfinite(output.view(-1)[0].item())):
+        raise NonFiniteError("a number of the inputs, the parameters, the state or the output is not finite.")
     if not problem.wants_state:
         return output, state
     return output, AttentionState(feature_values=values, feature_sum=total, log_scale=scale, **next_buffers(problem))
