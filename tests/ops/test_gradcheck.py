@@ -9,6 +9,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from darkformer import FeatureMap, attention
 from darkformer.ops.chunked import count_log_domain
+from darkformer.ops.state import KeyValueState
 
 from .cases import Case, make_inputs, make_map, make_mask, make_state, use_chunked
 
@@ -32,6 +33,8 @@ class Door(nn.Module):
         if not causal:
             return (result,)
         output, state = result
+        if isinstance(state, KeyValueState):
+            return output, state.key, state.value
         # The scale is only the unit of the sums, so it carries no gradient; what has one is sum · unit.
         unit = state.log_scale.exp()
         return output, state.feature_values * unit[..., None], state.feature_sum * unit

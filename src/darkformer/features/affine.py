@@ -86,17 +86,14 @@ class Affine(NamedTuple):
             features = self.table(x, positions)
             return features if self.offset is None else features - self.offset[:, None]
         assert self.offset is not None
-        m, tokens = self.num_features, x.flatten(0, 1)
-
-        def by_row(y: Tensor) -> Tensor:  # a batched product wants one matrix for each row of the batch and head
-            return y.expand(x.shape[0], *y.shape).flatten(0, 1)
-
-        weight, offset = by_row(self.weight.mT), by_row(self.offset[:, None])
+        batch, m, tokens = x.shape[0], self.num_features, x.flatten(0, 1)
+        # A batched product wants one matrix for each row of the batch and head.
+        weight, offset = self.weight.repeat(batch, 1, 1).mT, self.offset.repeat(batch, 1)[:, None]
         features = torch.baddbmm(offset[..., :m], tokens, weight[..., :m], beta=-1)
         mapped = torch.baddbmm(offset[..., m:], tokens, weight[..., m:], beta=-1)
         shared = -0.5 * mapped.square().sum(-1, keepdim=True)
         if self.linear is not None:
-            shared = torch.baddbmm(shared, tokens, by_row(self.linear[..., None]))
+            shared = torch.baddbmm(shared, tokens, self.linear.repeat(batch, 1)[..., None])
         return features.add_(shared).unflatten(0, x.shape[:2])
 
     def mapped(self, x: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ class FeatureMap(nn.Module):
     def parameters_for(self, dtype: torch.dtype) -> FeatureParameters:
         """The layer's `FeatureParameters` in `dtype` (float32 or float64), differentiable.
 
-        Without a gradient the same object comes back until a number changes, so that what is derived from it can be kept.
+        Without a gradient the same object comes back until a number changes, so what is derived from it can be kept.
         The numbers themselves are compared: a write through `.data` leaves no other trace.
         """
         tables = (*self._parameters.values(), *self._buffers.values())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .state import KeyValueState, Problem, capped, compute_dtype, last_tokens
+from .state import KeyValueState, Problem, State, capped, compute_dtype, last_tokens
 
 
 def softmax_attention(
@@ -60,7 +60,7 @@ def _capped_attention(
     return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
 
 
-def exact(problem: Problem) -> tuple[Tensor, KeyValueState]:
+def exact(problem: Problem) -> tuple[Tensor, State]:
     """Method `exact`: softmax over everything seen so far; its state keeps every key (it grows).
 
     Returns:

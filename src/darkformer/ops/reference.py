@@ -13,6 +13,7 @@ from .state import (
     AttentionState,
     KeyValueState,
     Problem,
+    State,
     capped,
     compute_dtype,
     last_tokens,
@@ -78,7 +79,7 @@ def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return output, values, carry * state.feature_sum[b] + entering.sum(1), scale
 
 
-def reference(problem: Problem) -> tuple[Tensor, AttentionState | KeyValueState]:
+def reference(problem: Problem) -> tuple[Tensor, State]:
     """Quadratic attention, one batch row at a time, every far pair by log Σ_features exp(ℓ_q + ℓ_k).
 
     Returns:

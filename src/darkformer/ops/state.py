@@ -110,8 +110,9 @@ class KeyValueState(_Tensors):
         cls, config: DarkConfig, key: Tensor, value: Tensor, *, batch: int, compute: torch.dtype
     ) -> KeyValueState:
         """The state before the first token; arguments as for `AttentionState.empty`."""
-        count = torch.zeros(batch, dtype=torch.int64, device=key.device)
-        return cls(count, key.new_zeros(batch, *key[0, :, :0].shape), value.new_zeros(batch, *value[0, :, :0].shape))
+        count, groups = torch.zeros(batch, dtype=torch.int64, device=key.device), key.shape[1]
+        empty = (x.new_zeros(batch, groups, 0, x.shape[-1]) for x in (key, value))
+        return cls(count, *empty)
 
 
 State = AttentionState | KeyValueState

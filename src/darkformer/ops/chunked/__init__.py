@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...features.affine import affine
-from ..state import LOG_ZERO, AttentionState, Problem, next_buffers
+from ..state import LOG_ZERO, AttentionState, Problem, State, next_buffers
 from .autograd import Inputs, Pass, attend_pass
 from .log_domain import count_log_domain
 from .span import Masks, Rules, Sizes
@@ -115,7 +115,7 @@ def _backward_pass(problem: Problem, inputs: Inputs, forward: Pass) -> tuple[Inp
     )  # fmt: skip
 
 
-def chunked(problem: Problem) -> tuple[Tensor, AttentionState]:
+def chunked(problem: Problem) -> tuple[Tensor, State]:
     """Attention in time and memory linear in L, forward and backward.
 
     Returns:
@@ -125,7 +125,7 @@ def chunked(problem: Problem) -> tuple[Tensor, AttentionState]:
     return chunked_with(problem, fastest_sizes(problem))
 
 
-def chunked_with(problem: Problem, sizes: Sizes) -> tuple[Tensor, AttentionState]:
+def chunked_with(problem: Problem, sizes: Sizes) -> tuple[Tensor, State]:
     """`chunked` with other sizes than the fastest."""
     inputs, forward = _forward_pass(problem, sizes)
     result = attend_pass(inputs, forward)
@@ -136,6 +136,7 @@ def chunked_with(problem: Problem, sizes: Sizes) -> tuple[Tensor, AttentionState
         share = torch.sigmoid(result.log_normaliser - other.log_normaliser.flip(3))[..., None]
         output = share * output + (1 - share) * other.output.flip(3)
     return output, AttentionState(
-        feature_values=result.sums[..., :-1], feature_sum=result.sums[..., -1], log_scale=result.log_scale,
+        feature_values=result.sums.values[..., :-1], feature_sum=result.sums.values[..., -1],
+        log_scale=result.sums.log_scale,
         **next_buffers(problem),
     )  # fmt: skip

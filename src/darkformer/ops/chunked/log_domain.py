@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..state import LOG_ZERO
+from .scan import Sums
 
 #: Logits (…, R·C, J) of a chunk's rows, -inf where masked, and values (…, J, d_v + 1) whose last column is 1.
 Term = tuple[Tensor, Tensor]
@@ -38,14 +39,13 @@ def _key_logits(lq: Tensor, lk: Tensor) -> Tensor:
 
 
 def log_domain_attention(
-    lq: Tensor, lk: Tensor, value: Tensor, sums: Tensor, log_scale: Tensor, exact: list[Term], *, recompute: bool
+    lq: Tensor, lk: Tensor, value: Tensor, before: Sums, exact: list[Term], *, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums (…, R·C, d_v + 1), in units of exp(top), and top (…, R·C, 1) of chunks.
 
     Args:
         lq: (…, R·C, m) log-features of the queries. lk: (…, C, m) of the far keys, LOG_ZERO where masked.
-        value: (…, C, d_v + 1). sums: (…, m, d_v + 1) over the keys before the chunk, scaled by exp(-log_scale).
-        log_scale: (…, m). exact: the window and the sinks.
+        value: (…, C, d_v + 1). before: (…, m, …) sums over the keys before the chunk. exact: the window and the sinks.
         recompute: whether the backward pass computes the pairs again: they are C times the log-features.
     """
     rows, width = lq.shape[-2], lk.shape[-2]
@@ -60,7 +60,7 @@ def log_domain_attention(
     token = torch.arange(width, device=lq.device)
     later = token > token.repeat(rows // width)[:, None]
     inside = inside.masked_fill(later | (inside < LOG_ZERO / 2), -torch.inf)
-    return weighted_sum([*exact, (inside, value), (lq + log_scale[..., None, :], sums)])
+    return weighted_sum([*exact, (inside, value), (lq + before.log_scale[..., None, :], before.values)])
 
 
 @dataclass

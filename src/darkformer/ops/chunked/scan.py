@@ -21,7 +21,7 @@ DOUBLINGS = 16
 class Sums(NamedTuple):
     """Sums over keys, each feature scaled by exp(-log_scale)."""
 
-    values: Tensor  # (…, m, d_v + 1)
+    values: Tensor  # (…, m, d_v + 1); the last column is that of a value that is 1 for every key
     log_scale: Tensor  # (…, m)
 
 

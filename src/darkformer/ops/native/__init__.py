@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import NonFiniteError
 from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
-from ..state import AttentionState, Problem, next_buffers
+from ..state import AttentionState, Problem, State, next_buffers
 from . import load
 from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path
 from .maps import pack
@@ -27,7 +27,7 @@ METHODS = ("dark", "performer", "lfk", "local")
 LIMITS = {"head dimension": 512, "number of features": 2048, "window": 8192}
 
 
-def native(problem: Problem) -> tuple[Tensor, AttentionState]:
+def native(problem: Problem) -> tuple[Tensor, State]:
     """Attention in time linear in L, forward and backward; nothing but inputs, output and log-normaliser is kept.
 
     Returns:
