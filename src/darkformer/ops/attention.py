@@ -278,7 +278,7 @@ def attention(
     softcap: float | None = None,
     documents: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, State]:
+) -> Tensor | tuple[Tensor, Any]:
     """Random-feature attention with an exact window and exact sinks, under one normaliser, in O(L).
 
     out_t = (Σ_{j∈E(t)} e^{s·q_tᵀk_j} v_j + φ(q_t)ᵀ S_t) / (the same with 1 for v), E(t) the last `window` keys and the

@@ -40,8 +40,7 @@ class Inputs(NamedTuple):
 
     def with_tensors(self, tensors: Any) -> Inputs:
         """The same with other tensors, in the order of `flat`."""
-        query_form, key_form = Affine(*tensors[8:11], *self.query_form[3:]), Affine(*tensors[11:], *self.key_form[3:])
-        return Inputs(*tensors[:8], query_form, key_form)
+        return Inputs._make([*tensors[:8], *_forms(tensors[8:], self.query_form, self.key_form)])
 
     def span(self, start: int, stop: int, sinks: tuple[Tensor, Tensor]) -> Operands:
         """The tokens start…stop."""
@@ -84,6 +83,11 @@ class Pass(NamedTuple):
         flags = torch.stack([every[a:b].all() & near[a : b + prefix].all() for a, b in bounds]).tolist()
         chunk = self.rules.sizes.chunk
         return [(a, b, flag and (b - a) % chunk == 0) for (a, b), flag in zip(bounds, flags, strict=True)]
+
+
+def _forms(tensors: Any, query_form: Affine, key_form: Affine) -> tuple[Affine, Affine]:
+    """The two forms with other tensors, three each."""
+    return Affine._make([*tensors[:3], *query_form[3:]]), Affine._make([*tensors[3:], *key_form[3:]])
 
 
 def _rows(before: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
@@ -139,11 +143,11 @@ class ChunkedPass(torch.autograd.Function):
             x = t.span(start, stop, sinks)
             flat = [*x[:5], *x.query_form[:3], *x.key_form[:3]]
             leaves = [y if y is None else y.detach().requires_grad_(n) for y, n in zip(flat, needed, strict=True)]
-            forms = Affine(*leaves[5:8], *x.query_form[3:]), Affine(*leaves[8:], *x.key_form[3:])
             before = Sums(sums.values.detach().requires_grad_(), sums.log_scale)
             with torch.enable_grad():
                 masks = p.masks.span(start, stop, complete)
-                result = attend_span(Operands(*leaves[:5], *forms), masks, before, p.rules)
+                operands = Operands._make([*leaves[:5], *_forms(leaves[5:], x.query_form, x.key_form)])
+                result = attend_span(operands, masks, before, p.rules)
             here = slice(start, stop)
             outputs = [
                 (result.output, None if do is None else do[:, :, :, here].to(compute)),

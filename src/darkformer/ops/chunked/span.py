@@ -46,7 +46,7 @@ class Masks(NamedTuple):
     def span(self, start: int, stop: int, complete: bool) -> Masks:
         """Those of the tokens start…stop."""
         here, reach = slice(start, stop), stop + self.near.shape[1] - self.rows.shape[1]
-        masks = Masks(*(x[:, here] for x in self[:-1]), complete)
+        masks = Masks._make([*(x[:, here] for x in self[:-1]), complete])
         return masks._replace(near=self.near[:, start:reach])
 
 
@@ -113,8 +113,8 @@ def _exact_terms(q: Tensor, key: Tensor, value: Tensor, x: Operands, masks: Mask
         yield logits(keys, visible), values
     if x.sink_key.shape[2]:
         keys, values = x.sink_key[:, :, None], x.sink_value[:, :, None]
-        visible = None if masks.complete else _by_chunk(masks.sinks, count, chunk)[:, None, :, None]
-        yield logits(keys, visible), values
+        sinks = None if masks.complete else _by_chunk(masks.sinks, count, chunk)[:, None, :, None]
+        yield logits(keys, sinks), values
 
 
 def _chunk_count(x: Operands, rules: Rules) -> int:
