@@ -37,7 +37,7 @@ def test_parameters_with_a_gradient_are_made_anew() -> None:
         kept = made.parameters_for(torch.float32)
     first, second = made.parameters_for(torch.float32), made.parameters_for(torch.float32)
     assert first is not second and kept is not first
-    assert first.recalled is None
+    assert first.cache is None
     assert first.query_map is not None
     first.query_map.sum().backward()
     assert made.geometry_offset is not None and made.geometry_offset.grad is not None
@@ -54,11 +54,11 @@ def test_what_is_kept_is_kept_for_these_numbers_alone() -> None:
 
     made = make(method="performer").requires_grad_(False)
     p = made.parameters_for(torch.float32)
-    assert [p.recall("a", value), p.recall("a", value), p.recall("b", value)] == [1, 1, 2]
+    assert [p.cached("a", value), p.cached("a", value), p.cached("b", value)] == [1, 1, 2]
     colder = p._replace(layer=p.layer + 1)  # a changed copy keeps nothing
-    assert [colder.recall("a", value), colder.recall("a", value)] == [3, 4]
+    assert [colder.cached("a", value), colder.cached("a", value)] == [3, 4]
     made.redraw_(1)
-    assert made.parameters_for(torch.float32).recall("a", value) == 5
+    assert made.parameters_for(torch.float32).cached("a", value) == 5
 
 
 def test_kept_parameters_do_not_depend_on_where_they_were_made() -> None:
@@ -104,7 +104,7 @@ def test_parameters_taken_without_a_gradient_keep_no_graph() -> None:
         assert p.query_center is not None
         return 2 * p.query_center
 
-    assert not p.recall("x", double).requires_grad
+    assert not p.cached("x", double).requires_grad
     with torch.no_grad():
-        assert p.recall("x", double) is p.recall("x", double)
-        assert not p.recall("x", double).requires_grad
+        assert p.cached("x", double) is p.cached("x", double)
+        assert not p.cached("x", double).requires_grad

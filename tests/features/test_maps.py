@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from darkformer import ConfigError, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.config import METHODS
-from darkformer.features.log_features import LOG_FEATURES, key_log_features, query_log_features
+from darkformer.features.affine import FORMS, key_log_features, query_log_features
 
 SHAPE = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
 
@@ -372,7 +372,7 @@ def test_its_representation_says_what_it_is() -> None:
 
 
 def test_every_method_has_features() -> None:
-    assert set(LOG_FEATURES) == set(METHODS)
+    assert set(FORMS) == set(METHODS)
 
 
 # random: independent of the token, a function of seed, head, position and feature

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from darkformer import ConfigError, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.config import PROPOSALS
+from darkformer.features.affine import key_log_features, query_log_features
 from darkformer.features.draws import DRAW_FUNCTIONS
-from darkformer.features.log_features import key_log_features, query_log_features
 from darkformer.features.proposals import (
     expected_log_moment,
     expected_moment,

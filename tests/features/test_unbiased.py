@@ -11,8 +11,8 @@ from tolerances import relative_error
 from torch import Tensor
 
 from darkformer import DarkConfig, FeatureMap, attention, feature_map
+from darkformer.features.affine import key_log_features, query_log_features
 from darkformer.features.draws import DRAW_FUNCTIONS
-from darkformer.features.log_features import key_log_features, query_log_features
 
 DRAWS, FEATURES, DIM, PAIRS = 3000, 6, 4, 8
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from darkformer import AttentionState, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.ops import native
-from darkformer.ops.state import LOG_ZERO
+from darkformer.ops.attention import BACKENDS
+from darkformer.ops.chunked import chunked_with, fastest_sizes
+from darkformer.ops.state import LOG_ZERO, Problem
 
 #: The terms a gradient is the difference of, relative to which rounding is measured: see `differences`.
 FLOOR = 1e-3
@@ -134,6 +136,15 @@ class Solution(NamedTuple):
     size: float  # Σ |cotangent · result|: of the terms that gradients are sums of
 
 
+def use_chunked(monkeypatch: pytest.MonkeyPatch, **sizes: Any) -> None:
+    """From here on the backend `chunked` cuts its work in other sizes than the fastest."""
+
+    def function(problem: Problem) -> tuple[Tensor, AttentionState]:
+        return chunked_with(problem, fastest_sizes(problem)._replace(**sizes))
+
+    monkeypatch.setitem(BACKENDS, "chunked", BACKENDS["chunked"]._replace(function=function))
+
+
 def _rounded_state(case: Case, dtype: torch.dtype, rounded: torch.dtype) -> AttentionState:
     """The case's warm state: keys and values rounded to `rounded` and kept in `dtype`, sums to float32."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -141,10 +152,10 @@ def _rounded_state(case: Case, dtype: torch.dtype, rounded: torch.dtype) -> Atte
     for f in fields(state):
         x = getattr(state, f.name)
         if f.name != "count":
-            empty, buffer = x < LOG_ZERO / 2, f.name[:4] in ("rece", "sink")
+            empty, buffer = x < LOG_ZERO / 2, f.name.endswith(("key", "value"))
             x = x.to(rounded if buffer else torch.float32).to(dtype if buffer else compute).masked_fill(empty, LOG_ZERO)
-        kept[f.name] = x.detach().requires_grad_(f.name in STATE_LEAVES)
-    return AttentionState(**kept)
+        kept[f.name] = x.detach().requires_grad_(f.name in (*STATE_LEAVES, "key", "value"))
+    return type(state)(**kept)
 
 
 def solve(
@@ -166,7 +177,11 @@ def solve(
     state, leaves = None, dict(zip(("query", "key", "value"), inputs, strict=True))
     if case.mode == "warm":
         state = _rounded_state(case, dtype, rounded)
-        leaves |= {f"initial {name}": getattr(state, name) for name in STATE_LEAVES}
+        leaves |= {
+            f"initial {f.name}": getattr(state, f.name)
+            for f in fields(state)
+            if f.name in (*STATE_LEAVES, "key", "value")
+        }
     leaves |= dict(made.named_parameters())
     causal = case.mode != "bidirectional"
     result = attention(

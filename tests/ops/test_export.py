@@ -13,11 +13,10 @@ from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from darkformer import AttentionState, ConfigError, InputError, attention
-from darkformer.ops import chunk_scan
-from darkformer.ops.chunked import chunked
+from darkformer.ops.chunked import chunked, scan
 from darkformer.ops.state import LOG_ZERO
 
-from .cases import Case, Way, make_inputs, make_map, make_mask, make_state, needs_native
+from .cases import Case, Way, make_inputs, make_map, make_mask, make_state, needs_native, use_chunked
 
 door_module = sys.modules["darkformer.ops.attention"]  # the package exports a function of this name
 SIZES: dict[str, Any] = {"features": 3, "dim": 4, "value_dim": 3}
@@ -83,8 +82,9 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_an_exported_program_holds_for_every_length(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("CHUNK", 4), ("BLOCK", 16), ("DOUBLINGS", 5)):  # enough for these lengths, and fewer nodes
-        monkeypatch.setattr(chunk_scan, name, value)
+    monkeypatch.setattr(scan, "BLOCK", 4)
+    monkeypatch.setattr(scan, "DOUBLINGS", 5)  # enough for these lengths, and fewer nodes
+    use_chunked(monkeypatch, chunk=4)
     check(case)
 
 
@@ -158,7 +158,7 @@ def test_large_logits_do_not_underflow() -> None:
     """Where `chunked` has to look at its normalisers and compute chunks again, a trace may not look."""
     case = Case(length=150, window=4, scale=40.0, **SIZES)
     made, inputs = make_map(case), make_inputs(case)
-    problem, _ = door_module._pose(*inputs, None, door_module._Options(made, None, True, None, False, None, "auto"))
+    problem, _ = door_module.problem_of(*inputs, made.parameters_for(torch.float64), scaling=4**-0.5)
     found, _ = chunked(problem._replace(traced=True))
     wanted = attention(*inputs, made, backend="reference")
     assert relative_error(found.flatten(1, 2), wanted) <= 1e-9

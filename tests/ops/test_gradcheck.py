@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from darkformer import FeatureMap, attention
-from darkformer.ops import chunk_forward, chunked
+from darkformer.ops.chunked import count_log_domain
+from darkformer.ops.state import KeyValueState
 
-from .cases import Case, make_inputs, make_map, make_mask, make_state
+from .cases import Case, make_inputs, make_map, make_mask, make_state, use_chunked
 
 SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "features": 3, "dim": 3, "value_dim": 2, "scale": 0.7}
 
@@ -32,6 +33,8 @@ class Door(nn.Module):
         if not causal:
             return (result,)
         output, state = result
+        if isinstance(state, KeyValueState):
+            return output, state.key, state.value
         # The scale is only the unit of the sums, so it carries no gradient; what has one is sum · unit.
         unit = state.log_scale.exp()
         return output, state.feature_values * unit[..., None], state.feature_sum * unit
@@ -77,28 +80,15 @@ def test_exact() -> None:
     assert Door(make_map(case), case, "exact").is_right()
 
 
-def spy_on_log_domain(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows recomputed by each call of the log-domain path."""
-    rows: list[int] = []
-    original = chunk_forward.log_domain_chunks
-
-    def spy(bad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
-        rows.append(int(bad.sum()))
-        return original(bad, *arguments)
-
-    monkeypatch.setattr(chunk_forward, "log_domain_chunks", spy)
-    return rows
-
-
 @pytest.mark.parametrize("case", [CONFIGS[0], CONFIGS[1], CONFIGS[2], CONFIGS[3]], ids=str)
 def test_log_domain_by_threshold(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunk_forward.UNDERFLOW, torch.float64, float("inf"))
-    rows = spy_on_log_domain(monkeypatch)
-    assert Door(make_map(case), case, "chunked").is_right()
-    assert rows and all(rows)
+    use_chunked(monkeypatch, underflow=float("inf"))
+    with count_log_domain() as count:
+        assert Door(make_map(case), case, "chunked").is_right()
+    assert count.underflowed_rows
 
 
-def test_log_domain_by_large_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_domain_by_large_keys() -> None:
     """The first keys' features are e^400 times smaller than the next ones', which their queries do not see."""
     case = Case(length=5, tied=False, **SMALL)
 
@@ -106,15 +96,14 @@ def test_log_domain_by_large_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         key[:, :, :2] *= 100 / key[:, :, :2].norm(dim=-1, keepdim=True)
         return query, key, value
 
-    rows = spy_on_log_domain(monkeypatch)
-    assert Door(make_map(case), case, "chunked").is_right(shift)
-    assert rows and all(rows)
+    with count_log_domain() as count:
+        assert Door(make_map(case), case, "chunked").is_right(shift)
+    assert count.underflowed_rows
 
 
 @pytest.mark.parametrize("mode", ["cold", "warm", "bidirectional"])
 def test_several_super_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "SUPER", 2)
-    monkeypatch.setattr(chunked, "chunk_length", lambda window, length: 2)
+    use_chunked(monkeypatch, chunk=2, span=2)
     case = Case(length=5, window=1, sinks=1, mode=mode, tied=False, **SMALL)
     assert Door(make_map(case), case, "chunked").is_right()
 

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from darkformer import attention
-from darkformer.ops import chunk_forward, chunked
 
-from .cases import Case, make_inputs, make_map
+from .cases import Case, make_inputs, make_map, use_chunked
 
 
 class Watch(TorchDispatchMode):
@@ -56,7 +55,7 @@ def elements(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> in
 
 
 def growth(case: Case, backend: str) -> float:
-    """Factor of the elements from 4,096 to 8,192 tokens, in 32 and 64 super-chunks (reference: 256 and 512 tokens)."""
+    """Factor of the elements from 4,096 to 8,192 tokens, in 16 and 32 super-chunks (reference: 256 and 512 tokens)."""
     short = 256 if backend == "reference" else 4096
     few, many = (elements(Case(**vars(case) | {"length": n}), backend) for n in (short, 2 * short))
     return many / few
@@ -68,15 +67,13 @@ SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "features": 4, "dim": 4, "value_
 @pytest.mark.parametrize("mode", ["cold", "bidirectional"])
 @pytest.mark.parametrize("window", [0, 16, 200])
 def test_chunked_is_linear(window: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "SUPER", 128)
-    # Both lengths sum up most super-chunks twice, as every length beyond STARTS super-chunks does.
-    monkeypatch.setattr(chunk_forward, "STARTS", 2)
+    use_chunked(monkeypatch, span=256)
     assert growth(Case(window=window, sinks=2, mode=mode, **SMALL), "chunked") < 2.02
 
 
 @pytest.mark.parametrize("window", [0, 16, 70])
 def test_bfloat16_makes_no_float32_copy_of_the_sequence(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "SUPER", 256)
+    use_chunked(monkeypatch, span=256)
     case = Case(length=8192, window=window, sinks=2, **SMALL | {"dim": 16, "value_dim": 16})
     inputs = [x.requires_grad_() for x in make_inputs(case, dtype=torch.bfloat16)]
     with Largest() as largest:

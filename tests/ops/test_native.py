@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from darkformer import AttentionState, ConfigError, DarkConfig, NonFiniteError, attention, feature_map
-from darkformer.ops import attention as attention_module
 from darkformer.ops import native
-from darkformer.ops.attention import BACKENDS
+from darkformer.ops.attention import BACKENDS, problem_of
 from darkformer.ops.native import load
 from darkformer.ops.native.build import usable
-from darkformer.ops.native.maps import folds, sides
+from darkformer.ops.native.maps import folds, pack
 
 from .cases import NATIVE, ODD_SIZES, Case, make_inputs, make_map, needs_native, solve
 from .test_linear import elements
@@ -75,10 +74,10 @@ def test_segments(case: Case, count: int) -> None:
 )
 def test_long_calls_multiply_by_a_triangle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The map of the norm is turned until it is triangular; outputs, states and every gradient stay what they are."""
-    monkeypatch.setattr("darkformer.ops.native.maps.MANY", 1)
+    monkeypatch.setattr("darkformer.ops.native.maps.TRIANGULAR_TOKENS", 1)
     monkeypatch.setattr("darkformer.ops.native.maps.ORTHOGONAL", 0.0)  # else the norm needs no product at all
     made = make_map(case).float()
-    maps = sides(made.parameters_for(torch.float32), case.kv_heads, case.dim, 0.5, tokens=1)
+    maps = pack(made.parameters_for(torch.float32), case.kv_heads, case.dim, 0.5, tokens=1)
     for w in (maps.wq, maps.wk):
         assert not w[:, case.features :].tril(-1).any()
     assert not NATIVE.wrong(case)
@@ -102,13 +101,13 @@ FOLDED = dict(dim=24, features=40, value_dim=20)
 def test_orthogonal_draws_hold_the_norm(case: Case, count: int) -> None:
     """The norm is taken from the first log-features; outputs, states and every gradient stay what they are."""
     parameters = make_map(case).float().parameters_for(torch.float32)
-    assert sides(parameters, case.kv_heads, case.dim, 0.5, tokens=1).foldq.shape[1] == 3
+    assert pack(parameters, case.kv_heads, case.dim, 0.5, tokens=1).foldq.shape[1] == 3
     with threads(count):
         assert not NATIVE.wrong(case)
 
 
 def test_only_orthogonal_draws_hold_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("darkformer.ops.native.maps.SOME", 1)
+    monkeypatch.setattr("darkformer.ops.native.maps.ORTHOGONAL_TOKENS", 1)
 
     def folded(case: Case) -> bool:
         return folds(make_map(case).float().parameters_for(torch.float32), case.dim, 1)
@@ -180,7 +179,7 @@ def test_opcheck(keeps: bool, tokens: int) -> None:
     made = feature_map(DarkConfig(num_features=8, window=3, sinks=2), num_heads=4, num_kv_heads=2, head_dim=6)
     inputs = [torch.randn(1, 2, 2, 9, 6), torch.randn(1, 2, 9, 6), torch.randn(1, 2, 9, 5)]
     state = AttentionState.empty(made.config, inputs[1], inputs[2], batch=1, compute=torch.float32)
-    maps = [x.detach() for x in sides(made.parameters_for(torch.float32), 2, 6, 0.4, tokens=tokens)]
+    maps = [x.detach() for x in pack(made.parameters_for(torch.float32), 2, 6, 0.4, tokens=tokens)]
     sums = [x.clone() if keeps else x.new_empty(0) for x in (state.feature_values, state.feature_sum, state.log_scale)]
     tensors = [*inputs, *maps[:4], *sums, state.recent_key]
     tensors += [state.recent_value, state.sink_key, state.sink_value, torch.tensor([9]), state.count, *maps[4:]]
@@ -350,15 +349,14 @@ def test_it_compiles() -> None:
     """`torch.compile` accepts the operator (no code is generated: backend="aot_eager")."""
     case = Case(length=40, window=5, sinks=2, **ODD_SIZES)
     made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
-    options = attention_module._Options(made, None, True, None, True, None, "auto")
-    problem_of = attention_module._pose(*inputs, None, options)[0]
+    problem, _ = problem_of(*inputs, made.parameters_for(torch.float32), scaling=0.3, return_state=True)
 
     def function(query: Tensor) -> Tensor:
-        return native.native(problem_of._replace(query=query))[0].square()
+        return native.native(problem._replace(query=query))[0].square()
 
-    found = torch.compile(function, backend="aot_eager", fullgraph=True)(problem_of.query)
+    found = torch.compile(function, backend="aot_eager", fullgraph=True)(problem.query)
     # Eager code may fold the norm into the features, a traced graph cannot look whether it may.
-    assert relative_error(found, function(problem_of.query)) <= ERROR
+    assert relative_error(found, function(problem.query)) <= ERROR
 
 
 @pytest.mark.parametrize("where", ["geometry", "projection", "query_center"])

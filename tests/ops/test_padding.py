@@ -9,7 +9,8 @@ from torch import Tensor
 
 from darkformer import FeatureMap, attention
 from darkformer.config import METHODS
-from darkformer.ops import attention as door
+from darkformer.ops.attention import problem_of
+from darkformer.ops.exact import exact
 from darkformer.ops.state import next_buffers, reorder
 
 from .cases import Case, Way, make_inputs, make_map
@@ -194,10 +195,11 @@ def test_buffers_without_pads_are_those_of_the_general_way(method: str, window: 
     made, inputs = make_map(case), make_inputs(case)
     _, state = attention(*(x[:, :, :3] for x in inputs), made, return_state=True)
     for before in (None, state):
-        options = door._Options(made, None, True, before, True, None, "auto")
-        problem, _ = door._pose(*(x[:, :, 3:] for x in inputs), None, options)
-        fast, general = next_buffers(problem), next_buffers(problem._replace(padded=True))
+        parameters = made.parameters_for(torch.float64)
+        problem, _ = problem_of(*(x[:, :, 3:] for x in inputs), parameters, scaling=0.3, initial_state=before)
+        buffers = next_buffers if method == "dark" else lambda problem: vars(exact(problem)[1])
+        fast, general = buffers(problem), buffers(problem._replace(padded=True))
         assert fast.keys() == general.keys()
         assert all(torch.equal(fast[name], general[name]) for name in fast)
-        kept = [fast[f"recent_{name}"] for name in ("key", "value")]
+        kept = [fast[f"recent_{name}" if method == "dark" else name] for name in ("key", "value")]
         assert all(x.untyped_storage().nbytes() == x.nbytes for x in kept)  # no view of the whole sequence

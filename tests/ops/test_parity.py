@@ -13,8 +13,6 @@ import torch
 from tolerances import PARITY, relative_error
 
 from darkformer.config import METHODS
-from darkformer.ops import chunk_backward, chunk_forward, chunked
-from darkformer.ops.super_chunks import SuperChunks
 
 from .cases import (
     CHUNKED,
@@ -34,6 +32,7 @@ from .cases import (
     needs_native,
     pairs,
     solve,
+    use_chunked,
 )
 
 AXES = {
@@ -217,30 +216,9 @@ SUPER_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", SUPER_CASES, ids=str)
-def test_sums_that_were_not_kept_are_made_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "SUPER", 64)
-    monkeypatch.setattr(chunk_forward, "STARTS", 2)
-    made: list[int] = []
-    sums = chunk_backward.Backward._sums_before
-    monkeypatch.setattr(
-        chunk_backward.Backward, "_sums_before", lambda self, group: made.append(len(group)) or sums(self, group)
-    )
-    found = solve(case, "chunked")
-    assert max(made) >= 2 and len(made) <= 2 * (2 if case.mode == "bidirectional" else 1)
-    assert not above(differences(found, expected(case)), PARITY)
-
-
 @pytest.mark.parametrize("span", [64, 256])
 @pytest.mark.parametrize("case", SUPER_CASES, ids=str)
 def test_several_super_chunks(case: Case, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state handed from one super-chunk to the next, forward and backward, the last one short."""
-    monkeypatch.setattr(chunked, "SUPER", span)
-    monkeypatch.setattr(chunked, "ROWS", 10**9)
-    starts = []
-    begin = SuperChunks.begin
-    monkeypatch.setattr(SuperChunks, "begin", lambda self, *a: starts.append(a) or begin(self, *a))
-    found = solve(case, "chunked")
-    directions = 2 if case.mode == "bidirectional" else 1
-    assert len(starts) == 2 * directions * -(-case.length // span)
-    assert not above(differences(found, expected(case)), PARITY)
+    use_chunked(monkeypatch, chunk=64, span=span)
+    assert not CHUNKED.wrong(case)

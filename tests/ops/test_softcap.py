@@ -7,10 +7,9 @@ import torch
 from tolerances import PARITY, relative_error
 
 from darkformer import ConfigError, InputError, attention
-from darkformer.ops import chunk_forward
+from darkformer.ops.chunked import count_log_domain
 
-from .cases import ODD_SIZES, Case, Way, by_way, expected, make_inputs, make_map, needs_native, solve
-from .test_gradcheck import spy_on_log_domain
+from .cases import ODD_SIZES, Case, Way, by_way, expected, make_inputs, make_map, needs_native, solve, use_chunked
 
 CAP = 0.7  # small enough to bend logits of standard deviation 1 clearly
 CASES = [
@@ -42,11 +41,11 @@ def test_every_backend_that_caps(case: Case, way: Way) -> None:
 
 def test_in_the_log_domain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The safe path of chunks that underflow has the same exact part."""
-    monkeypatch.setitem(chunk_forward.UNDERFLOW, torch.float64, float("inf"))
-    rows = spy_on_log_domain(monkeypatch)
-    for case in CASES[:5]:
-        assert not Way("chunked").wrong(case)
-    assert rows
+    use_chunked(monkeypatch, underflow=float("inf"))
+    with count_log_domain() as count:
+        for case in CASES[:5]:
+            assert not Way("chunked").wrong(case)
+    assert count.underflowed_rows
 
 
 def test_a_window_over_everything_is_capped_softmax() -> None:

@@ -7,13 +7,10 @@ from torch import Tensor
 
 from darkformer import DarkConfig, attention, feature_map
 from darkformer.ops import native
-from darkformer.ops.chunk_features import Scratch
-from darkformer.ops.log_domain import count_log_domain
+from darkformer.ops.chunked import count_log_domain
 from darkformer.ops.state import LOG_ZERO
 
-from .cases import Case, make_inputs, make_map, needs_native
-from .cases import solve as solve_case
-from .test_gradcheck import spy_on_log_domain
+from .cases import Case, make_inputs, make_map, needs_native, use_chunked
 
 DIM, LENGTH = 64, 256
 
@@ -30,16 +27,17 @@ def solve(inputs: list[Tensor], made: torch.nn.Module, backend: str) -> list[Ten
 @pytest.mark.parametrize("backend", ["chunked", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize(("window", "sinks"), [(0, 0), (0, 4), (16, 0), (64, 4)])
 @pytest.mark.parametrize("std", [1, 4, 16, 64, 128, 256])
-def test_large_logits(std: int, window: int, sinks: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_logits(std: int, window: int, sinks: int, backend: str) -> None:
     """Logits s·qᵀk of standard deviation `std` in float32 against float64."""
     config = DarkConfig(num_features=64, window=window, sinks=sinks)
     made = feature_map(config, num_heads=2, num_kv_heads=1, head_dim=DIM)
     query, key, value = (torch.randn(1, heads, LENGTH, DIM) for heads in (2, 1, 1))
     query, key = query * std**0.5, key * std**0.5  # s·qᵀk is a sum of 64 products, divided by 8
     assert (query[:, :1] @ key.mT).std().item() * DIM**-0.5 == pytest.approx(std, rel=0.1)
-    rows, cuts = spy_on_log_domain(monkeypatch), native.splits()
-    found = solve([query, key, value], made, backend)
-    rescued = sum(rows) if backend == "chunked" else native.splits() - cuts
+    splits = native.splits()
+    with count_log_domain() as count:
+        found = solve([query, key, value], made, backend)
+    rescued = count.underflowed_rows if backend == "chunked" else native.splits() - splits
     # Without window and sinks early rows live below the chunk's maximum: from some logits on, below float32.
     if window or sinks or std <= 4:
         assert not rescued
@@ -54,14 +52,12 @@ def test_large_logits(std: int, window: int, sinks: int, backend: str, monkeypat
 
 def test_without_the_log_domain_these_rows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the path is needed, not only taken."""
-    from darkformer.ops import chunk_forward
-
     config = DarkConfig(num_features=64, window=0, sinks=0)
     made = feature_map(config, num_heads=1, num_kv_heads=1, head_dim=DIM)
     inputs = [16 * torch.randn(1, 1, LENGTH, DIM) for _ in range(2)] + [torch.randn(1, 1, LENGTH, DIM)]
     want = attention(*(x.double() for x in inputs), made, backend="reference")
     assert relative_error(attention(*inputs, made, backend="chunked"), want) <= float32_error(256)
-    monkeypatch.setitem(chunk_forward.UNDERFLOW, torch.float32, 0.0)
+    use_chunked(monkeypatch, underflow=0.0)
     assert relative_error(attention(*inputs, made, backend="chunked"), want) > 0.1
 
 
@@ -156,16 +152,3 @@ def test_underflow_is_counted() -> None:
             assert count.underflowed_rows == count.recomputed_rows == 0
         else:
             assert 10 <= count.underflowed_rows <= count.recomputed_rows <= 256  # two chunks of 64, two heads
-
-
-@pytest.mark.parametrize("mode", ["cold", "bidirectional"])
-@pytest.mark.parametrize("window", [0, 16])
-def test_scratch_memory_starts_with_anything(window: int, mode: str) -> None:
-    """What an earlier call left in the reused buffers, NaN included, changes no bit."""
-    case = Case(length=150, window=window, sinks=2, mode=mode, padding="left")
-    want = solve_case(case, "chunked")
-    for scratch in (s for idle in Scratch._idle.values() for s in idle):
-        for flat in scratch._flat.values():
-            flat.fill_(float("nan"))
-    for name, tensor in solve_case(case, "chunked").tensors.items():
-        assert torch.equal(tensor, want.tensors[name]), name

@@ -23,7 +23,7 @@ from darkformer import (
 )
 from darkformer.calibration.moments import Moments
 from darkformer.calibration.probe import SCALES
-from darkformer.features.log_features import key_log_features, query_log_features
+from darkformer.features.affine import key_log_features, query_log_features
 from darkformer.features.proposals import oprf_covariance, optimal_covariance
 from darkformer.features.transforms import regularise
 from darkformer.ops.attention import attention

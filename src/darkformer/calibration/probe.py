@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import DarkConfig
-from ..features.log_features import FeatureParameters, key_log_features, query_log_features
+from ..features.affine import FeatureParameters, affine, key_log_features, query_log_features
 
 #: Scales of the starting geometry that calibration tries: a colder kernel is biased but far less noisy. A diagnosis
 #: shows every second one.
@@ -168,18 +168,14 @@ class Probe(FarField):
 
     def mapped(self, parameters: FeatureParameters) -> tuple[Tensor, Tensor]:
         """Queries (B, G, R, L, d) and keys (B, G, L, d) as the features see them: centred, balanced, scaled."""
-        p, query, key = parameters, self.q, self.k
-        if p.query_center is not None and p.key_center is not None:
-            query, key = query - p.query_center[:, None, None], key - p.key_center[:, None]
-        if p.query_map is not None and p.key_map is not None:
-            query, key = query @ p.query_map[:, None].mT, key @ p.key_map.mT
-        return query, key
+        query, key = affine(parameters)
+        return query.mapped(self.q.transpose(1, 2)).transpose(1, 2), key.mapped(self.k)
 
     def expected_kernel(self, parameters: FeatureParameters) -> Tensor:
         """The limit of `kernels` as m grows, (B, G, R, L, L): the colder kernel at scales below 1."""
         query, key = self.mapped(parameters)
         logits = query @ key[:, :, None].mT
-        b, c = parameters.query_center, parameters.key_center
+        c, b = (form.linear for form in affine(parameters))
         if b is not None and c is not None:
             constant = (b * c).sum(-1)[:, None, None, None]
             logits = logits + (self.k @ b[..., None]).mT[:, :, None] + self.q @ c[:, None, :, None] - constant

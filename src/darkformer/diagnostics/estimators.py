@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..calibration.moments import HeadProposals, Moments, feature_moments, set_transforms
 from ..config import DarkConfig
+from ..features.affine import affine
 from ..features.feature_map import FeatureMap
 from ..features.proposals import PairMoments, expected_log_moment, log_weight, proposal_covariance
 from ..features.transforms import regularise, symmetric_power, whitening
@@ -84,12 +85,8 @@ def measured_log_moment(fm: FeatureMap, query: Tensor, key: Tensor, *, scale: fl
     Args:
         query, key: samples (G, N, d) in units of √s·q and √s·k; the n-th query is paired with the n-th key.
     """
-    p = fm.parameters_for(torch.float64)
-    z = torch.zeros_like(query)
-    for x, center, linear in ((query, p.query_center, p.query_map), (key, p.key_center, p.key_map)):
-        y = x if center is None else x - center[:, None]
-        z = z + (y if linear is None else y @ linear.mT)
-    z = scale * z
+    query_form, key_form = affine(fm.parameters_for(torch.float64))
+    z = scale * (query_form.mapped(query) + key_form.mapped(key))
     generator = torch.Generator().manual_seed(seed)
     isotropic = torch.randn(draws, z.shape[-1], generator=generator, dtype=torch.float64)
     weights, rows = torch.zeros(z.shape[0], draws, dtype=torch.float64), isotropic.expand(z.shape[0], -1, -1)

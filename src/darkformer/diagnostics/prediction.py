@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.probe import Probe
-from ..features.log_features import FeatureParameters
+from ..features.affine import FeatureParameters
 from .colder import best_scale, colder_error
 from .noise import Draws, OutputNoise, output_noise, sample_draws, typical_noise
 

@@ -12,31 +12,31 @@ from torch import Tensor, nn
 
 from ..config import DarkConfig
 from ..errors import ConfigError
+from .affine import FeatureParameters, full_precision
 from .draws import draw_projection
-from .log_features import FeatureParameters, full_precision
 from .proposals import log_weight
-from .same import PLAIN, rounds, same_numbers
+from .same import DENSE_TYPES, rounds, same_numbers
 from .tracing import traced, transformed
 from .transforms import symmetric_power
 
 
-class _Known(NamedTuple):
-    """The numbers of a feature map as they were, and the parameters made of them."""
+class _Cached(NamedTuple):
+    """Parameters, and what they were computed from."""
 
-    numbers: list[Tensor]
-    tensors: list[int]  # their identities: what was made may hold them
-    made_for: tuple[DarkConfig, int]
+    numbers: list[Tensor]  # copies of the map's tensors
+    tensors: list[int]  # identities of these tensors: the parameters may refer to them
+    source: tuple[DarkConfig, int]
     parameters: FeatureParameters
 
-    def holds(self, owned: list[Tensor], made_for: tuple[DarkConfig, int]) -> bool:
-        """Whether they are the parameters of a map that owns these tensors."""
-        same = self.made_for == made_for and self.tensors == list(map(id, owned))
+    def is_current(self, owned: list[Tensor], source: tuple[DarkConfig, int]) -> bool:
+        """Whether a map that owns these tensors would compute the same parameters."""
+        same = self.source == source and self.tensors == list(map(id, owned))
         return same and all(map(same_numbers, self.numbers, owned))
 
 
-#: Per feature map, by dtype and by whether inference mode, whose tensors no backward pass may keep, was on. Not an
+#: Per feature map, by dtype and by whether inference mode was on, whose tensors no backward pass may keep. Not an
 #: attribute: copies and saved files of a map would hold it.
-_KNOWN: WeakKeyDictionary[FeatureMap, dict[tuple[torch.dtype, bool], _Known]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[FeatureMap, dict[tuple[torch.dtype, bool], _Cached]] = WeakKeyDictionary()
 
 #: What may be learned: a buffer where training starts, and a parameter `…_offset` where it is learned.
 LEARNED = (
@@ -49,7 +49,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def _add(start: Tensor, offset: Tensor) -> Tensor:
     """start + offset in the start's dtype; a half-precision offset is widened before it is added."""
-    if type(offset) not in PLAIN and hasattr(offset, "full_tensor"):  # FSDP2, outside of its forward pass
+    if type(offset) not in DENSE_TYPES and hasattr(offset, "full_tensor"):  # FSDP2, outside of its forward pass
         offset = offset.full_tensor()
     return (start + offset).to(start.dtype)
 
@@ -192,14 +192,14 @@ class FeatureMap(nn.Module):
             read: how a tensor is read by its name, where something keeps them elsewhere between calls.
         """
         read = functools.partial(getattr, self) if read is None else read
-        found = {}
+        values = {}
         for name in (*LEARNED, "proposal_root"):
             x, offset = read(name), read(f"{name}_offset") if name in LEARNED else None
             if x is not None and offset is not None and bool(offset.any()):  # -0 + 0 would be 0
                 x = _add(x, offset)
             if x is not None:
-                found[name] = x.detach()
-        return found
+                values[name] = x.detach()
+        return values
 
     @torch.no_grad()
     def set_(self, name: str, value: Tensor) -> None:
@@ -272,7 +272,7 @@ class FeatureMap(nn.Module):
     def parameters_for(self, dtype: torch.dtype) -> FeatureParameters:
         """The layer's `FeatureParameters` in `dtype` (float32 or float64), differentiable.
 
-        Without a gradient the same object comes back until a number changes, so that what is made of it can be kept.
+        Without a gradient the same object comes back until a number changes, so what is derived from it can be kept.
         The numbers themselves are compared: a write through `.data` leaves no other trace.
         """
         tables = (*self._parameters.values(), *self._buffers.values())
@@ -280,27 +280,26 @@ class FeatureMap(nn.Module):
             tables = tuple(getattr(self, name) for name in _OWNED)
         owned = [x for x in tables if x is not None]
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in owned)
-        # Elsewhere than on the CPU a comparison waits for the device, and nothing is made of what is kept.
-        comparable = all(type(x) in PLAIN and x.is_cpu for x in owned)
+        # On other devices than the CPU the comparison would wait for the device, and it would save little.
+        comparable = all(type(x) in DENSE_TYPES and x.is_cpu for x in owned)
         if differentiable or torch.compiler.is_compiling() or transformed() or traced() or not comparable:
             return self._make(dtype)
-        known, key = _KNOWN.setdefault(self, {}), (dtype, torch.is_inference_mode_enabled())
-        last, made_for = known.get(key), (self.config, self.layer)
-        if last is None or not last.holds(owned, made_for):
-            made: dict[Any, Any] = {}
+        cached, key = _CACHE.setdefault(self, {}), (dtype, torch.is_inference_mode_enabled())
+        last, source = cached.get(key), (self.config, self.layer)
+        if last is None or not last.is_current(owned, source):
+            derived: dict[Any, Any] = {}
             with full_precision(self.projection), torch.no_grad():
-                made["parameters"] = self._make(dtype)._replace(recalled=made)
-            last = known[key] = _Known(
-                [x.detach().clone() for x in owned], list(map(id, owned)), made_for, made["parameters"]
-            )
+                derived["parameters"] = self._make(dtype)._replace(cache=derived)
+            copies = [x.detach().clone() for x in owned]
+            last = cached[key] = _Cached(copies, list(map(id, owned)), source, derived["parameters"])
         return last.parameters
 
     def _make(self, dtype: torch.dtype) -> FeatureParameters:
         weighted = self.proposal_root is not None and self.config.proposal_weights
 
         def product(*factors: Tensor | None) -> Tensor | None:
-            given = [factor.to(dtype) for factor in factors if factor is not None]
-            return functools.reduce(torch.matmul, given) if given else None
+            present = [factor.to(dtype) for factor in factors if factor is not None]
+            return functools.reduce(torch.matmul, present) if present else None
 
         def cast(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(dtype)

@@ -1,4 +1,4 @@
-"""Whether a tensor still holds the numbers it held: what is made of weights is kept until they change."""
+"""Whether a tensor still holds the same numbers: what is derived from weights is kept until they change."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Subclasses (distributed, fake) may have no memory of their own.
-PLAIN = (Tensor, nn.Parameter)
+#: Other subclasses (distributed, fake) may have no memory of their own.
+DENSE_TYPES = (Tensor, nn.Parameter)
 
 
 @functools.cache
 def _memcmp() -> Any:
-    """The C library's comparison of memory, None where it is not found by this way."""
+    """The C library's comparison of memory, None where ctypes cannot find it."""
     try:
         function = ctypes.CDLL(None).memcmp
     except (AttributeError, OSError, TypeError):
@@ -25,17 +25,17 @@ def _memcmp() -> Any:
 
 
 def same_numbers(before: Tensor, now: Tensor) -> bool:
-    """Whether two tensors are alike: shape, dtype, device, numbers; on the CPU bit for bit, at memory's speed."""
+    """Whether two tensors are equal: shape, dtype, device, numbers; on the CPU bit for bit, at memory's speed."""
     if before.shape != now.shape or before.dtype != now.dtype:
         return False
-    plain = type(before) in PLAIN and type(now) in PLAIN and before.is_cpu and now.is_cpu
-    if plain and before.is_contiguous() and now.is_contiguous() and (compare := _memcmp()):
+    dense = type(before) in DENSE_TYPES and type(now) in DENSE_TYPES and before.is_cpu and now.is_cpu
+    if dense and before.is_contiguous() and now.is_contiguous() and (compare := _memcmp()):
         return compare(before.data_ptr(), now.data_ptr(), now.nbytes) == 0
     return before.device == now.device and torch.equal(before, now)
 
 
 def rounds(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `dtype` cannot hold the numbers of x exactly. Subclasses (distributed, fake) are not looked at: True."""
+    """Whether `dtype` cannot hold the numbers of x exactly; True for subclasses, whose numbers are not read."""
     if x.is_meta or x.dtype == dtype:
         return False
-    return type(x) not in PLAIN or not torch.equal(x.to(dtype).to(x.dtype), x)
+    return type(x) not in DENSE_TYPES or not torch.equal(x.to(dtype).to(x.dtype), x)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from ..features.log_features import key_log_features, query_log_features
-from .state import LOG_ZERO, AttentionState, Problem, capped, next_buffers
+from ..features.affine import key_log_features, query_log_features
+from .state import LOG_ZERO, AttentionState, Problem, State, capped, next_buffers
 
 #: q, k (B, L, H, m), v (B, L, H, d_v), log-decays g (B, L, H, m), state (B, H, m, d_v) → out (B, L, H, d_v) and the
 #: last state, of S_t = e^{g_t} S_{t-1} + k_t v_tᵀ, out_t = q_tᵀ S_t.
@@ -123,7 +123,7 @@ def _far(problem: Problem, part: FarPart) -> tuple[Tensor, Tensor, dict[str, Ten
     return found[..., :-1] / safe[..., None], log_normaliser, after_all
 
 
-def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[Tensor, AttentionState]:
+def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[Tensor, State]:
     """Both parts under one normaliser: out = σ(far - near)·out_far + (1 - σ)·out_near, of their log-normalisers."""
     buffers, state = next_buffers(problem), problem.state
     sums = {name: getattr(state, name) for name in ("feature_values", "feature_sum", "log_scale")}
@@ -142,6 +142,6 @@ def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[
     return output.unflatten(1, problem.query.shape[1:3]), AttentionState(**sums, **buffers)
 
 
-def assembled(problem: Problem) -> tuple[Tensor, AttentionState]:
+def assembled(problem: Problem) -> tuple[Tensor, State]:
     """Attention by the two GPU parts. Returns output (B, G, R, L, d_v), zero at pads, and the state after it."""
     return assemble(problem, gated_linear_attention, flex_near)

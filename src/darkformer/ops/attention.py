@@ -1,4 +1,4 @@
-"""The public door: checks, padding, choice of backend. Every check of tensors is written here, once."""
+"""The public door: check → choose → run. Every check of tensors is written here, once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, NonFiniteError
+from ..features.affine import TENSOR_FIELDS, FeatureParameters
 from ..features.feature_map import FeatureMap
-from ..features.log_features import FeatureParameters
 from ..features.tracing import traced, transformed
 from . import functional
 from .assembled import assembled
@@ -22,10 +22,10 @@ from .chunked import chunked
 from .exact import exact
 from .native import native
 from .native import why_not as _why_not_native
-from .packing import apart, check_documents
+from .packing import check_documents, separately
 from .recurrent import recurrent
 from .reference import reference
-from .state import AttentionState, Problem, check_state, compact, reorder
+from .state import AttentionState, KeyValueState, Problem, State, check_state, compact, compute_dtype, reorder
 
 
 class Backend(NamedTuple):
@@ -37,7 +37,7 @@ class Backend(NamedTuple):
 
     name: str
     why_not: Callable[[Problem], str | None]
-    function: Callable[[Problem], tuple[Tensor, AttentionState]]
+    function: Callable[[Problem], tuple[Tensor, State]]
     checks_finite: bool = False
     portable: bool = True
 
@@ -80,8 +80,8 @@ BACKENDS: dict[str, Backend] = {
 
 def _choose(name: str, problem: Problem) -> Backend:
     if name == "auto":
-        every = (backend for backend in BACKENDS.values() if backend.portable or not problem.traced)
-        return next(backend for backend in every if backend.why_not(problem) is None)
+        candidates = (backend for backend in BACKENDS.values() if backend.portable or not problem.traced)
+        return next(backend for backend in candidates if backend.why_not(problem) is None)
     if name not in BACKENDS:
         raise ConfigError(f"backend={name!r} is unknown: choose auto, {', '.join(BACKENDS)}.")
     if reason := BACKENDS[name].why_not(problem):
@@ -89,7 +89,7 @@ def _choose(name: str, problem: Problem) -> Backend:
     return BACKENDS[name]
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap, mask: Tensor | None) -> None:
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, feature_map: FeatureMap, mask: Tensor | None) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not (query.dim() == key.dim() == value.dim() == 4):
         raise InputError(f"{shapes}: all must be (batch, heads, tokens, dim).")
@@ -127,37 +127,22 @@ def check_finite(**tensors: Tensor) -> None:
         )
 
 
-class _Options(NamedTuple):
-    """Arguments of `attention` that are not one per token."""
-
-    feature_map: FeatureMap
-    scaling: float | None
-    is_causal: bool
-    initial_state: AttentionState | None
-    return_state: bool
-    softcap: float | None
-    backend: str
-    parameters: FeatureParameters | None = None  # the feature map's, where they are made already
-
-
-def _compute(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def _pose(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: _Options
+def problem_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parameters: FeatureParameters,
+    *,
+    scaling: float,
+    key_mask: Tensor | None = None,
+    is_causal: bool = True,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Problem, tuple[Tensor, Tensor] | None]:
-    """The checked problem with real tokens first, and the order (B, L) that put them there with its inverse, if any."""
-    batch, heads, length, head_dim = query.shape
-    feature_map, softcap = options.feature_map, options.softcap
-    groups = feature_map.num_kv_heads
-    scaling = head_dim**-0.5 if options.scaling is None else float(options.scaling)
-    if not (math.isfinite(scaling) and scaling > 0):  # queries and keys are both multiplied by its square root
-        raise InputError(f"scaling={scaling}: must be a finite number above 0.")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise InputError(f"softcap={softcap}: must be a finite number above 0, or None.")
-    orders = None
-    recorded = traced(query)
+    """What a backend receives, real tokens first, and the order (B, L) that put them there with its inverse, if any."""
+    batch, heads, length, _ = query.shape
+    recorded, orders = traced(query), None
     lengths = torch.full((batch,), length, dtype=torch.int64, device=query.device)
     if key_mask is not None and (recorded or not bool(key_mask.all())):
         mask = key_mask.bool()
@@ -165,41 +150,40 @@ def _pose(
         orders = order, inverse
         pads = ~mask.gather(1, order)[:, None, :, None]
         query, key, value = (reorder(x, *orders).masked_fill(pads, 0) for x in (query, key, value))
-    compute = _compute(query)
-    state = AttentionState.expanded(feature_map.config, key, value, batch=batch, compute=compute)
-    if options.initial_state is not None:
-        state = check_state(options.initial_state, state, feature_map.config)
+    kind = KeyValueState if parameters.config.method == "exact" else AttentionState
+    state: State = kind.expanded(parameters.config, key, value, batch=batch, compute=compute_dtype(query))
+    if initial_state is not None:
+        state = check_state(initial_state, state)
     problem = Problem(
-        query=query.unflatten(1, (groups, heads // groups)),
+        query=query.unflatten(1, (key.shape[1], heads // key.shape[1])),
         key=key,
         value=value,
         lengths=lengths,
         scaling=scaling,
-        parameters=options.parameters or feature_map.parameters_for(compute),
+        parameters=parameters,
         state=state,
-        is_causal=options.is_causal,
+        is_causal=is_causal,
         padded=orders is not None,
         softcap=softcap,
-        fresh=options.initial_state is None,
-        wants_state=options.return_state,
+        fresh=initial_state is None,
+        wants_state=return_state,
         traced=recorded,
     )
     return problem, orders
 
 
-def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
-    chosen = _choose(backend, problem)
+def _run(backend: Backend, problem: Problem) -> tuple[Tensor, State]:
     if problem.query.numel() == 0:
-        nothing = problem.query.new_zeros(*problem.query.shape[:-1], problem.value.shape[-1])
-        return nothing, problem.state.select(torch.arange(len(problem.query), device=problem.query.device))
+        output = problem.query.new_zeros(*problem.query.shape[:-1], problem.value.shape[-1])
+        return output, problem.state.select(torch.arange(len(problem.query), device=problem.query.device))
     if problem.traced:
-        return chosen.function(problem)
+        return backend.function(problem)
     inputs = {"query": problem.query, "key": problem.key, "value": problem.value}
-    if not chosen.checks_finite:
+    if not backend.checks_finite:
         check_finite(**inputs)
     try:
-        output, state = chosen.function(problem)
-        finite = chosen.checks_finite or not _non_finite(output=output)
+        output, state = backend.function(problem)
+        finite = backend.checks_finite or not _non_finite(output=output)
     except NonFiniteError:
         finite = False
     if not finite:
@@ -212,61 +196,66 @@ def _solve(problem: Problem, backend: str) -> tuple[Tensor, AttentionState]:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: _Options
-) -> tuple[Tensor, AttentionState]:
-    problem, orders = _pose(query, key, value, key_mask, options)
-    output, after = _solve(problem, options.backend)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parameters: FeatureParameters,
+    *,
+    key_mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    backend: str,
+    **options: Any,
+) -> tuple[Tensor, State | None]:
+    """`attention` after its checks: choose and run, for tensors that may be read, or in a trace."""
+    if documents is not None:
+        check_documents(documents, query.shape[0], query.shape[2])
+
+        def solve(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            return _attend(q, k, v, parameters, key_mask=mask, backend=backend, **options)[0]
+
+        return separately(solve, query, key, value, key_mask, documents), None
+    problem, orders = problem_of(query, key, value, parameters, key_mask=key_mask, **options)
+    output, state = _run(_choose(backend, problem), problem)
     output = output.flatten(1, 2).to(query.dtype)
-    return output if orders is None else reorder(output, *reversed(orders)), after
+    return output if orders is None else reorder(output, *reversed(orders)), state
 
 
-def _run(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, documents: Tensor | None, options: _Options
-) -> tuple[Tensor, AttentionState | None]:
-    """The whole operator on tensors that may be looked at, or in a trace."""
-    if documents is None:
-        return _attend(query, key, value, key_mask, options)
-    check_documents(documents, query.shape[0], query.shape[2])
-    if options.initial_state is not None or options.return_state:
-        raise InputError("packed documents take and return no state: each would need one of its own.")
-    solve = lambda q, k, v, mask: _attend(q, k, v, mask, options)[0]  # noqa: E731
-    return apart(solve, query, key, value, key_mask, documents), None
+def _attend_under_transforms(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parameters: FeatureParameters,
+    *,
+    key_mask: Tensor | None,
+    documents: Tensor | None,
+    initial_state: State | None,
+    return_state: bool,
+    **options: Any,
+) -> tuple[Tensor, State | None]:
+    """`_attend` as one operator for torch.func: every tensor that may be wrapped is an argument of it.
 
-
-_STATE = tuple(f.name for f in fields(AttentionState))
-#: The tensors of a feature map's parameters.
-_PARAMETERS = ("query_map", "key_map", "projection", "query_center", "key_center", "far_bias", "log_weight")
-
-
-def _run_transformed(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, documents: Tensor | None, options: _Options
-) -> tuple[Tensor, AttentionState | None]:
-    """The whole operator as one for torch.func: every tensor that may be wrapped is an argument of it.
-
-    What the feature map makes of M, balance and weights are products of torch, so their gradients need no rule.
+    M, balance and weights reach the parameters through products of torch, so their gradients need no rule.
     """
-    parameters, state = options.feature_map.parameters_for(_compute(query)), options.initial_state
-    maps = [getattr(parameters, name) for name in _PARAMETERS]
-    sums = [None if state is None else getattr(state, name) for name in _STATE]
+    kind = KeyValueState if parameters.config.method == "exact" else AttentionState
+    names = [f.name for f in fields(kind)]
+    state = [None if initial_state is None else getattr(initial_state, name) for name in names]
 
-    def function(*given: Tensor | None) -> tuple[Tensor, ...]:
-        (q, k, v, mask, numbers), rest = given[:5], given[5:]
+    def function(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        (q, k, v, mask, numbers), rest = tensors[:5], tensors[5:]
         assert q is not None and k is not None and v is not None
-        before: dict[str, Any] = dict(zip(_STATE, rest[: len(_STATE)], strict=True))
-        made: dict[str, Any] = dict(zip(_PARAMETERS, rest[len(_STATE) :], strict=True))
-        plain = options._replace(
-            initial_state=None if state is None else AttentionState(**before),
-            parameters=parameters._replace(**made, recalled=None),
-        )
-        output, after = _run(q, k, v, mask, numbers, plain)
-        if not options.return_state:
-            return (output,)
-        return output, *(getattr(after, name) for name in _STATE)
+        before: dict[str, Any] = dict(zip(names, rest[: len(names)], strict=True))
+        learned: dict[str, Any] = dict(zip(TENSOR_FIELDS, rest[len(names) :], strict=True))
+        output, after = _attend(
+            q, k, v, parameters._replace(**learned, cache=None), key_mask=mask, documents=numbers,
+            initial_state=None if initial_state is None else kind(**before), return_state=return_state, **options,
+        )  # fmt: skip
+        return (output, *(getattr(after, name) for name in names)) if return_state else (output,)
 
-    constants = [1 + _STATE.index(name) for name in ("count", "log_scale")] if options.return_state else []
-    plain = functional.Plain(function, 5 + len(_STATE), tuple(constants))
-    output, *after = functional.apply(plain, query, key, value, key_mask, documents, *sums, *maps)
-    return output, AttentionState(*after) if options.return_state else None
+    without_gradient = [i for i, name in enumerate(names, 1) if name in ("count", "log_scale")] if return_state else []
+    operator = functional.Operator(function, 5 + len(names), tuple(without_gradient))
+    learned = [getattr(parameters, name) for name in TENSOR_FIELDS]
+    output, *after = functional.apply(operator, query, key, value, key_mask, documents, *state, *learned)
+    return output, kind(*after) if return_state else None
 
 
 def _full_precision(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -284,12 +273,12 @@ def attention(
     scaling: float | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = True,
-    initial_state: AttentionState | None = None,
+    initial_state: State | None = None,
     return_state: bool = False,
     softcap: float | None = None,
     documents: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, AttentionState]:
+) -> Tensor | tuple[Tensor, Any]:
     """Random-feature attention with an exact window and exact sinks, under one normaliser, in O(L).
 
     out_t = (Σ_{j∈E(t)} e^{s·q_tᵀk_j} v_j + φ(q_t)ᵀ S_t) / (the same with 1 for v), E(t) the last `window` keys and the
@@ -313,23 +302,36 @@ def attention(
 
     Returns:
         (B, H, L, d_v) in the query's dtype, zero at pads; with `return_state` a tuple with an `AttentionState`,
-        whose sums are float32 (float64 for float64 inputs) whatever the inputs' dtype.
+        whose sums are float32 (float64 for float64 inputs) whatever the inputs' dtype. Method `exact` has a
+        `darkformer.ops.state.KeyValueState`, which grows.
 
     Raises:
         InputError: shapes, dtypes, masks or states that do not fit. NonFiniteError: NaN or infinity at a real token.
         ConfigError: unknown or impossible backend. DerivativeError: forward-mode differentiation, or second derivatives
             under torch.func.
     """
-    _check_shapes(query, key, value, feature_map, key_mask)
+    _check_tensors(query, key, value, feature_map, key_mask)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if not (math.isfinite(scaling) and scaling > 0):  # queries and keys are both multiplied by its square root
+        raise InputError(f"scaling={scaling}: must be a finite number above 0.")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise InputError(f"softcap={softcap}: must be a finite number above 0, or None.")
     if not is_causal and (initial_state is not None or return_state):
         raise InputError("a state exists for causal attention only: is_causal=False takes and returns none.")
-    if initial_state is not None and not isinstance(initial_state, AttentionState):
+    if initial_state is not None and not isinstance(initial_state, AttentionState | KeyValueState):
         raise InputError(f"initial_state is a {type(initial_state).__name__}: give an earlier call's AttentionState.")
-    options = _Options(feature_map, scaling, is_causal, initial_state, return_state, softcap, backend)
-    run, device = _run_transformed if transformed() else _run, query.device.type
-    with _full_precision(device):
-        output, after = run(query, key, value, key_mask, documents, options)
+    run: Callable[..., tuple[Tensor, State | None]] = _attend
+    if transformed():
+        run = _attend_under_transforms
+    if documents is not None and (initial_state is not None or return_state):
+        raise InputError("packed documents take and return no state: each would need one of its own.")
+    with _full_precision(query.device.type):
+        output, state = run(
+            query, key, value, feature_map.parameters_for(compute_dtype(query)), scaling=scaling, key_mask=key_mask,
+            is_causal=is_causal, initial_state=initial_state, return_state=return_state, softcap=softcap,
+            documents=documents, backend=backend,
+        )  # fmt: skip
     if not return_state:
         return output
-    assert after is not None
-    return output, after
+    assert state is not None
+    return output, state

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .state import AttentionState, Problem, capped, next_buffers
+from .state import KeyValueState, Problem, State, capped, compute_dtype, last_tokens
 
 
 def softmax_attention(
@@ -38,10 +38,10 @@ def softmax_attention(
     if allowed is None:
         is_causal = is_causal and query.shape[2] > 1
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=grouped)
-    nothing = ~allowed.any(-1)
-    mask = (allowed | nothing[..., None])[:, None]
+    unseeing = ~allowed.any(-1)
+    mask = (allowed | unseeing[..., None])[:, None]
     output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
-    return output.masked_fill(nothing[:, None, :, None], 0)
+    return output.masked_fill(unseeing[:, None, :, None], 0)
 
 
 def _capped_attention(
@@ -60,16 +60,16 @@ def _capped_attention(
     return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
 
 
-def exact(problem: Problem) -> tuple[Tensor, AttentionState]:
+def exact(problem: Problem) -> tuple[Tensor, State]:
     """Method `exact`: softmax over everything seen so far; its state keeps every key (it grows).
 
     Returns:
         output (B, G, R, L, d_v) in the compute dtype and the state.
     """
-    state, compute = problem.state, problem.state.feature_sum.dtype
-    past, length = state.recent_key.shape[2], problem.query.shape[3]
-    key = torch.cat([state.recent_key.to(problem.key.dtype), problem.key], dim=2).to(compute)
-    value = torch.cat([state.recent_value.to(problem.value.dtype), problem.value], dim=2).to(compute)
+    state, compute = problem.state, compute_dtype(problem.query)
+    past, length = state.key.shape[2], problem.query.shape[3]
+    key = torch.cat([state.key.to(problem.key.dtype), problem.key], dim=2).to(compute)
+    value = torch.cat([state.value.to(problem.value.dtype), problem.value], dim=2).to(compute)
     slot = torch.arange(past + length, device=key.device)
     stored = (slot >= past - state.count[:, None]) & (slot < past + problem.lengths[:, None])
     new = torch.arange(length, device=key.device)
@@ -82,10 +82,11 @@ def exact(problem: Problem) -> tuple[Tensor, AttentionState]:
         query, key, value, scaling=problem.scaling, allowed=None if simple else allowed, is_causal=problem.is_causal,
         softcap=problem.softcap,
     )  # fmt: skip
-    after = AttentionState(
-        feature_values=state.feature_values,
-        feature_sum=state.feature_sum,
-        log_scale=state.log_scale,
-        **next_buffers(problem),
+    after = KeyValueState(
+        state.count + problem.lengths,
+        *(
+            last_tokens(problem, before.to(x.dtype), x, past + length)
+            for before, x in ((state.key, problem.key), (state.value, problem.value))
+        ),
     )
     return output.unflatten(1, problem.query.shape[1:3]), after

@@ -1,4 +1,4 @@
-"""A function of plain tensors as one operator for torch.func: its transforms see the operator, never what is inside.
+"""A function of ordinary tensors as one operator for torch.func: its transforms see the operator, never what is inside.
 
 Inside, backends look at numbers, write in place and hand memory to C++, which no wrapped tensor allows. The backward
 pass computes the function again, with gradients, and is an operator itself, so `vmap(grad)` and `jacrev` compose.
@@ -21,21 +21,21 @@ Dims = Sequence[int | None]
 
 
 @dataclass(frozen=True)
-class Plain:
-    """A function of plain tensors. A dataclass, not a tuple: torch.func would take a tuple apart."""
+class Operator:
+    """A function of unwrapped tensors. A dataclass, not a tuple: torch.func would take a tuple apart."""
 
     function: Callable[..., tuple[Tensor, ...]]
     rows: int  # the first so many arguments, and every result, hold one row of a batch each: more rows are more samples
     constants: tuple[int, ...] = ()  # results without a gradient
 
 
-def apply(plain: Plain, *arguments: Tensor | None) -> tuple[Tensor, ...]:
-    """`plain.function(*arguments)` that `torch.func.grad`, `vjp`, `jacrev` and `vmap` may transform.
+def apply(operator: Operator, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+    """`operator.function(*arguments)` that `torch.func.grad`, `vjp`, `jacrev` and `vmap` may transform.
 
     Raises:
         DerivativeError: forward mode (`jvp`, `jacfwd`, dual numbers), or a derivative of the derivative.
     """
-    return _Operator.apply(plain, *arguments)
+    return _Forward.apply(operator, *arguments)
 
 
 def _refuse_forward_mode(ctx: Any, *tangents: Any) -> Any:
@@ -64,69 +64,69 @@ def _folded(
     call: Callable[..., tuple[Tensor, ...]], rows: Sequence[bool], in_dims: Dims, arguments: Arguments, samples: int
 ) -> tuple[Tensor, ...]:
     """All samples as rows of one call; `rows` tells which arguments have rows."""
-    given = [
-        _fold(x, dim, samples) if has else x for x, dim, has in zip(arguments, in_dims, rows, strict=True)
-    ]  # fmt: skip
-    return tuple(x.unflatten(0, (samples, -1)) for x in call(*given))
+    folded = [_fold(x, dim, samples) if has else x for x, dim, has in zip(arguments, in_dims, rows, strict=True)]
+    return tuple(x.unflatten(0, (samples, -1)) for x in call(*folded))
 
 
 def _looped(
     call: Callable[..., tuple[Tensor, ...]], in_dims: Dims, arguments: Arguments, samples: int
 ) -> tuple[Tensor, ...]:
     """A call a sample."""
-    found = [
+    results = [
         call(*(x if x is None or dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
         for i in range(samples)
     ]
-    return tuple(map(torch.stack, zip(*found, strict=True)))
+    return tuple(map(torch.stack, zip(*results, strict=True)))
 
 
-class _Operator(torch.autograd.Function):
+class _Forward(torch.autograd.Function):
     """The function itself."""
 
     @staticmethod
-    def forward(plain: Plain, *arguments: Tensor | None) -> tuple[Tensor, ...]:
-        given = {id(x) for x in arguments}
-        return tuple(x.clone() if id(x) in given else x for x in plain.function(*arguments))
+    def forward(operator: Operator, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+        identities = {id(x) for x in arguments}  # an operator may not return its arguments
+        return tuple(x.clone() if id(x) in identities else x for x in operator.function(*arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plain = inputs[0]
+        ctx.operator = inputs[0]
         ctx.save_for_backward(*inputs[1:])
-        ctx.mark_non_differentiable(*(output[i] for i in ctx.plain.constants))
+        ctx.mark_non_differentiable(*(output[i] for i in ctx.operator.constants))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = tuple(ctx.needs_input_grad[1:])
-        found = iter(_Backward.apply(ctx.plain, needed, *ctx.saved_tensors, *grads))
-        return None, *(next(found) if need else None for need in needed)
+        gradients = iter(_Backward.apply(ctx.operator, needed, *ctx.saved_tensors, *grads))
+        return None, *(next(gradients) if need else None for need in needed)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, plain: Plain, *arguments: Tensor | None) -> tuple[Any, Any]:
-        def call(*given: Tensor | None) -> tuple[Tensor, ...]:
-            return _Operator.apply(plain, *given)
+    def vmap(info: Any, in_dims: Any, operator: Operator, *arguments: Tensor | None) -> tuple[Any, Any]:
+        def call(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            return _Forward.apply(operator, *tensors)
 
         dims = in_dims[1:]
-        if all(dim is None for dim in dims[plain.rows :]):
-            rows = [i < plain.rows for i in range(len(dims))]
-            return (found := _folded(call, rows, dims, arguments, info.batch_size)), (0,) * len(found)
-        return (found := _looped(call, dims, arguments, info.batch_size)), (0,) * len(found)
+        if all(dim is None for dim in dims[operator.rows :]):
+            rows = [i < operator.rows for i in range(len(dims))]
+            results = _folded(call, rows, dims, arguments, info.batch_size)
+        else:
+            results = _looped(call, dims, arguments, info.batch_size)
+        return results, (0,) * len(results)
 
     jvp = staticmethod(_refuse_forward_mode)
 
 
 class _Backward(torch.autograd.Function):
-    """Gradients of the needed arguments, given all arguments and the gradient of every result."""
+    """Gradients of the needed arguments, from all arguments and the gradient of every result."""
 
     @staticmethod
-    def forward(plain: Plain, needed: tuple[bool, ...], *given: Tensor | None) -> tuple[Tensor, ...]:
-        grads = [x for x in given[len(needed) :] if x is not None]
+    def forward(operator: Operator, needed: tuple[bool, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        grads = [x for x in tensors[len(needed) :] if x is not None]
         with torch.enable_grad():
             leaves = [
                 None if x is None else x.detach().requires_grad_(need)
-                for x, need in zip(given[: len(needed)], needed, strict=True)
+                for x, need in zip(tensors[: len(needed)], needed, strict=True)
             ]
-            results = plain.function(*leaves)
+            results = operator.function(*leaves)
         ends = [(x, grad) for x, grad in zip(results, grads, strict=True) if x.requires_grad]
         wanted = [x for x in leaves if x is not None and x.requires_grad]
         return torch.autograd.grad(
@@ -141,14 +141,18 @@ class _Backward(torch.autograd.Function):
     jvp = staticmethod(_refuse_second)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, plain: Plain, needed: tuple[bool, ...], *given: Tensor | None) -> tuple[Any, Any]:
+    def vmap(
+        info: Any, in_dims: Any, operator: Operator, needed: tuple[bool, ...], *tensors: Tensor | None
+    ) -> tuple[Any, Any]:
         def call(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-            return _Backward.apply(plain, needed, *arguments)
+            return _Backward.apply(operator, needed, *arguments)
 
         dims, count = in_dims[2:], len(needed)
         # What samples share has a gradient a sample: the sum over rows would mix them.
-        shared = range(plain.rows, count)
+        shared = range(operator.rows, count)
         if all(dims[i] is None and not needed[i] for i in shared):
-            rows = [i not in shared for i in range(len(given))]
-            return (found := _folded(call, rows, dims, given, info.batch_size)), (0,) * len(found)
-        return (found := _looped(call, dims, given, info.batch_size)), (0,) * len(found)
+            rows = [i not in shared for i in range(len(tensors))]
+            results = _folded(call, rows, dims, tensors, info.batch_size)
+        else:
+            results = _looped(call, dims, tensors, info.batch_size)
+        return results, (0,) * len(results)

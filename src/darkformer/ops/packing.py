@@ -42,9 +42,9 @@ def unpack(documents: Tensor) -> Iterator[Documents]:
     """Groups documents (B, L) by length, powers of two apart: at most half of what is computed is padding."""
     batch, length = documents.shape
     device = documents.device
-    fresh = torch.ones(batch, length, dtype=torch.bool, device=device)
-    fresh[:, 1:] = documents.diff(dim=1) != 0
-    starts = fresh.flatten().nonzero().squeeze(1)
+    first = torch.ones(batch, length, dtype=torch.bool, device=device)
+    first[:, 1:] = documents.diff(dim=1) != 0
+    starts = first.flatten().nonzero().squeeze(1)
     lengths = torch.cat([starts, starts.new_tensor([batch * length])]).diff()
     sizes = torch.ceil(torch.log2(lengths.double())).long()
     for size in sizes.unique().tolist():
@@ -54,7 +54,7 @@ def unpack(documents: Tensor) -> Iterator[Documents]:
         yield Documents(torch.where(valid, start[:, None] + slot, 0), valid)
 
 
-def apart(
+def separately(
     solve: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     query: Tensor,
     key: Tensor,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..features.log_features import key_log_features, query_log_features
-from .state import LOG_ZERO, AttentionState, Problem, capped
+from ..features.affine import key_log_features, query_log_features
+from .state import LOG_ZERO, AttentionState, Problem, State, capped
 
 
 def _weighted_mean(
@@ -32,7 +32,7 @@ def _weighted_mean(
     return numerator / torch.where(normaliser > 0, normaliser, 1)[..., None]
 
 
-def recurrent(problem: Problem) -> tuple[Tensor, AttentionState]:
+def recurrent(problem: Problem) -> tuple[Tensor, State]:
     """One real token per row (L = 1) after a state; the same numbers as the full forward.
 
     Returns:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..features.log_features import key_log_features, query_log_features
-from .state import LOG_ZERO, AttentionState, Problem, capped, next_buffers
+from ..features.affine import key_log_features, query_log_features
+from .state import (
+    LOG_ZERO,
+    AttentionState,
+    KeyValueState,
+    Problem,
+    State,
+    capped,
+    compute_dtype,
+    last_tokens,
+    next_buffers,
+)
 
 
 def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One row without its padding: output (G, R, n, d_v), then feature values, sum and scale after it."""
     config, parameters, state = problem.config, problem.parameters, problem.state
     n, count = int(problem.lengths[b]), int(state.count[b])
-    dtype = state.feature_sum.dtype
+    dtype = compute_dtype(problem.query)
     root = problem.scaling**0.5
     recent = min(count, state.recent_key.shape[2])
     first = state.sink_key.shape[2]  # positions below this are sinks; 0 for exact attention
@@ -67,23 +79,29 @@ def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return output, values, carry * state.feature_sum[b] + entering.sum(1), scale
 
 
-def reference(problem: Problem) -> tuple[Tensor, AttentionState]:
+def reference(problem: Problem) -> tuple[Tensor, State]:
     """Quadratic attention, one batch row at a time, every far pair by log Σ_features exp(ℓ_q + ℓ_k).
 
     Returns:
         output (B, G, R, L, d_v) in the compute dtype, zero at pads, and the state after the last token.
     """
-    outputs, values, sums, scales = [], [], [], []
-    for b in range(problem.query.shape[0]):
-        output, value, total, scale = _row(problem, b)
-        outputs.append(torch.nn.functional.pad(output, (0, 0, 0, problem.query.shape[3] - output.shape[2])))
-        values.append(value)
-        sums.append(total)
-        scales.append(scale)
-    state = AttentionState(
-        feature_values=torch.stack(values),
-        feature_sum=torch.stack(sums),
-        log_scale=torch.stack(scales),
-        **next_buffers(problem),
+    state = problem.state
+    if isinstance(state, KeyValueState):  # all keys are recent, and there are no sums
+        config, compute = problem.config, compute_dtype(problem.query)
+        empty = AttentionState.empty(config, problem.key, problem.value, batch=len(problem.key), compute=compute)
+        none = {f"sink_{name}": getattr(empty, f"sink_{name}")[:, :, :0] for name in ("key", "value")}
+        problem = problem._replace(state=replace(
+            empty, count=state.count, recent_key=state.key.to(problem.key.dtype),
+            recent_value=state.value.to(problem.value.dtype), **none,
+        ))  # fmt: skip
+    rows = [_row(problem, b) for b in range(problem.query.shape[0])]
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, problem.query.shape[3] - x.shape[2])) for x, *_ in rows]
+    if isinstance(state, KeyValueState):
+        keep = state.key.shape[2] + problem.key.shape[2]
+        key = last_tokens(problem, problem.state.recent_key, problem.key, keep)
+        value = last_tokens(problem, problem.state.recent_value, problem.value, keep)
+        return torch.stack(padded), KeyValueState(state.count + problem.lengths, key, value)
+    values, sums, scales = (torch.stack(x) for x in list(zip(*rows, strict=True))[1:])
+    return torch.stack(padded), AttentionState(
+        feature_values=values, feature_sum=sums, log_scale=scales, **next_buffers(problem)
     )
-    return torch.stack(outputs), state

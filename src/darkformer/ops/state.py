@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ..config import DarkConfig
 from ..errors import InputError
-from ..features.log_features import FeatureParameters
+from ..features.affine import FeatureParameters
 from ..features.tracing import traced, transformed
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
 LOG_ZERO = -1e30
 
 
+def compute_dtype(query: Tensor) -> torch.dtype:
+    """float64 for float64 inputs, else float32: the dtype of features, normalisers and sums."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
-class AttentionState:
+class _Tensors:
+    """A dataclass of tensors whose first dimension is the batch."""
+
+    def select(self, rows: Tensor) -> Self:
+        """The state of batch rows `rows` (int64), in that order; repeats allowed."""
+        return type(self)(**{f.name: getattr(self, f.name).index_select(0, rows) for f in fields(self)})
+
+    def detach(self) -> Self:
+        """The same numbers outside the autograd graph."""
+        return type(self)(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
+
+
+@dataclass(frozen=True)
+class AttentionState(_Tensors):
     """Everything a causal layer remembers. Its size does not depend on how many tokens went in.
 
     The sums run over the keys at positions sinks … count-window-1 and are stored scaled by exp(-log_scale).
@@ -53,9 +76,8 @@ class AttentionState:
     def expanded(
         cls, config: DarkConfig, key: Tensor, value: Tensor, *, batch: int, compute: torch.dtype
     ) -> AttentionState:
-        """`empty` to read only: its sums are single numbers, so that a short call need not fill memory for them."""
-        groups, m = key.shape[1], config.feature_count
-        window, sinks = (0, 0) if config.method == "exact" else (config.window, config.sinks)
+        """`empty` for reading only: its sums are single numbers, so that a short call need not fill memory for them."""
+        groups, m, window, sinks = key.shape[1], config.feature_count, config.window, config.sinks
         d, d_v, device = key.shape[-1], value.shape[-1], key.device
         zero = torch.zeros((), dtype=compute, device=device)
         return cls(
@@ -69,18 +91,31 @@ class AttentionState:
             sink_value=value.new_zeros(batch, groups, sinks, d_v),
         )
 
-    def select(self, rows: Tensor) -> AttentionState:
-        """The state of batch rows `rows` (int64), in that order; repeats allowed."""
-        return AttentionState(**{f.name: getattr(self, f.name).index_select(0, rows) for f in fields(self)})
 
-    def detach(self) -> AttentionState:
-        """The same numbers outside the autograd graph."""
-        return AttentionState(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
+@dataclass(frozen=True)
+class KeyValueState(_Tensors):
+    """What method `exact` remembers: every key and value. It grows with the tokens.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
+    Attributes:
+        count: (B,) int64, real tokens seen.
+        key, value: (B, G, T, d or d_v), right-aligned: of a row only the last `count` are its own.
+    """
+
+    count: Tensor
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def expanded(
+        cls, config: DarkConfig, key: Tensor, value: Tensor, *, batch: int, compute: torch.dtype
+    ) -> KeyValueState:
+        """The state before the first token; arguments as for `AttentionState.empty`."""
+        count, groups = torch.zeros(batch, dtype=torch.int64, device=key.device), key.shape[1]
+        empty = (x.new_zeros(batch, groups, 0, x.shape[-1]) for x in (key, value))
+        return cls(count, *empty)
+
+
+State = AttentionState | KeyValueState
 
 
 class Problem(NamedTuple):
@@ -92,7 +127,7 @@ class Problem(NamedTuple):
     lengths: Tensor  # (B,) int64, real tokens of each row
     scaling: float
     parameters: FeatureParameters  # in the compute dtype
-    state: AttentionState
+    state: Any  # AttentionState, of method `exact` KeyValueState
     is_causal: bool
     padded: bool  # whether any row is shorter than L
     softcap: float | None = None  # the exact part's logits are softcap·tanh(logit / softcap); features are not capped
@@ -136,9 +171,9 @@ class _Reorder(torch.autograd.Function):
         return gather_tokens(x, order)
 
     @staticmethod
-    def backward(ctx: Any, change: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = ctx.saved_tensors
-        return _Reorder.apply(change, inverse, order), None, None
+        return _Reorder.apply(grad_output, inverse, order), None, None
 
 
 def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -148,54 +183,57 @@ def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _Reorder.apply(x, order, inverse)
 
 
-def _recent(problem: Problem, recent: Tensor, new: Tensor, keep: int) -> Tensor:
-    """The last `keep` rows of [recent | new real tokens], zeros before the first; a copy, never longer than `keep`."""
-    window, length = recent.shape[2], new.shape[2]
+def last_tokens(problem: Problem, before: Tensor, new: Tensor, keep: int) -> Tensor:
+    """The last `keep` rows of [before | new real tokens], zeros before the first: a copy with memory of its own."""
+    window, length = before.shape[2], new.shape[2]
     if not keep or not length:
-        return recent
+        return before
     if not (problem.padded or problem.traced):  # slices: a gather costs a short call a sixth of its time
         first = window + length - keep
-        return torch.cat([recent[:, :, first:], new[:, :, max(first - window, 0) :]], dim=2)
-    shift = torch.arange(keep, device=new.device) - (keep - window)
-    index = problem.lengths[:, None] + shift  # into [recent | new], invalid ones negative
-    entering = gather_tokens(new, (index - window).clamp(0, length - 1))
+        return torch.cat([before[:, :, first:], new[:, :, max(first - window, 0) :]], dim=2)
+    index = problem.lengths[:, None] + torch.arange(keep, device=new.device) - (keep - window)
+    entering = gather_tokens(new, (index - window).clamp(0, length - 1))  # index counts in [before | new]
     if window:
-        staying = gather_tokens(recent, index.clamp(0, window - 1))
+        staying = gather_tokens(before, index.clamp(0, window - 1))
         entering = torch.where((index < window)[:, None, :, None], staying, entering)
     return entering.masked_fill((index < 0)[:, None, :, None], 0)
 
 
 def next_buffers(problem: Problem) -> dict[str, Tensor]:
     """Counts, recent and sink keys after this call, as fields of `AttentionState`."""
-    state, config = problem.state, problem.config
-    window, length, sinks = state.recent_key.shape[2], problem.key.shape[2], state.sink_key.shape[2]
-    result = {"count": state.count + problem.lengths}
-    keep = config.window if config.method != "exact" else window + length
+    state, window, length = problem.state, problem.config.window, problem.key.shape[2]
+    buffers, sinks = {"count": state.count + problem.lengths}, state.sink_key.shape[2]
     if sinks and length:
         slots = torch.arange(sinks, device=problem.key.device) - state.count[:, None]
-        fresh = ((slots >= 0) & (slots < problem.lengths[:, None]))[:, None, :, None]
+        is_new = ((slots >= 0) & (slots < problem.lengths[:, None]))[:, None, :, None]
     for name, new in (("key", problem.key), ("value", problem.value)):
-        result[f"recent_{name}"] = _recent(problem, getattr(state, f"recent_{name}").to(new.dtype), new, keep)
+        buffers[f"recent_{name}"] = last_tokens(problem, getattr(state, f"recent_{name}").to(new.dtype), new, window)
         sink = getattr(state, f"sink_{name}").to(new.dtype)
         if sinks and length:
-            sink = torch.where(fresh, gather_tokens(new, slots.clamp(0, length - 1)), sink)
-        result[f"sink_{name}"] = sink
-    return result
+            sink = torch.where(is_new, gather_tokens(new, slots.clamp(0, length - 1)), sink)
+        buffers[f"sink_{name}"] = sink
+    return buffers
 
 
-def check_state(state: AttentionState, expected: AttentionState, config: DarkConfig) -> AttentionState:
+def check_state(state: State, expected: State) -> State:
     """Refuses a state of another layer, configuration or batch; gives its tensors the dtypes of `expected`.
 
     Raises:
         InputError: names the first tensor whose shape differs.
     """
-    for f in fields(AttentionState):
-        got, want = getattr(state, f.name).shape, getattr(expected, f.name).shape
-        grows = config.method == "exact" and f.name.startswith("recent_")
-        if got != want and not (grows and (got[:2], got[3:]) == (want[:2], want[3:])):
+    if type(state) is not type(expected):
+        raise InputError(
+            f"initial_state is a {type(state).__name__}, this call needs a {type(expected).__name__}: "
+            "the state belongs to another batch, layer or configuration."
+        )
+    for f in fields(expected):
+        shape, needed = list(getattr(state, f.name).shape), list(getattr(expected, f.name).shape)
+        if isinstance(expected, KeyValueState) and len(shape) == len(needed) == 4:
+            needed[2] = shape[2]  # any number of tokens
+        if shape != needed:
             raise InputError(
-                f"initial_state.{f.name} has shape {tuple(got)}, this call needs {tuple(want)}: "
+                f"initial_state.{f.name} has shape {tuple(shape)}, this call needs {tuple(needed)}: "
                 "the state belongs to another batch, layer or configuration."
             )
-    names = [f.name for f in fields(AttentionState)]
-    return AttentionState(**{name: getattr(state, name).to(getattr(expected, name).dtype) for name in names})
+    names = [f.name for f in fields(expected)]
+    return type(expected)(**{name: getattr(state, name).to(getattr(expected, name).dtype) for name in names})

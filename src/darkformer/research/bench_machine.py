@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ..ops import native
-from ..ops.chunk_features import Scratch
 
 #: Sizes of the products whose speed is the peak: what attention multiplies, and a large square.
 PRODUCTS = ((8, 1024, 64, 128), (8, 1024, 128, 64), (1, 1024, 1024, 1024))
@@ -72,7 +71,6 @@ def peak_scratch(call: Callable[[], Any], known: int) -> int | None:
     Freed memory and buffers kept for the next call go back to the system first: they would serve the call unseen.
     """
     try:
-        Scratch.release()
         native.release()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here

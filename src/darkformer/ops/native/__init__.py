@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
-from ..state import AttentionState, Problem, next_buffers
+from ..state import AttentionState, Problem, State, next_buffers
 from . import load
 from .build import BuildError, build, cache_folder, check_compiler, compiler, instruction_set, library_path, report
-from .maps import sides
+from .maps import pack
 from .step import Step
 
 __all__ = ["Step", "build", "native", "release", "splits", "status", "stepper", "unavailable", "why_not"]
@@ -24,7 +24,7 @@ METHODS = ("dark", "performer", "lfk", "local")
 LIMITS = {"head dimension": 512, "number of features": 2048, "window": 8192}
 
 
-def native(problem: Problem) -> tuple[Tensor, AttentionState]:
+def native(problem: Problem) -> tuple[Tensor, State]:
     """Attention in time linear in L, forward and backward, which recomputes what it needs from the inputs.
 
     Returns:
@@ -39,7 +39,7 @@ def native(problem: Problem) -> tuple[Tensor, AttentionState]:
     state, config = problem.state, problem.config
     batch, groups, tokens, head_dim = problem.key.shape
     total_tokens = 1 if problem.traced else batch * tokens  # a trace's length is not known
-    maps = sides(problem.parameters, groups, head_dim, problem.scaling, tokens=total_tokens)
+    maps = pack(problem.parameters, groups, head_dim, problem.scaling, tokens=total_tokens)
     sums = (state.feature_values, state.feature_sum, state.log_scale.detach())
     if problem.fresh:
         sums = (torch.empty(0),) * 3

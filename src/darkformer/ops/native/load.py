@@ -73,8 +73,8 @@ class Inputs(NamedTuple):
     """The tensors of one call; but for the first three under the names of `Call`.
 
     Maps: ℓ = P·x - a - ½‖N·x - b‖² with [P; N] = `map_q`, [a; b] = `offset_q`; keys alike. With folds (rows i, c, u):
-    ℓ = P·x + uᵀx - a - ½‖y‖² with y = i·(P·x) - c over the first d rows, which exist where those rows, each times its
-    i, are a rotation of N.
+    ℓ = P·x + uᵀx - a - ½‖y‖² with y = i·(P·x) - c over the first d rows, which `maps.pack` makes where those rows, each
+    times its i, are a rotation of N.
     """
 
     query: Tensor  # (B, G, R, L, d)

@@ -14,7 +14,7 @@ from ..state import AttentionState, Problem
 from . import load
 from .build import BuildError
 from .load import Inputs, Options
-from .maps import MANY, sides
+from .maps import TRIANGULAR_TOKENS, pack
 
 #: Largest relative error of output and gradients that passes; the inputs' own rounding is part of neither.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
@@ -37,7 +37,7 @@ def _problem(dtype: torch.dtype, compute: torch.dtype, draw: str) -> Problem:
 
 
 def _native(problem: Problem, grad_output: Tensor, tokens: int) -> list[Tensor]:
-    maps = [x.detach() for x in sides(problem.parameters, 2, 18, problem.scaling, tokens=tokens)]
+    maps = [x.detach() for x in pack(problem.parameters, 2, 18, problem.scaling, tokens=tokens)]
     state, nothing = problem.state, torch.empty(0)
     tensors = [problem.query, problem.key, problem.value, *maps[:4], nothing, nothing, nothing]
     tensors += [state.recent_key, state.recent_value, state.sink_key, state.sink_value]
@@ -59,7 +59,7 @@ def selftest() -> None:
     """
     # Maps with folds, without, and with a triangular N.
     for (dtype, tolerance), (draw, tokens) in product(
-        TOLERANCE.items(), (("orthogonal", 1), ("iid", 1), ("iid", MANY))
+        TOLERANCE.items(), (("orthogonal", 1), ("iid", 1), ("iid", TRIANGULAR_TOKENS))
     ):
         exact = _problem(dtype, torch.float64, draw)
         leaves = [x.requires_grad_() for x in (exact.query, exact.key, exact.value)]

@@ -15,7 +15,7 @@ from ...features.tracing import traced, transformed
 from ..state import AttentionState
 from . import load
 from .load import Status
-from .maps import sides
+from .maps import pack
 
 #: Fields of `StepCall` by those of `AttentionState`.
 _STATE = {
@@ -49,7 +49,7 @@ class Step:
         tensors = {name: getattr(state, name).detach().clone(memory_format=torch.contiguous_format) for name in _STATE}
         batch, groups, m, value_dim = tensors["feature_values"].shape
         with torch.no_grad():
-            maps = sides(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling, tokens=0)[:4]
+            maps = pack(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling, tokens=0)[:4]
         # The maximum of vectors lets NaN vanish: diverged maps would give finite, wrong numbers.
         checked = (*maps, tensors["feature_values"], tensors["feature_sum"])
         self.finite = all(bool(torch.isfinite(x.sum())) for x in checked)

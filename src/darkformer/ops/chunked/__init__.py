@@ -1,0 +1,142 @@
+"""Linear-time attention in plain torch, on any device.
+
+A causal pass walks over super-chunks: the near keys exactly (window band, sinks), the far keys through their features,
+quadratic inside a chunk and through the running sums before it (`span`). Far keys are the keys `window` positions back,
+so "far" is ordinary causal linear attention. The backward pass keeps the sums before each super-chunk and computes the
+rest again (`autograd`). A bidirectional call is two such passes, the second one backwards, merged by their
+log-normalisers. In a trace a pass is one super-chunk without a loop over the length (`scan`).
+Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabiliser described in `span`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...features.affine import affine
+from ..state import LOG_ZERO, AttentionState, Problem, State, next_buffers
+from .autograd import Inputs, Pass, attend_pass
+from .log_domain import count_log_domain
+from .span import Masks, Rules, Sizes
+
+__all__ = ["Sizes", "chunked", "chunked_with", "count_log_domain", "fastest_sizes"]
+
+#: Normalisers below this are computed again in the log domain. Far above the smallest number, so that a row has kept
+#: all the digits of what it does see when its normaliser is larger.
+UNDERFLOW = {torch.float32: 1e-18, torch.float64: 1e-150}
+
+
+def fastest_sizes(problem: Problem) -> Sizes:
+    """The fastest measured: chunks of 64 tokens, more under a long window (its band costs chunk + window)."""
+    window, length = problem.config.window, problem.query.shape[3]
+    underflow = UNDERFLOW[problem.state.feature_sum.dtype]
+    if problem.traced:  # where a query is paired with each of a chunk's keys feature by feature
+        return Sizes(16, 16, underflow)
+    chunk = 64
+    while chunk < min(window, 256):
+        chunk *= 2
+    while chunk > 1 and chunk >= 2 * length:
+        chunk //= 2
+    # At most 4,096 rows (query head, token), which the caches hold.
+    span = max(1, min(1024, 4096 // problem.query.shape[:3].numel()) // chunk) * chunk
+    return Sizes(chunk, span, underflow)
+
+
+def _rows_that_see(masks: Masks, log_scale: Tensor, rules: Rules) -> Tensor:
+    """(B, L): which queries see any key."""
+    length, reach = masks.far.shape[1], rules.window - rules.nearest
+    seen = torch.zeros_like(masks.far)
+    if log_scale.shape[2]:
+        stored = (log_scale > LOG_ZERO / 2).flatten(1).any(1, keepdim=True)
+        seen = (masks.far.cumsum(1) > 0) | stored
+    if reach > 0:
+        count = F.pad(masks.near.cumsum(1), (1, 0))  # valid keys in slots before i
+        end = masks.near.shape[1] - length + 1 - rules.nearest  # query 0 sees slots below this
+        seen = seen | (count[:, end : end + length] > count[:, end - reach : end - reach + length])
+    return seen | masks.sinks.any(-1)
+
+
+def _forward_pass(problem: Problem, sizes: Sizes) -> tuple[Inputs, Pass]:
+    """Keys at or before the query, behind the state's recent keys; sinks included."""
+    state, window, sinks = problem.state, problem.config.window, problem.state.sink_key.shape[2]
+    length, device = problem.query.shape[3], problem.query.device
+    new = torch.arange(length, device=device)
+    real = new < problem.lengths[:, None]
+    slot = torch.arange(window + length, device=device)
+    position = state.count[:, None] - window + slot  # of [recent | new]
+    near = (position >= sinks) & (slot < window + problem.lengths[:, None])
+    query_position = state.count[:, None] + new
+    sink = torch.arange(sinks, device=device)
+    sink_visible = (sink < (state.count + problem.lengths)[:, None])[:, None].expand(-1, length, -1)
+    if problem.is_causal:
+        sink_visible = sink_visible & (sink <= query_position[..., None])
+    sink_slot = sink - state.count[:, None]
+    rules = Rules(problem.scaling, problem.softcap, window, 0, sizes, problem.traced)
+    query_form, key_form = (form.of_raw(problem.scaling**0.5) for form in affine(problem.parameters))
+    if window + sinks == 0 and problem.is_causal:  # a factor that all features share then cancels in the normaliser
+        query_form = query_form.without_norm()
+    masks = Masks(real, near[:, :length] & real, near, sink_visible & real[..., None], query_position,
+                  position[:, :length])  # fmt: skip
+    masks = masks._replace(rows=_rows_that_see(masks, state.log_scale, rules) & real)
+    return Inputs(
+        problem.query, problem.key, problem.value, state.recent_key, state.recent_value, state.sink_key,
+        state.sink_value, torch.cat([state.feature_values, state.feature_sum[..., None]], dim=-1),
+        query_form, key_form,
+    ), Pass(
+        rules, masks, state.log_scale.detach(), sink_slot.clamp(0, length - 1),
+        (sink_slot >= 0) & (sink_slot < problem.lengths[:, None]),
+        # The two directions are merged in full precision.
+        problem.query.dtype if problem.is_causal else state.feature_sum.dtype,
+    )  # fmt: skip
+
+
+def _backward_pass(problem: Problem, inputs: Inputs, forward: Pass) -> tuple[Inputs, Pass]:
+    """Keys after the query: everything reversed, offsets from 1, no sinks (the forward pass has them)."""
+    window, length, masks = problem.config.window, problem.query.shape[3], forward.masks
+    prefix = max(window, 1)
+    near = F.pad(masks.near[:, window:].flip(1), (prefix, 0))
+    real = torch.arange(length, device=near.device).flip(0) < problem.lengths[:, None]
+    query_position = masks.query_position.flip(1)
+    key_position = F.pad(query_position, (prefix, 0))[:, :length]
+    rules = forward.rules._replace(nearest=1)
+    masks = Masks(real, near[:, :length], near, masks.sinks[..., :0], query_position, key_position)
+    masks = masks._replace(rows=_rows_that_see(masks, forward.log_scale, rules) & real)
+
+    def before(x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:2], prefix, x.shape[-1])
+
+    return inputs._replace(
+        query=problem.query.flip(3), key=problem.key.flip(2), value=problem.value.flip(2),
+        key_before=before(problem.key), value_before=before(problem.value),
+        sink_key=inputs.sink_key[:, :, :0], sink_value=inputs.sink_value[:, :, :0],
+    ), forward._replace(
+        rules=rules, masks=masks, sink_slot=forward.sink_slot[:, :0], sink_new=forward.sink_new[:, :0]
+    )  # fmt: skip
+
+
+def chunked(problem: Problem) -> tuple[Tensor, State]:
+    """Attention in time and memory linear in L, forward and backward.
+
+    Returns:
+        output (B, G, R, L, d_v) in the query's dtype (bidirectional: in the compute dtype), zero at pads, and the state
+        after the last token.
+    """
+    return chunked_with(problem, fastest_sizes(problem))
+
+
+def chunked_with(problem: Problem, sizes: Sizes) -> tuple[Tensor, State]:
+    """`chunked` with other sizes than the fastest."""
+    inputs, forward = _forward_pass(problem, sizes)
+    result = attend_pass(inputs, forward)
+    output = result.output
+    # Without features and with window 1 a query sees no key after itself.
+    if not problem.is_causal and (problem.config.feature_count or problem.config.window > 1):
+        other = attend_pass(*_backward_pass(problem, inputs, forward))
+        share = torch.sigmoid(result.log_normaliser - other.log_normaliser.flip(3))[..., None]
+        output = share * output + (1 - share) * other.output.flip(3)
+    return output, AttentionState(
+        feature_values=result.sums.values[..., :-1], feature_sum=result.sums.values[..., -1],
+        log_scale=result.sums.log_scale,
+        **next_buffers(problem),
+    )  # fmt: skip
