@@ -398,9 +398,7 @@ def test_traced_code_raises_on_what_is_not_finite() -> None:
     """The operator itself says so: nobody looks at the numbers of a trace."""
     case = Case(length=40, window=5, sinks=2, **ODD_SIZES)
     made, inputs = make_map(case).float(), make_inputs(case, dtype=torch.float32)
-    problem = attention_module._pose(
-        *inputs, None, attention_module._Options(made, None, True, None, True, None, "auto")
-    )[0]
+    problem, _ = problem_of(*inputs, made.parameters_for(torch.float32), scaling=0.3, return_state=True)
     compiled = torch.compile(
         lambda query: native.native(problem._replace(query=query))[0], backend="aot_eager", fullgraph=True
     )
