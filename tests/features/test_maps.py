@@ -474,7 +474,7 @@ def test_exact_after_a_state_is_the_full_forward(backend: str) -> None:
         )
         outputs.append(output)
     assert relative_error(torch.cat(outputs, dim=2), softmax(*tensors, mask)) <= PARITY
-    assert state.recent_key.shape[2] == 40 and state.count.tolist() == [40, 27]
+    assert state.key.shape[2] == 40 and state.count.tolist() == [40, 27]
 
 
 @pytest.mark.parametrize("method", ["dark", "performer", "random", "constant", "local"])

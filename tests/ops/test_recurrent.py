@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tolerances import PARITY, STREAM, relative_error
 from torch import Tensor
 
-from darkformer import AttentionState, FeatureMap, attention
+from darkformer import FeatureMap, attention
 from darkformer.config import METHODS
-from darkformer.ops.state import LOG_ZERO
+from darkformer.ops.state import LOG_ZERO, KeyValueState, State
 
 from .cases import Case, above, differences, make_inputs, make_map, make_mask, make_state, solve
 
@@ -24,9 +24,9 @@ def stream(
     made: FeatureMap,
     pieces: list[int],
     mask: Tensor | None = None,
-    state: AttentionState | None = None,
+    state: State | None = None,
     step: str = "auto",
-) -> tuple[Tensor, AttentionState]:
+) -> tuple[Tensor, State]:
     """The same tokens in pieces of the given lengths; pieces of one token through backend `step`."""
     assert sum(pieces) == inputs[0].shape[2]
     outputs, start = [], 0
@@ -44,10 +44,12 @@ def stream(
     return torch.cat(outputs, dim=2), state
 
 
-def state_errors(actual: AttentionState, expected: AttentionState) -> dict[str, float]:
+def state_errors(actual: State, expected: State) -> dict[str, float]:
     """Relative error of each tensor; sums are compared at one common scale (it is only a choice of unit)."""
-    assert torch.equal(actual.count, expected.count)
+    assert type(actual) is type(expected) and torch.equal(actual.count, expected.count)
     got, want = ({f.name: getattr(state, f.name) for f in fields(state)} for state in (actual, expected))
+    if isinstance(expected, KeyValueState):
+        return {name: relative_error(got[name], want[name]) for name in ("key", "value")}
     empty = want["log_scale"] < LOG_ZERO / 2
     assert torch.equal(empty, got["log_scale"] < LOG_ZERO / 2)
     errors = {}
