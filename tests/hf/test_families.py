@@ -1,6 +1,5 @@
 """One suite over every family: a new family is a new row of `families.FAMILIES` and is tested by all of this."""
 
-import re
 import warnings
 from pathlib import Path
 
@@ -215,15 +214,3 @@ def test_a_soft_cap_is_announced_once_and_applied() -> None:
         if hasattr(module, "attn_logit_softcapping"):
             module.attn_logit_softcapping = None
     assert relative_error(logits(model, ids), wanted) > 1e-2
-
-
-PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
-
-
-def test_the_pages_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
-    names: dict[str, Tensor] = {}
-    exec(compile(block, "families.md", "exec"), names)
-    expected = names["model"].generate(names["question"], max_new_tokens=5, do_sample=False)
-    assert torch.equal(names["answer"], expected)
