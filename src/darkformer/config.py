@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,9 @@ CONTEXT = 2048
 #: Tokens of text that scores are measured on.
 EVALUATION_TOKENS = 8192
 
+#: Seeds end here in numpy, and no count of a run comes near it.
+_LARGEST = 2**32 - 1
+
 #: Capabilities of processors that multiply bfloat16: x86 twice, ARM.
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
@@ -80,13 +83,15 @@ def _choices(table: dict[str, str]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in table.items())
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
+def _check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name}={value!r}: must be an integer of at least {minimum}.")
+    if maximum is not None and value > maximum:
+        raise ConfigError(f"{name}={value!r}: must be {maximum} at most.")
 
 
 def _check_choice(name: str, value: object, table: dict[str, str]) -> None:
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(table)}.")
 
 
@@ -303,14 +308,16 @@ class DarkConfig:
         return {**dataclasses.asdict(self), **lists}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DarkConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> DarkConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            ConfigError: a field this version does not know (a newer version wrote it), or a bad value.
+            ConfigError: no fields at all, one this version does not know (a newer version wrote it), or a bad value.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{values!r} in place of a saved configuration: it must be the fields of DarkConfig.")
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(map(str, values)) - known)
         if unknown:
             raise ConfigError(
                 f"unknown field(s) {', '.join(unknown)} in a saved configuration: "
@@ -347,9 +354,9 @@ class TrainConfig:
         if self.dtype == "auto":  # at once: what runs is what the record says, and a resumed run compares
             object.__setattr__(self, "dtype", native_dtype())
         for name in ("steps", "warmup", "redraw_every", "seed"):
-            _check_integer(name, getattr(self, name), 0)
+            _check_integer(name, getattr(self, name), 0, _LARGEST)
         for name in ("seq_len", "batch_size", "save_every"):
-            _check_integer(name, getattr(self, name), 2 if name == "seq_len" else 1)
+            _check_integer(name, getattr(self, name), 2 if name == "seq_len" else 1, _LARGEST)
         for name in ("lr", "geometry_lr", "max_grad_norm"):
             _check_positive(name, getattr(self, name))
         if not isinstance(self.weight_decay, int | float) or not self.weight_decay >= 0:

@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: bars in a terminal; in a file, a pipe or a CI log, a line now and then."""
+"""What reaches the terminal. Progress of long work: bars; in a file, a pipe or a CI log, a line now and then."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,13 +21,28 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-from .reporting import Advance
+from .reporting import Advance, printable
 
 #: Seconds between two lines about a stage, where there is no terminal.
 LINE_EVERY = 30.0
 #: Seconds over which the speed is measured for the time left: long enough for steps that take minutes.
 SPEED_PERIOD = 600.0
+
+
+class PlainConsole(Console):
+    """A console for names and texts that are not ours: it takes nothing in a string for markup, an emoji or a control.
+
+    A `rich.text.Text` is printed as it is: make it of `printable` text.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich's, which calls it for every string that is printed, of cells and titles too."""
+        return super().render_str(printable(text), **options)
 
 
 class Clock:
@@ -49,7 +65,7 @@ class RichReporter:
     """
 
     def __init__(self, console: Console | None = None, clock: Clock | None = None) -> None:
-        self.console, self.clock = console or Console(stderr=True), clock or Clock()
+        self.console, self.clock = console or PlainConsole(stderr=True), clock or Clock()
         # rich takes FORCE_COLOR for a terminal; a CI log that sets it has no place for bars all the same.
         self.bars: bool = self.console.is_interactive and self.console.file.isatty()
         self._progress: Progress | None = None
@@ -61,7 +77,7 @@ class RichReporter:
     def stage(self, title: str, total: int) -> Iterator[Advance]:
         work, self._work = self._work, 0.0
         with self._tasks() as progress:
-            task = _task(progress, progress.add_task(title, total=total))
+            task = _task(progress, progress.add_task(printable(title), total=total))
             before = 0
 
             def advance(done: int, total: int, loss: float | None = None) -> None:
@@ -104,7 +120,7 @@ class RichReporter:
             yield self._progress
             return
         columns = (
-            TextColumn("{task.description:<44}"),
+            TextColumn("{task.description:<44}", markup=False),
             BarColumn(bar_width=28),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -125,7 +141,9 @@ class RichReporter:
     def whole(self, title: str, total: float, done: float = 0.0) -> Iterator[None]:
         """Progress over several stages; `weigh` says what the next stage is worth."""
         with self._tasks() as progress:
-            self._whole = _task(progress, progress.add_task(title, total=round(total), completed=round(done)))
+            self._whole = _task(
+                progress, progress.add_task(printable(title), total=round(total), completed=round(done))
+            )
             try:
                 yield
             finally:
@@ -137,7 +155,7 @@ class RichReporter:
         self._work = work
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 class _StageLog:

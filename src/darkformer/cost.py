@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .config import DarkConfig
+from .errors import ConfigError
+
+
+def memory_bytes() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def check_memory(size: int, what: str) -> None:
+    """Refuses what this machine cannot hold before anything is allocated: an allocation may first fill the memory.
+
+    Args:
+        size: bytes. what: is to take them, for the message.
+
+    Raises:
+        ConfigError: more than the machine has.
+    """
+    memory = memory_bytes()
+    if memory is not None and size > memory:
+        raise ConfigError(f"{what}: that takes {size / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB.")
 
 
 def state_bytes(

@@ -14,9 +14,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .cost import times_as_fast
+from .reporting import printable
 
 #: One colour a method, chosen to stay apart for colour-blind readers (Okabe and Ito).
 COLORS = ("#000000", "#999999", "#d55e00", "#cc79a7", "#0072b2", "#56b4e9", "#009e73", "#e69f00")
+
+
+def _name(name: str) -> str:
+    """A name as a label: matplotlib would set what stands between two $ as a formula, and drop a name with _ first."""
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
@@ -36,7 +43,7 @@ def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path)
     for (color, marker, size, line), (name, row) in zip(styles, models.items(), strict=False):
         distances = [point["distance"] for point in row["recall"]]
         values = [100 * point["accuracy"] for point in row["recall"]]
-        label = Path(name).name
+        label = _name(Path(name).name)
         axes.plot(distances, values, marker=marker, markersize=size, linestyle=line, color=color, label=label)
         axes.set_xticks(distances, [str(distance) for distance in distances])
     axes.set_xlabel("tokens between the number and the question's end")
@@ -60,7 +67,7 @@ def loss_by_position(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
     for (color, marker, line), (name, buckets) in zip(cycle(styles), models.items(), strict=False):
         places = [(bucket["start"] * (bucket["stop"] - 1)) ** 0.5 for bucket in buckets]  # the middle of a bucket
         values = [bucket["loss"] for bucket in buckets]
-        axes.plot(places, values, marker=marker, linestyle=line, color=color, label=Path(name).name)
+        axes.plot(places, values, marker=marker, linestyle=line, color=color, label=_name(Path(name).name))
         edges = [bucket["start"] for bucket in buckets] + [buckets[-1]["stop"]]
         axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
     axes.set_xlabel("position of the predicted token")
@@ -116,10 +123,9 @@ def quality_against_bytes(record: Mapping[str, Any], path: Path) -> Path:
             points = [point for point in points if point[1] is not None]
             if not points:
                 continue
-            axes.plot(
-                *zip(*[p[:2] for p in points], strict=True), color=color, marker=marker, linestyle=style, label=name
-            )
-            for x, y, budget in points:
+            xs, ys, budgets = zip(*points, strict=True)
+            axes.plot(xs, ys, color=color, marker=marker, linestyle=style, label=_name(name))
+            for x, y, budget in zip(xs, ys, map(_name, budgets), strict=True):
                 axes.annotate(budget, (x, y), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8)
         if (end := quality(softmax)) is not None:
             axes.plot(softmax["bytes"][length] / 1e6, end, "k*", markersize=12, label="softmax")

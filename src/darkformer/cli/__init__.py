@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from typing import Any
+import traceback
+from typing import Annotated, Any
 
 from ..errors import DarkformerError, import_problem
 
@@ -22,7 +24,7 @@ from .options import command
 
 
 class _Verbs(TyperGroup):
-    """Says how to go on after Ctrl-C; typer alone would end without a word."""
+    """Says how to go on after Ctrl-C, where typer alone would end without a word, and with --debug where it failed."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -31,6 +33,10 @@ class _Verbs(TyperGroup):
             errors.print(f"{str(interrupt) or 'interrupted'}")
             errors.print("Run the same command again to continue (budget, linearize and reproduce: with --resume).")
             raise typer.Exit(130) from interrupt
+        except Exception:
+            if ctx.params["debug"]:
+                errors.print(traceback.format_exc())
+            raise
 
 
 app = typer.Typer(
@@ -38,9 +44,17 @@ app = typer.Typer(
     cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
-    help="Linear attention for pretrained transformers: convert, finetune, generate with constant-size state.",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Before the verb: show where an error arose.")] = False,
+) -> None:
+    """Linear attention for pretrained transformers: convert, finetune, generate with constant-size state."""
+
+
 for verb in (
     command(linearize.linearize, linearize.recipe_of),
     command(evaluate.evaluate),
@@ -56,16 +70,24 @@ for verb in (
 app.add_typer(native.app, name="native")
 
 
+def _message(error: Exception) -> str:
+    """What is said of an error: what it is about, if it is one of this library or of the system, else its kind too."""
+    if isinstance(error, ImportError) and not isinstance(error, DarkformerError):
+        error = import_problem(error, "this command needs the package", "pip install 'darkformer[all]'") or error
+    if isinstance(error, DarkformerError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return f"{type(error).__name__}: {error} (darkformer --debug VERB … shows where)"
+
+
 def main() -> None:
-    """Entry point: one clear line for errors of this library."""
+    """Entry point: whatever goes wrong is one line on standard error, and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not stop the work
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except DarkformerError as error:
-        errors.print(f"error: {error}")
-        sys.exit(1)
-    except ImportError as error:
-        problem = import_problem(error, "this command needs the package", "pip install 'darkformer[all]'")
-        if problem is None:
-            raise
-        errors.print(f"error: {problem}")
+    except Exception as error:
+        errors.print(f"error: {' '.join(_message(error).split())}")
         sys.exit(1)

@@ -37,10 +37,10 @@ def bench(
     print_bench(record, console)
     time_against_length(record, out / "time.png")
     speed_up_against_length(record, out / "speedup.png")
-    console.print(f"Record: {out / 'record.json'}   plots: {out / 'time.png'}, {out / 'speedup.png'}", markup=False)
+    console.print(f"Record: {out / 'record.json'}   plots: {out / 'time.png'}, {out / 'speedup.png'}")
     if not quick:
         (out / "targets.md").write_text(targets_markdown(record), encoding="utf-8")
-        console.print(f"Each target beside its value: {out / 'targets.md'}", markup=False)
+        console.print(f"Each target beside its value: {out / 'targets.md'}")
 
 
 def print_bench(record: dict[str, Any], console: Console) -> None:

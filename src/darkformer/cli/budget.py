@@ -39,7 +39,7 @@ def budget(
     settings = replace(settings, recall=replace(RECALL, trials=trials) if trials else None)
     record = run_budget(model, out, task, config, settings, resume=resume, overwrite=overwrite, reporter=RichReporter())
     print_frontier(record, console)
-    console.print(f"Record: {out / RECORD}   picture: {out / PICTURE}", markup=False)
+    console.print(f"Record: {out / RECORD}   picture: {out / PICTURE}")
 
 
 def recipe_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,7 @@ def demo(
 
     record = Demo(demo, config, train, out, RichReporter()).run(overwrite=overwrite)
     print_demo(record, console)
-    console.print(
-        f"Report: {out / 'report.html'}   record: {out / 'record.json'}   model: {out / 'model'}", markup=False
-    )
+    console.print(f"Report: {out / 'report.html'}   record: {out / 'record.json'}   model: {out / 'model'}")
 
 
 def recipe_of(record: dict[str, Any]) -> dict[str, Any]:

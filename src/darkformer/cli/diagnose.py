@@ -47,4 +47,4 @@ def diagnose(
         budget=budget, overwrite=overwrite, reporter=RichReporter(),
     )  # fmt: skip
     print_diagnosis(record, console)
-    console.print(f"Report: {out / 'report.html'}   record: {out / 'record.json'}", markup=False)
+    console.print(f"Report: {out / 'report.html'}   record: {out / 'record.json'}")

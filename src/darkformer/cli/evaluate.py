@@ -44,7 +44,7 @@ def evaluate(
     """
     from ..evaluation import compare
 
-    names = [model_folder(name) for name in (model, against) if name]
+    names = [model_folder(name) for name in ([model, against] if against else [model])]
     if tasks or passkey:
         asked = {"tasks": tasks, "include_path": include_path, "batch_size": recall.batch_size, "limit": limit}
         record = compare.benchmark(
@@ -56,4 +56,4 @@ def evaluate(
             names, data, out, RichReporter(), context=context, dtype=dtype, max_tokens=max_tokens, whole=whole
         )
         compare.print_scores({name: row["text"] for name, row in record["models"].items()}, console, positions=True)
-    console.print(f"Record: {out / compare.RECORD}", markup=False)
+    console.print(f"Record: {out / compare.RECORD}")

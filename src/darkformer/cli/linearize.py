@@ -83,7 +83,7 @@ def linearize(
             reporter=RichReporter(),
         )  # fmt: skip
         print_frontier(record, console)
-        console.print(f"Picture: {out / 'frontier' / PICTURE}", markup=False)
+        console.print(f"Picture: {out / 'frontier' / PICTURE}")
         return record
 
     record = run(
@@ -92,7 +92,7 @@ def linearize(
         overwrite=overwrite, reporter=RichReporter(),
     )  # fmt: skip
     print_scores(record["scores"], console)
-    console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'", markup=False)
+    console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'")
 
 
 def recipe_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -114,7 +115,7 @@ def command(verb: Callable[..., None], from_record: Callable[[dict[str, Any]], d
 def model_folder(name: str) -> str:
     """A run folder stands for the model inside it."""
     inner = Path(name) / "model"
-    return str(inner) if (inner / "config.json").is_file() else name
+    return str(inner) if os.path.isfile(inner / "config.json") else name
 
 
 def _owner_and_fields(annotation: Any) -> tuple[Any, Fields]:

@@ -18,4 +18,4 @@ def push(
     """Upload a run's model to the Hugging Face hub, with a model card written from its record."""
     from ..train.card import push_run
 
-    console.print(push_run(run, repo, private=private), markup=False)
+    console.print(push_run(run, repo, private=private))

@@ -104,7 +104,7 @@ class Recipe:
         try:
             # YAML takes JSON's 2e-05 for text
             content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"--config {file}: {' '.join(str(error).split())}.") from error
         if not isinstance(content, dict):
             raise ConfigError(f"--config {file}: give options as NAME: VALUE, one a line.")
@@ -119,6 +119,8 @@ class Recipe:
             return self.from_record(content)
         except KeyError as error:
             raise ConfigError(f"--config {file}: a record without {error}: it is not of a finished run.") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"--config {file}: it is not as darkformer {self.verb} wrote it ({error}).") from error
 
     def _parameter(self, file: Path, key: Any, names: Mapping[str, str], section: str = "") -> str:
         """The parameter that a file calls `key`."""

@@ -73,7 +73,7 @@ def reproduce(
         print_rows(work.plan(), f"plan, scale {scale}", console)
         return
     print_tables(work.run(resume=resume, overwrite=overwrite), console)
-    console.print(f"Records: {out / 'records'}   plots: {out / 'plots'}   tables: {out / 'tables'}", markup=False)
+    console.print(f"Records: {out / 'records'}   plots: {out / 'plots'}   tables: {out / 'tables'}")
 
 
 def print_rows(rows: list[list[str]], title: str, console: Console) -> None:

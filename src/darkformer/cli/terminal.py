@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from ..console import PlainConsole
 
-console = Console()
-errors = Console(stderr=True, highlight=False, markup=False)  # messages may hold brackets
+console = PlainConsole()
+errors = PlainConsole(stderr=True, highlight=False, soft_wrap=True)

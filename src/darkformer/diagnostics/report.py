@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..records import write_text
+from ..reporting import printable
 from . import figures as plots
 from .summary import measured_rows
 
@@ -151,7 +153,9 @@ def print_diagnosis(record: Mapping[str, Any], console: Console) -> None:
     """Worst and best heads, what could not be measured, and the advice."""
     record = json.loads(json.dumps(record))  # as it stands in the file: keys are strings
     rows, m, window = ranked(record), str(record["config"]["num_features"]), str(record["config"]["window"])
-    table = Table(title=Text(f"{record['model']}: worst and best heads"), box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=Text(printable(f"{record['model']}: worst and best heads")), box=box.SIMPLE_HEAD, padding=(0, 1)
+    )
     for name in COLUMNS:
         table.add_column(name, justify="right")
     shown = rows if len(rows) <= 2 * SHOWN else [*rows[:SHOWN], *rows[-SHOWN:]]
@@ -199,9 +203,7 @@ def write_diagnosis(record: Mapping[str, Any], out: Path) -> Path:
         figures.append((title, text, base64.b64encode(path.read_bytes()).decode()))
     page = jinja2.Environment(autoescape=True).from_string(_PAGE)
     target = out / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
     rows = [_cells(row, m, window) for row in ranked(record)]
-    target.write_text(
-        page.render(record=record, advice=advice(record), figures=figures, columns=COLUMNS, rows=rows), encoding="utf-8"
-    )
+    text = page.render(record=record, advice=advice(record), figures=figures, columns=COLUMNS, rows=rows)
+    write_text(target, printable(text))
     return target

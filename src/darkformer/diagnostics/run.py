@@ -20,7 +20,7 @@ from ..errors import ConfigError, InputError, NonFiniteError, RunFolderError
 from ..features.feature_map import FeatureMap
 from ..hf.convert import convert, dark_layers, observing, revert
 from ..hf.load import load_model, load_tokenizer
-from ..records import environment, write_json
+from ..records import check_folder, environment, write_json
 from ..reporting import Reporter, Silent
 from ..train.data import load_documents, token_blocks
 from ..train.linearize import check_context, choice_batches
@@ -238,6 +238,7 @@ def run_diagnosis(
     Raises:
         DarkformerError: bad input, or a folder that is not empty.
     """
+    check_folder(out)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise RunFolderError(f"{out} is not empty: --overwrite replaces what a diagnosis wrote, --out avoids it.")
     started, reporter = time.perf_counter(), reporter or Silent()

@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..hf.convert import plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
-from ..records import RUN_FILE, open_run, read_json, write_json
+from ..records import RUN_FILE, check_folder, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
 from ..train.linearize import calibration_batches, check_budget_config, check_context, choice_batches, load_context_text
 from .frontier import FrontierRow, measure_frontier
@@ -154,6 +154,7 @@ def run_budget(
     """
     reporter, started = reporter or Silent(), time.perf_counter()
     check_budget_config(config)
+    check_folder(out)
     claim = {
         "command": "budget", "model": model_name, "config": config.to_dict(),
         **{name: list(x) if isinstance(x, tuple) else x for name, x in vars(task).items()},

@@ -15,7 +15,7 @@ from ..config import CONTEXT, EVALUATION_TOKENS, TrainConfig
 from ..hf.convert import dark_layers
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
-from ..records import environment, write_json
+from ..records import check_folder, environment, write_json
 from ..reporting import Reporter
 from ..train.data import load_documents, split_documents, token_blocks
 from ..train.linearize import check_context, scored
@@ -55,6 +55,7 @@ def text_scores(
     Raises:
         InputError: the text is shorter than the context. ConfigError: no such dtype, or a context of one token.
     """
+    check_folder(out)
     budget = TrainConfig(seq_len=context, dtype=dtype)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -116,6 +117,7 @@ def benchmark(
     Raises:
         MissingExtraError: tasks without lm-eval. InputError: see `run_tasks`.
     """
+    check_folder(out)
     if tasks:  # before a model is loaded
         from .tasks import run_tasks
     rows: dict[str, dict[str, Any]] = {}

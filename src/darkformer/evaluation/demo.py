@@ -14,15 +14,16 @@ from ..calibration.calibrate import HeadChoice, calibrate
 from ..config import DarkConfig, TrainConfig
 from ..console import RichReporter
 from ..errors import ConfigError
+from ..hf.convert import plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
-from ..records import RUN_FILE, environment, open_run, read_json, write_json
+from ..records import RUN_FILE, environment, finished_record, open_run, read_json, write_json
 from ..train.data import Document, load_documents, split_documents, token_blocks
 from ..train.linearize import check_budget_config, trained
 from .budget import calibration, measured_choices
 from .demo_report import write_report
 from .frontier import FrontierRow, measure_frontier, measure_quality, row_work, speed_work
-from .generation import generate_text
+from .generation import generate_text, prompt_inputs
 from .recall import RecallTask
 from .settings import DemoConfig, FrontierSettings
 
@@ -65,18 +66,20 @@ class Demo:
     def run(self, *, overwrite: bool = False) -> dict[str, Any]:
         """All rows, then table, plots, report and record. Returns the record."""
         if open_run(self.out, self.settings, resume=True, overwrite=overwrite):
-            if read_json(self.out / RUN_FILE)["finished"]:
+            if (record := finished_record(self.out, (*self.settings, "rows", "settings"))) is not None:
                 self.reporter.say(f"{self.out} holds this run, finished: here is its record. --overwrite runs again.")
-                return read_json(self.out / "record.json")
+                return record
             self.reporter.say(f"continuing the run in {self.out}")
         with self.reporter.stage(f"load text and {self.settings['model']}", 1):
             tokenizer = load_tokenizer(self.model_name)
+            prompt_inputs(tokenizer, self.demo.prompt)  # refuses before anything is measured
             train, held_out = split_documents(load_documents(self.demo.data))
             advice = "give more text or a smaller --context"
             blocks = token_blocks(tokenizer, train, self.demo.context, "the training", advice)
             validation = token_blocks(tokenizer, held_out, self.demo.context, "the held-out", advice)
             validation = validation[: max(1, self.demo.eval_tokens // self.demo.context)]
             model = load_model(self.model_name)
+            plan_conversion(model, self.default)  # refuses before anything is measured
         with self.reporter.whole("everything", *self._work(validation)):
             record = self._measured(model, tokenizer, blocks, validation)
             budget = next(row for row in record["rows"] if row["name"] == "budget")

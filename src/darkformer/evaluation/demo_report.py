@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..plots import error_heat_map, loss_by_position, quality_against_bytes
+from ..records import write_text
+from ..reporting import printable
 from .frontier_report import frontier_cells, frontier_markdown, frontier_notes, frontier_table
 
 
@@ -62,7 +64,11 @@ def print_demo(record: Mapping[str, Any], console: Console) -> None:
 
 def _generation_panel(title: str, done: Mapping[str, Any]) -> Panel:
     cost = f"{done['tokens_per_second']:.1f} tokens/s, {done['cache_bytes'] / 1e6:.1f} MB"
-    return Panel(Text.assemble((done["prompt"], "bold"), done["text"]), title=Text(title), subtitle=cost)
+    return Panel(
+        Text.assemble((printable(done["prompt"]), "bold"), printable(done["text"])),
+        title=Text(printable(title)),
+        subtitle=cost,
+    )
 
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>darkformer demo</title><style>
@@ -113,16 +119,14 @@ def write_report(record: Mapping[str, Any], out: Path) -> Path:
     columns, rows = frontier_cells(record)
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     target = out / "report.html"
-    target.write_text(
-        template.render(
-            record=record,
-            columns=columns,
-            rows=rows,
-            notes=notes(record),
-            figures=[(name, text, base64.b64encode(path.read_bytes()).decode()) for name, text, path in figures],
-            generations=_continued(record),
-            settings={name: record[name] for name in ("config", "budget", "train", "data", "settings")},
-        ),
-        encoding="utf-8",
+    page = template.render(
+        record=record,
+        columns=columns,
+        rows=rows,
+        notes=notes(record),
+        figures=[(name, text, base64.b64encode(path.read_bytes()).decode()) for name, text, path in figures],
+        generations=_continued(record),
+        settings={name: record[name] for name in ("config", "budget", "train", "data", "settings")},
     )
+    write_text(target, printable(page))
     return target

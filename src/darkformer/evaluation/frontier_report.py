@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
+from ..reporting import printable
 
 
 def _thousands(tokens: int) -> str:
@@ -91,13 +92,12 @@ def frontier_table(record: Mapping[str, Any]) -> Group:
     cost = next(i for i, column in enumerate(columns) if column.startswith("MB at"))
     tables = []
     for title, chosen in (("quality", range(1, cost)), ("cost", range(cost, len(columns)))):
-        table = Table(
-            title=Text(f"{record['model']}: {title}"), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True
-        )  # fmt: skip
+        heading = Text(printable(f"{record['model']}: {title}"))
+        table = Table(title=heading, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
         for i in (0, *chosen):
             table.add_column(columns[i], justify="right" if i else "left", no_wrap=i == 0)
         for cells in rows:
-            table.add_row(*(Text(cells[i]) for i in (0, *chosen)))
+            table.add_row(*(Text(printable(cells[i])) for i in (0, *chosen)))
         tables.append(table)
     return Group(*tables)
 

@@ -6,8 +6,34 @@ import time
 from typing import Any
 
 import torch
+from transformers import TextStreamer
 
+from ..errors import InputError
 from ..hf.cache import cache_bytes
+from ..reporting import printable
+
+
+class PrintableStreamer(TextStreamer):
+    """transformers' `TextStreamer`; control characters of the text are written out."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
+
+
+def prompt_inputs(tokenizer: Any, prompt: str) -> Any:
+    """A prompt as the tokenizer gives it to a model: `input_ids` (1, L) and what else it makes.
+
+    Raises:
+        InputError: it has no token (the tokenizer adds none to an empty text), or is not Unicode text.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt {prompt!r} is not UTF-8 text.") from error
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs.input_ids.shape[1] == 0:
+        raise InputError(f"the prompt {prompt!r} has no tokens, and a model continues one at least: give some text.")
+    return inputs
 
 
 @torch.no_grad()
@@ -19,8 +45,11 @@ def generate_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **op
 
     Returns:
         text, tokens, seconds, tokens_per_second, cache_bytes (after the last token).
+
+    Raises:
+        InputError: the prompt has no tokens.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    inputs = prompt_inputs(tokenizer, prompt).to(next(model.parameters()).device)
     settings: dict[str, Any] = {"do_sample": False, **options}
     started = time.perf_counter()
     result = model.generate(

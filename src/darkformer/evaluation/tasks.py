@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ except Exception as error:  # a broken package raises whatever it likes
 
 def _matches(manager: TaskManager, task: str) -> list[str]:
     """Names for one word of `--tasks`: a .yaml file stands for itself, a wildcard for all that it matches."""
-    return [task] if Path(task).is_file() else manager.match_tasks([task])
+    return [task] if os.path.isfile(task) else manager.match_tasks([task])
 
 
 def _find(tasks: Sequence[str], include_path: str | Path | None) -> tuple[TaskManager, list[str]]:
@@ -32,7 +33,7 @@ def _find(tasks: Sequence[str], include_path: str | Path | None) -> tuple[TaskMa
     folder = str(include_path) if include_path else None
     manager = TaskManager(include_path=folder, include_defaults=False)
     found = [_matches(manager, task) for task in tasks]
-    if not all(names and all(n in manager.all_subtasks or Path(n).is_file() for n in names) for names in found):
+    if not all(names and all(n in manager.all_subtasks or os.path.isfile(n) for n in names) for names in found):
         manager = TaskManager(include_path=folder)
         found = [_matches(manager, task) for task in tasks]
     for task, names in zip(tasks, found, strict=True):

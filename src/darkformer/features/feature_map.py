@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DarkConfig
+from ..cost import check_memory
 from ..errors import ConfigError
 from .affine import FeatureParameters, full_precision
 from .draws import draw_projection
@@ -44,6 +45,8 @@ LEARNED = (
 )  # fmt: skip
 #: Every buffer and parameter there may be; those that a configuration does not use are registered as None.
 _OWNED = (*(f"{name}_offset" for name in LEARNED), *LEARNED, "proposal_root")
+#: Bytes a number of Ω takes while it is drawn: float64 by head and stacked, float32 and its copy.
+DRAW_BYTES = 24
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -77,7 +80,7 @@ class FeatureMap(nn.Module):
         heads: numbers of its key/value heads in the layer, where other heads of the layer compute something else.
 
     Raises:
-        ConfigError: head counts that do not divide, or dimensions below 1.
+        ConfigError: head counts that do not divide, dimensions below 1, or more features than this machine can hold.
     """
 
     geometry: Tensor | None
@@ -119,6 +122,10 @@ class FeatureMap(nn.Module):
                 f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}: "
                 "every key/value head serves the same number of query heads."
             )
+        check_memory(
+            DRAW_BYTES * num_kv_heads * config.feature_count * head_dim,
+            f"num_features={config.num_features} in {num_kv_heads} key/value heads of dimension {head_dim}",
+        )
         self.config, self.layer = config, layer
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.heads = tuple(range(num_kv_heads)) if heads is None else heads

@@ -215,7 +215,7 @@ def _check_streaming(model: PreTrainedModel, plan: Plan, config: DarkConfig) -> 
 
 def attach_saved(model: PreTrainedModel) -> None:
     """Gives a model under construction the feature maps that its config describes; their weights are loaded later."""
-    config = DarkConfig.from_dict(dict(model.config.darkformer))
+    config = DarkConfig.from_dict(model.config.darkformer)
     described = getattr(model.config, "darkformer_layers", None)
     if described is None:  # saved by 0.1.0
         plan = plan_by_structure(model, config)

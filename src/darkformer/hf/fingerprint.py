@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -104,7 +105,7 @@ def describe_base(model: nn.Module) -> dict[str, Any] | None:
     if fingerprint is None:
         return None
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    if Path(name).exists():  # a local folder: its path is nobody else's concern
+    if os.path.exists(name):  # a local folder: its path is nobody else's concern
         name = Path(name).name
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {"name": name, "dtype": dtype, "fingerprint": fingerprint}

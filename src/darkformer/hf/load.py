@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -41,16 +41,16 @@ def demo_model_path() -> Path:
 
 
 def _source(model: str) -> tuple[str, dict[str, Any]]:
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # neither this nor os.path below raises an error, whatever the name
     if path.suffix.lower() == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{model}: no such GGUF file.")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
+    if os.path.isdir(path) and not (path / "config.json").is_file():
         if (path / LIGHT_FILE).is_file():
             raise InputError(f"{model} holds the light form: load its base model, then darkformer.load_light(base, …).")
         raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.")
-    return (str(path) if path.is_dir() else model), {}
+    return (str(path) if os.path.isdir(path) else model), {}
 
 
 def _forget_quantization(model: Any) -> None:
@@ -96,7 +96,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 def _check_files(folder: Path) -> None:
     """Compares the weights with the checksums that `save_model` wrote beside them, if there are any."""
-    if not (folder / CHECKSUMS).is_file():
+    if not os.path.isfile(folder / CHECKSUMS):
         return
     lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -120,19 +120,20 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
             `save_model` wrote (0.4 s of checking for 0.5 GB).
     """
     source, extra = _source(model)
-    _check_files(Path(source))
     try:
+        _check_files(Path(source))
         with without_bars():
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options)
-    except DarkformerError:
+    except (DarkformerError, ImportError):
         raise
     except UnpicklingError as error:
         raise InputError(
             f"{model}: cannot be loaded: its weights are pickled and hold more than tensors, so reading them would run "
             "code from the file. Ask for safetensors, or save them as such where you trust the file."
         ) from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{model}: cannot be loaded as a causal language model: {error}") from error
+    except Exception as error:  # whatever transformers, safetensors and gguf raise on files that are damaged or crafted
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{model}: cannot be loaded as a causal language model: {reason}") from error
     if extra:
         _forget_quantization(loaded)
         loaded.config.name_or_path = Path(model).name
@@ -148,5 +149,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     source, extra = _source(model)
     try:
         return AutoTokenizer.from_pretrained(source, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{model}: its tokenizer cannot be loaded: {error}") from error
+    except (DarkformerError, ImportError):
+        raise
+    except Exception as error:  # as above; `tokenizers` raises plain ones
+        raise InputError(f"{model}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..config import DarkConfig
+from ..cost import check_memory, layer_bytes
 from ..errors import ConversionError
 from .interface import NAME
 from .layers import Layer, inner_names, uses_interface
@@ -129,7 +130,8 @@ def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping
 
     Raises:
         ConversionError: nothing to convert, a layer in `keep_exact` that would not be converted anyway, or attention
-            that a converted layer would not follow exactly.
+            that a converted layer would not follow exactly. ConfigError: more features or a larger window than
+            fit into memory.
     """
     _check_kind(model)
     modules = _attention_modules(model)
@@ -146,8 +148,28 @@ def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping
             "Models built on that interface (Llama, Gemma, Qwen, …) can.",
         )  # fmt: skip
     plan = _plan_by_trial(model, config, modules, example) if has_weights(model) else plan_by_structure(model, config)
-    check_names(config, [layer for *_, layer in plan.layers], plan.left)
+    layers = [layer for *_, layer in plan.layers]
+    check_names(config, layers, plan.left)
+    if has_weights(model):  # others may be meant for another machine
+        _check_memory(config, layers)
     return plan
+
+
+def _check_memory(config: DarkConfig, layers: Iterable[Layer]) -> None:
+    """Refuses a configuration whose projections and states, of one sequence, this machine cannot hold.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    size = 0
+    for layer in layers:
+        shape = {"num_kv_heads": layer.num_kv_heads, "head_dim": layer.head_dim}
+        size += layer_bytes(config, layer.layer, 1, **shape)
+        size += (
+            4 * len(config.parts_of(layer.layer, layer.num_kv_heads).features) * config.feature_count * layer.head_dim
+        )
+    windows = max((config.window, *dict(config.layer_windows).values()))
+    check_memory(size, f"num_features={config.num_features}, window={windows}, sinks={config.sinks} in every layer")
 
 
 def check_names(config: DarkConfig, layers: Iterable[Layer], left: Mapping[str, str] | None = None) -> None:

@@ -19,7 +19,7 @@ from ..cost import Work, linear_attention_work, softmax_attention_work, times_as
 from ..errors import RunFolderError
 from ..ops import native
 from ..ops.native import Step
-from ..records import environment, read_json, write_json
+from ..records import check_folder, environment, read_json, write_json
 from ..reporting import Reporter
 from .bench_machine import EMULATED, highest, limits, measure_in_turns, peak_scratch
 from .bench_model import model_points
@@ -229,6 +229,7 @@ class Bench:
 
     def __init__(self, plan: Plan, out: File, reporter: Reporter, *, overwrite: bool = False) -> None:
         self.plan, self.file, self.reporter = plan, out / "record.json", reporter
+        check_folder(out)
         here = environment()
         if self.file.is_file() and not overwrite:
             self.record = read_json(self.file)

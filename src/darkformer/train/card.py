@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -11,8 +12,10 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from ..config import DarkConfig, TrainConfig
 from ..errors import InputError, RunFolderError
 from ..records import read_json
+from ..reporting import printable
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _STAGES = {"softmax": "softmax, before", "converted": "converted, calibrated", "finetuned": "finetuned"}
@@ -20,13 +23,19 @@ _STAGES = {"softmax": "softmax, before", "converted": "converted, calibrated", "
 
 def _shown(source: str) -> str:
     """A name without the folders of the machine it was found on; ids of the hub and globs' patterns stay readable."""
-    path = Path(source).expanduser()
-    return path.name if path.is_absolute() or path.exists() or len(path.parts) > 2 else source
+    path = Path(os.path.expanduser(source))
+    return path.name if path.is_absolute() or os.path.exists(path) or len(path.parts) > 2 else source
+
+
+def _escaped(text: Any) -> str:
+    """Text on one line of a card, none of it markdown or HTML: names of models and files may be anything."""
+    line = " ".join(printable(str(text)).split())
+    return re.sub(r"[\\`*\[\]<>|~$&]|\b_|_\b", r"\\\g<0>", line)
 
 
 def _base(record: Mapping[str, Any]) -> str | None:
     name = record["model"]
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() and not name.lower().endswith(".gguf") else None
+    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) and not name.lower().endswith(".gguf") else None
 
 
 def _data(record: Mapping[str, Any], title: str, text: str) -> ModelCardData:
@@ -46,7 +55,8 @@ def _data(record: Mapping[str, Any], title: str, text: str) -> ModelCardData:
 
 def _scores(record: Mapping[str, Any]) -> str:
     rows = [
-        f"| {_STAGES.get(name, name)} | {s['loss']:.4f} | {s['perplexity']:.2f} | {s['accuracy']:.2%} | {s['tokens']} |"
+        f"| {_escaped(_STAGES.get(name, name))} | {s['loss']:.4f} | {s['perplexity']:.2f} | {s['accuracy']:.2%} "
+        f"| {s['tokens']:d} |"
         for name, s in record["scores"].items()
     ]
     return "\n".join(["| | loss | perplexity | next-token accuracy | tokens |", "|---|---:|---:|---:|---:|", *rows])
@@ -90,7 +100,7 @@ def _options(record: Mapping[str, Any]) -> str:
     # What was converted with; records of earlier versions say only what was asked for.
     sides = (record.get("converted_config", record["config"]).items(), record["budget"].items())
     rows = zip_longest(*sides, fillvalue=("", ""))
-    return "\n".join("| " + " | ".join(str(cell) for pair in row for cell in pair) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(_escaped(cell) for pair in row for cell in pair) + " |" for row in rows)
 
 
 def model_card(record: Mapping[str, Any], repo_id: str = "") -> ModelCard:
@@ -101,42 +111,53 @@ def model_card(record: Mapping[str, Any], repo_id: str = "") -> ModelCard:
         repo_id: name on the hub; `.` (the folder itself) stands in where there is none yet.
 
     Raises:
-        InputError: the record is not one of `darkformer linearize`.
+        InputError: the record is not one of `darkformer linearize`, or was altered.
     """
-    if record.get("command") != "linearize" or "scores" not in record:
+    if not isinstance(record, Mapping) or record.get("command") != "linearize" or "scores" not in record:
+        command = record.get("command") if isinstance(record, Mapping) else record
+        raise InputError(f"a record of {command!r}: model cards are written from records of darkformer linearize.")
+    try:
+        return _card(record, repo_id)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
-            f"a record of {record.get('command')!r}: model cards are written from records of darkformer linearize."
-        )
+            f"the record is not as darkformer linearize wrote it ({type(error).__name__}: {error}): restore it, or run "
+            "linearize again."
+        ) from error
+
+
+def _card(record: Mapping[str, Any], repo_id: str) -> ModelCard:
     config, budget, made = record.get("converted_config", record["config"]), record["budget"], record["environment"]
+    method = DarkConfig.from_dict(config).method
     base, text = _shown(record["model"]), ", ".join(map(_shown, record["held_out"] or record["data"]))
-    title = repo_id.rsplit("/", 1)[-1] or f"{Path(base).stem}-{config['method']}"
+    title = repo_id.rsplit("/", 1)[-1] or f"{Path(base).stem}-{method}"
     trained = "Calibrated, not finetuned."
     if steps := len(record["losses"]):
         tokens = f"{budget['batch_size']} × {budget['seq_len']} tokens"
-        trained = f"Finetuned for {steps} steps of {tokens} (`train={budget['train']}`)."
+        trained = f"Finetuned for {steps} steps of {tokens} (`train={TrainConfig(**budget).train}`)."
     kept = config.get("keep_exact") or []
     memory = "The state it keeps while generating does not grow."
-    if config["method"] == "exact":
+    if method == "exact":
         memory = "Softmax stays everywhere: its keys and values grow with the text."
     elif kept:
         memory = (
-            f"Softmax stays in {', '.join(map(str, kept))} (layers, or key/value heads of layers): their keys and "
+            f"Softmax stays in {', '.join(map(_escaped, kept))} (layers, or key/value heads of layers): their keys and "
             "values grow with the text, what the others keep does not."
         )
     if choice := record.get("choice"):
         size = record.get("kept_bytes") or choice["size"]  # what was chosen may not count the features
-        memory += f" Within a budget of {record['memory']}: {size / 1e6:.1f} MB at {choice['length']:,} tokens"
-        memory += f", softmax {choice['softmax'] / 1e6:.1f} MB."
+        memory += f" Within a budget of {_escaped(record['memory'])}: {size / 1e6:.1f} MB at {choice['length']:,} "
+        memory += f"tokens, softmax {choice['softmax'] / 1e6:.1f} MB."
     others = " (some layers differ)" if config.get("layer_windows") else ""
     body = _TEXT.format(
         memory=memory,
-        title=title, base=base, method=config["method"], repo=repo_id or ".", text=text, scores=_scores(record),
+        title=_escaped(title), base=_escaped(base), method=method, repo=repo_id or ".", text=_escaped(text),
+        scores=_scores(record),
         features=f"{config['num_features']} features, window {config['window']}{others}, {config['sinks']} sinks",
-        version=made["versions"]["darkformer"], training=trained, options=_options(record),
-        versions=", ".join(f"{name} {number}" for name, number in made["versions"].items()),
-        commit=made["commit"] or "unknown", device=made["device"], date=made["date"],
+        version=_escaped(made["versions"]["darkformer"]), training=trained, options=_options(record),
+        versions=_escaped(", ".join(f"{name} {number}" for name, number in made["versions"].items())),
+        commit=_escaped(made["commit"] or "unknown"), device=_escaped(made["device"]), date=_escaped(made["date"]),
     )  # fmt: skip
-    return ModelCard(f"---\n{_data(record, title, text).to_yaml()}\n---\n{body}")
+    return ModelCard(f"---\n{_data(record, printable(title), printable(text)).to_yaml()}\n---\n{body}")
 
 
 def push_run(out: str | Path, repo_id: str, *, private: bool = False) -> str:
@@ -145,10 +166,10 @@ def push_run(out: str | Path, repo_id: str, *, private: bool = False) -> str:
     The account is the one of `hf auth login`.
 
     Raises:
-        RunFolderError: the folder holds no finished run. InputError: the hub refused (says why).
+        RunFolderError: the folder holds no finished run. InputError: an altered record, or the hub refused (why).
     """
     out = Path(out)
-    if not (out / "record.json").is_file() or not (out / "model" / "config.json").is_file():
+    if not all(map(os.path.isfile, (out / "record.json", out / "model" / "config.json"))):
         raise RunFolderError(f"{out} holds no finished run of darkformer linearize (record.json and model/).")
     record = read_json(out / "record.json")
     card = model_card(record, repo_id)

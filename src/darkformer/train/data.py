@@ -7,6 +7,7 @@ import glob
 import hashlib
 import importlib.util
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -142,6 +143,27 @@ def _dataset_documents(name: str, limit: int) -> list[str]:
     return [row["text"] or "" for row in rows]  # a row may hold None; empty documents are dropped later
 
 
+def _matches(pattern: Path) -> list[str]:
+    """What a glob matches. `**` enters every folder once: links that form loops would lead into it again and again."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return glob.glob(str(pattern))
+    at = parts.index("**")
+    rest = Path(*itertools.dropwhile("**".__eq__, parts[at:]))
+    rest = Path("*") if rest == Path() else rest
+    found: list[str] = []
+    entered: set[str] = set()
+    for start in glob.glob(str(Path(*parts[:at]))):
+        for folder, inner, _ in os.walk(start, followlinks=True):
+            if (real := os.path.realpath(folder)) in entered:
+                inner.clear()
+                continue
+            entered.add(real)
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            found += _matches(Path(glob.escape(folder)) / rest)
+    return found
+
+
 def load_documents(sources: Sequence[str], limit: int = 20_000) -> list[Document]:
     """Documents from text files, globs, `pydoc`, `python`, or a dataset's `NAME` or `NAME:SUBSET` (its column `text`).
 
@@ -159,9 +181,10 @@ def load_documents(sources: Sequence[str], limit: int = 20_000) -> list[Document
         if source == PYTHON:
             documents += docstring_documents()
             continue
-        path = Path(source).expanduser()  # a file's own name may hold the characters of a glob
-        matches = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        path = Path(os.path.expanduser(source))
+        # A file's own name may hold the characters of a glob.
+        matches = [str(path)] if os.path.isfile(path) else sorted(_matches(path))
+        files = [Path(match) for match in matches if os.path.isfile(match)]
         if files:
             documents += [read_file(path) for path in files]
         elif matches or any(c in source for c in "*?[") or Path(source).suffix in (".txt", ".md", ".rst", ".py"):

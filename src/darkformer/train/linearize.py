@@ -27,7 +27,7 @@ from ..errors import ConfigError, InputError, RunFolderError
 from ..hf.convert import convert, plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer, save_model
-from ..records import RUN_FILE, environment, open_run, read_json, write_json
+from ..records import RUN_FILE, check_folder, environment, finished_record, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
 from .card import model_card
 from .data import blocks_of, load_documents, split_documents, text_size, tokens_of
@@ -214,6 +214,7 @@ def linearize(
         raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
     if memory is not None:
         check_budget_config(config)
+    check_folder(out)
     started = time.perf_counter()
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
@@ -233,9 +234,10 @@ def linearize(
     number = budget.dtype if budget.dtype == "bfloat16" else str(model.dtype).removeprefix("torch.")
     counted = f"counted at {element_bytes} bytes a number ({number})"
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
-    if open_run(out, settings, resume=resume, overwrite=overwrite) and read_json(out / RUN_FILE)["finished"]:
+    continues = open_run(out, settings, resume=resume, overwrite=overwrite)
+    if continues and (record := finished_record(out, (*settings, "scores"))) is not None:
         reporter.say(f"{out} is finished: nothing left to do.")
-        return read_json(out / "record.json")
+        return record
     scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
     choice, within, frontier, kept = None, None, None, None
     if limit is not None:
