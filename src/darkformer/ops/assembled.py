@@ -54,7 +54,7 @@ def flex_near(
     q: Tensor, k: Tensor, v: Tensor, seen: Callable[..., Tensor], scaling: float, softcap: float | None,
     function: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`NearPart` by FlexAttention, compiled unless another `function` is given."""
+    """`NearPart` by FlexAttention, compiled unless another `function` replaces it."""
     mask = flex.create_block_mask(seen, q.shape[0], None, q.shape[2], k.shape[2], device=q.device.type)
     cap = None if softcap is None else lambda score, *place: capped(score, softcap)
     output, extra = (function or _compiled())(
@@ -114,13 +114,13 @@ def _far(problem: Problem, part: FarPart) -> tuple[Tensor, Tensor, dict[str, Ten
         return x.repeat_interleave(heads, dim=1).transpose(1, 2)
 
     eq = (lq - top).exp().flatten(1, 2).transpose(1, 2)
-    found, last = part(eq, spread(ek), spread(ones), spread(decay), sums.repeat_interleave(heads, dim=1))
-    found, last = found.transpose(1, 2), last[:, ::heads]
-    normaliser = found[..., -1]
+    sums_of_rows, last = part(eq, spread(ek), spread(ones), spread(decay), sums.repeat_interleave(heads, dim=1))
+    sums_of_rows, last = sums_of_rows.transpose(1, 2), last[:, ::heads]
+    normaliser = sums_of_rows[..., -1]
     safe = torch.where(normaliser > 0, normaliser, 1)
     log_normaliser = torch.where(normaliser > 0, top.flatten(1, 2)[..., 0] + safe.log(), LOG_ZERO)
     after_all = {"feature_values": last[..., :-1], "feature_sum": last[..., -1], "log_scale": scale[:, :, -1]}
-    return found[..., :-1] / safe[..., None], log_normaliser, after_all
+    return sums_of_rows[..., :-1] / safe[..., None], log_normaliser, after_all
 
 
 def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[Tensor, State]:

@@ -22,7 +22,7 @@ Dims = Sequence[int | None]
 
 @dataclass(frozen=True)
 class Operator:
-    """A function of unwrapped tensors. A dataclass, not a tuple: torch.func would take a tuple apart."""
+    """A function of unwrapped tensors. A dataclass, not a tuple, which torch.func would flatten."""
 
     function: Callable[..., tuple[Tensor, ...]]
     rows: int  # the first so many arguments, and every result, hold one row of a batch each: more rows are more samples
@@ -63,7 +63,7 @@ def _fold(x: Tensor | None, dim: int | None, samples: int) -> Tensor | None:
 def _folded(
     call: Callable[..., tuple[Tensor, ...]], rows: Sequence[bool], in_dims: Dims, arguments: Arguments, samples: int
 ) -> tuple[Tensor, ...]:
-    """All samples as rows of one call; `rows` tells which arguments have rows."""
+    """All samples as rows of one call; `rows` says which arguments have rows."""
     folded = [_fold(x, dim, samples) if has else x for x, dim, has in zip(arguments, in_dims, rows, strict=True)]
     return tuple(x.unflatten(0, (samples, -1)) for x in call(*folded))
 

@@ -1,6 +1,6 @@
 """Linear-time attention in plain torch, on any device.
 
-A causal pass walks over super-chunks: the near keys exactly (window band, sinks), the far keys through their features,
+A causal pass walks over super-chunks: the window and the sinks exactly, the far keys through their features,
 quadratic inside a chunk and through the running sums before it (`span`). Far keys are the keys `window` positions back,
 so "far" is ordinary causal linear attention. The backward pass keeps the sums before each super-chunk and computes the
 rest again (`autograd`). A bidirectional call is two such passes, the second one backwards, merged by their
@@ -38,8 +38,8 @@ def fastest_sizes(problem: Problem) -> Sizes:
         chunk *= 2
     while chunk > 1 and chunk >= 2 * length:
         chunk //= 2
-    # At most 4,096 rows (query head, token), which the caches hold.
-    span = max(1, min(1024, 4096 // problem.query.shape[:3].numel()) // chunk) * chunk
+    # At most 3,072 rows (query head, token): the caches hold their features, and memory stays small.
+    span = max(1, min(1024, 3072 // problem.query.shape[:3].numel()) // chunk) * chunk
     return Sizes(chunk, span, underflow)
 
 
@@ -51,8 +51,8 @@ def _rows_that_see(masks: Masks, log_scale: Tensor, rules: Rules) -> Tensor:
         stored = (log_scale > LOG_ZERO / 2).flatten(1).any(1, keepdim=True)
         seen = (masks.far.cumsum(1) > 0) | stored
     if reach > 0:
-        count = F.pad(masks.near.cumsum(1), (1, 0))  # valid keys in slots before i
-        end = masks.near.shape[1] - length + 1 - rules.nearest  # query 0 sees slots below this
+        count = F.pad(masks.window.cumsum(1), (1, 0))  # valid keys in slots before i
+        end = masks.window.shape[1] - length + 1 - rules.nearest  # query 0 sees slots below this
         seen = seen | (count[:, end : end + length] > count[:, end - reach : end - reach + length])
     return seen | masks.sinks.any(-1)
 
@@ -65,7 +65,7 @@ def _forward_pass(problem: Problem, sizes: Sizes) -> tuple[Inputs, Pass]:
     real = new < problem.lengths[:, None]
     slot = torch.arange(window + length, device=device)
     position = state.count[:, None] - window + slot  # of [recent | new]
-    near = (position >= sinks) & (slot < window + problem.lengths[:, None])
+    in_window = (position >= sinks) & (slot < window + problem.lengths[:, None])
     query_position = state.count[:, None] + new
     sink = torch.arange(sinks, device=device)
     sink_visible = (sink < (state.count + problem.lengths)[:, None])[:, None].expand(-1, length, -1)
@@ -76,7 +76,7 @@ def _forward_pass(problem: Problem, sizes: Sizes) -> tuple[Inputs, Pass]:
     query_form, key_form = (form.of_raw(problem.scaling**0.5) for form in affine(problem.parameters))
     if window + sinks == 0 and problem.is_causal:  # a factor that all features share then cancels in the normaliser
         query_form = query_form.without_norm()
-    masks = Masks(real, near[:, :length] & real, near, sink_visible & real[..., None], query_position,
+    masks = Masks(real, in_window[:, :length] & real, in_window, sink_visible & real[..., None], query_position,
                   position[:, :length])  # fmt: skip
     masks = masks._replace(rows=_rows_that_see(masks, state.log_scale, rules) & real)
     return Inputs(
@@ -95,12 +95,12 @@ def _backward_pass(problem: Problem, inputs: Inputs, forward: Pass) -> tuple[Inp
     """Keys after the query: everything reversed, offsets from 1, no sinks (the forward pass has them)."""
     window, length, masks = problem.config.window, problem.query.shape[3], forward.masks
     prefix = max(window, 1)
-    near = F.pad(masks.near[:, window:].flip(1), (prefix, 0))
-    real = torch.arange(length, device=near.device).flip(0) < problem.lengths[:, None]
+    in_window = F.pad(masks.window[:, window:].flip(1), (prefix, 0))
+    real = torch.arange(length, device=in_window.device).flip(0) < problem.lengths[:, None]
     query_position = masks.query_position.flip(1)
     key_position = F.pad(query_position, (prefix, 0))[:, :length]
     rules = forward.rules._replace(nearest=1)
-    masks = Masks(real, near[:, :length], near, masks.sinks[..., :0], query_position, key_position)
+    masks = Masks(real, in_window[:, :length], in_window, masks.sinks[..., :0], query_position, key_position)
     masks = masks._replace(rows=_rows_that_see(masks, forward.log_scale, rules) & real)
 
     def before(x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One direction apart from its differentiable inputs."""
+    """One direction, except for its differentiable inputs."""
 
     rules: Rules
     masks: Masks
@@ -77,10 +77,10 @@ class Pass(NamedTuple):
         """Start and stop of each super-chunk, and whether its masks hide nothing; a short one hides its end."""
         masks, span = self.masks, self.rules.sizes.span
         length = masks.rows.shape[1]
-        prefix = masks.near.shape[1] - length
-        every, near = masks.rows.all(0) & masks.far.all(0) & masks.sinks.all(-1).all(0), masks.near.all(0)
+        prefix = masks.window.shape[1] - length
+        every, window = masks.rows.all(0) & masks.far.all(0) & masks.sinks.all(-1).all(0), masks.window.all(0)
         bounds = [(start, min(start + span, length)) for start in range(0, length, span)]
-        flags = torch.stack([every[a:b].all() & near[a : b + prefix].all() for a, b in bounds]).tolist()
+        flags = torch.stack([every[a:b].all() & window[a : b + prefix].all() for a, b in bounds]).tolist()
         chunk = self.rules.sizes.chunk
         return [(a, b, flag and (b - a) % chunk == 0) for (a, b), flag in zip(bounds, flags, strict=True)]
 
@@ -190,15 +190,15 @@ def _in_reverse(
         yield from reversed(list(zip(group, before, strict=True)))
 
 
-def _gradients(outputs: Any, leaves: list[Tensor | None]) -> list[Any]:
-    """dL/d leaf, given pairs of an output and its gradient or None; None for a leaf that needs none."""
+def _gradients(outputs: list[tuple[Tensor, Tensor | None]], leaves: list[Tensor | None]) -> list[Any]:
+    """dL/d leaf from pairs of an output and its gradient; None for a leaf that needs none."""
     pairs = [(y, grad) for y, grad in outputs if grad is not None and y.requires_grad]
     wanted = [y for y in leaves if y is not None and y.requires_grad]
     if not pairs:
         return [None if y is None else torch.zeros_like(y) for y in leaves]
     ends, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(ends, wanted, grads, allow_unused=True, materialize_grads=True))
-    return [next(found) if y is not None and y.requires_grad else None for y in leaves]
+    gradients = iter(torch.autograd.grad(ends, wanted, grads, allow_unused=True, materialize_grads=True))
+    return [next(gradients) if y is not None and y.requires_grad else None for y in leaves]
 
 
 def attend_pass(t: Inputs, p: Pass) -> Result:

@@ -37,7 +37,7 @@ class Masks(NamedTuple):
 
     rows: Tensor  # (B, T) queries that see any key
     far: Tensor  # (B, T) which of the first T keys enter the sums
-    near: Tensor  # (B, prefix + T) keys that the window may see
+    window: Tensor  # (B, prefix + T) keys that the window may see
     sinks: Tensor  # (B, T, sinks)
     query_position: Tensor  # (B, T)
     key_position: Tensor  # (B, T) of the first T keys
@@ -45,9 +45,9 @@ class Masks(NamedTuple):
 
     def span(self, start: int, stop: int, complete: bool) -> Masks:
         """Those of the tokens start…stop."""
-        here, reach = slice(start, stop), stop + self.near.shape[1] - self.rows.shape[1]
+        here, reach = slice(start, stop), stop + self.window.shape[1] - self.rows.shape[1]
         masks = Masks._make([*(x[:, here] for x in self[:-1]), complete])
-        return masks._replace(near=self.near[:, start:reach])
+        return masks._replace(window=self.window[:, start:reach])
 
 
 class Sizes(NamedTuple):
@@ -107,8 +107,8 @@ def _exact_terms(q: Tensor, key: Tensor, value: Tensor, x: Operands, masks: Mask
         offset = width - chunk + slot[:chunk, None] - slot
         visible = (offset >= rules.nearest) & (offset < rules.window)
         if not masks.complete:
-            near = F.pad(masks.near, (0, count * chunk - masks.rows.shape[1]))
-            visible = visible & near.unfold(1, width, chunk)[:, None, :, None, None]
+            window = F.pad(masks.window, (0, count * chunk - masks.rows.shape[1]))
+            visible = visible & window.unfold(1, width, chunk)[:, None, :, None, None]
         keys, values = (y.unfold(2, width, chunk).mT for y in (key, value))
         yield logits(keys, visible), values
     if x.sink_key.shape[2]:
