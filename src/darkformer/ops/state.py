@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..config import DarkConfig
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 from ..features.log_features import FeatureParameters
 from ..features.tracing import traced, transformed
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
 LOG_ZERO = -1e30
+#: Tokens. Above it a position plus the length of a call could leave int64.
+LARGEST_COUNT = 1 << 48
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,10 @@ class AttentionState:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))
+
+
+#: The names of a state's tensors.
+FIELDS = tuple(f.name for f in fields(AttentionState))
 
 
 class Problem(NamedTuple):
@@ -183,19 +190,44 @@ def next_buffers(problem: Problem) -> dict[str, Tensor]:
     return result
 
 
+def _check_numbers(state: AttentionState) -> None:
+    """Refuses NaN, which a maximum in a backend may lose, and counts, which they index by, that no sequence has."""
+    floats = {name: x for name in FIELDS if name != "count" and (x := getattr(state, name)).numel()}
+    # The total shows NaN and infinity in a fraction of the time; it may overflow by itself, so then each number counts.
+    total = torch.stack([x.sum() for x in floats.values()]).sum() if floats else torch.zeros(())
+    if not math.isfinite(total) and (bad := [name for name, x in floats.items() if not bool(x.isfinite().all())]):
+        raise NonFiniteError(
+            f"{' and '.join(f'initial_state.{name}' for name in bad)} hold NaN or infinity: the state has diverged, go "
+            "back to an earlier one."
+        )
+    if bool(((state.count < 0) | (state.count > LARGEST_COUNT)).any()):
+        raise InputError(f"initial_state.count is {state.count.tolist()}: each must be a number of tokens.")
+
+
 def check_state(state: AttentionState, expected: AttentionState, config: DarkConfig) -> AttentionState:
-    """Refuses a state of another layer, configuration or batch; gives its tensors the dtypes of `expected`.
+    """Refuses a state of another layer, configuration or batch, or with numbers that no call returns.
+
+    Returns:
+        The state with the dtypes of `expected`.
 
     Raises:
-        InputError: names the first tensor whose shape differs.
+        InputError: names the first tensor whose shape, kind of dtype or device differs, or whose numbers cannot be.
+            NonFiniteError: NaN or infinity.
     """
-    for f in fields(AttentionState):
-        got, want = getattr(state, f.name).shape, getattr(expected, f.name).shape
-        grows = config.method == "exact" and f.name.startswith("recent_")
-        if got != want and not (grows and (got[:2], got[3:]) == (want[:2], want[3:])):
+    for name in FIELDS:
+        x, like = getattr(state, name), getattr(expected, name)
+        got, want = x.shape, like.shape
+        grows = config.method == "exact" and name.startswith("recent_")
+        if got != want and not (grows and len(got) == 4 and (got[:2], got[3:]) == (want[:2], want[3:])):
             raise InputError(
-                f"initial_state.{f.name} has shape {tuple(got)}, this call needs {tuple(want)}: "
+                f"initial_state.{name} has shape {tuple(got)}, this call needs {tuple(want)}: "
                 "the state belongs to another batch, layer or configuration."
             )
-    names = [f.name for f in fields(AttentionState)]
-    return AttentionState(**{name: getattr(state, name).to(getattr(expected, name).dtype) for name in names})
+        if x.dtype.is_floating_point != like.dtype.is_floating_point or (x.dtype.is_complex or x.dtype == torch.bool):
+            raise InputError(f"initial_state.{name} has dtype {x.dtype}, this call needs {like.dtype}.")
+        if x.device != like.device:
+            raise InputError(f"initial_state.{name} is on {x.device}, this call is on {like.device}.")
+    if not (traced(state.count, expected.count) or transformed()):
+        with torch.no_grad():
+            _check_numbers(state)
+    return AttentionState(**{name: getattr(state, name).to(getattr(expected, name).dtype) for name in FIELDS})
