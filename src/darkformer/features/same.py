@@ -29,7 +29,8 @@ def same_numbers(before: Tensor, now: Tensor) -> bool:
     if before.shape != now.shape or before.dtype != now.dtype:
         return False
     dense = type(before) in DENSE_TYPES and type(now) in DENSE_TYPES and before.is_cpu and now.is_cpu
-    if dense and before.is_contiguous() and now.is_contiguous() and (compare := _memcmp()):
+    dense = dense and before.is_contiguous() and now.is_contiguous() and before.is_neg() == now.is_neg()
+    if dense and before.data_ptr() and now.data_ptr() and (compare := _memcmp()):
         return compare(before.data_ptr(), now.data_ptr(), now.nbytes) == 0
     return before.device == now.device and torch.equal(before, now)
 

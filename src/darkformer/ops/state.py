@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..config import DarkConfig
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 from ..features.affine import FeatureParameters
 from ..features.tracing import traced, transformed
 
 #: Stands for log 0 in stabilisers. Finite, so that differences of two of them are 0 and never NaN.
 LOG_ZERO = -1e30
+#: Tokens. Above it a position plus the length of a call could leave int64.
+LARGEST_COUNT = 1 << 48
 
 
 def compute_dtype(query: Tensor) -> torch.dtype:
@@ -215,25 +218,52 @@ def next_buffers(problem: Problem) -> dict[str, Tensor]:
     return buffers
 
 
+def _check_numbers(state: State) -> None:
+    """Refuses NaN, which a maximum in a backend may lose, and counts, which they index by, that no sequence has."""
+    names = [f.name for f in fields(state) if f.name != "count"]
+    floats = {name: x for name in names if (x := getattr(state, name)).numel()}
+    # The total shows NaN and infinity in a fraction of the time; it may overflow by itself, so then each number counts.
+    total = torch.stack([x.sum() for x in floats.values()]).sum() if floats else torch.zeros(())
+    if not math.isfinite(total) and (bad := [name for name, x in floats.items() if not bool(x.isfinite().all())]):
+        raise NonFiniteError(
+            f"{' and '.join(f'initial_state.{name}' for name in bad)} hold NaN or infinity: the state has diverged, go "
+            "back to an earlier one."
+        )
+    if bool(((state.count < 0) | (state.count > LARGEST_COUNT)).any()):
+        raise InputError(f"initial_state.count is {state.count.tolist()}: each must be a number of tokens.")
+
+
 def check_state(state: State, expected: State) -> State:
-    """Refuses a state of another layer, configuration or batch; gives its tensors the dtypes of `expected`.
+    """Refuses a state of another layer, configuration or batch, or with numbers that no call returns.
+
+    Returns:
+        The state with the dtypes of `expected`.
 
     Raises:
-        InputError: names the first tensor whose shape differs.
+        InputError: names the first tensor whose shape, kind of dtype or device differs, or whose numbers cannot be.
+            NonFiniteError: NaN or infinity.
     """
     if type(state) is not type(expected):
         raise InputError(
             f"initial_state is a {type(state).__name__}, this call needs a {type(expected).__name__}: "
             "the state belongs to another batch, layer or configuration."
         )
-    for f in fields(expected):
-        shape, needed = list(getattr(state, f.name).shape), list(getattr(expected, f.name).shape)
+    names = [f.name for f in fields(expected)]
+    for name in names:
+        x, like = getattr(state, name), getattr(expected, name)
+        shape, needed = list(x.shape), list(like.shape)
         if isinstance(expected, KeyValueState) and len(shape) == len(needed) == 4:
             needed[2] = shape[2]  # any number of tokens
         if shape != needed:
             raise InputError(
-                f"initial_state.{f.name} has shape {tuple(shape)}, this call needs {tuple(needed)}: "
+                f"initial_state.{name} has shape {tuple(shape)}, this call needs {tuple(needed)}: "
                 "the state belongs to another batch, layer or configuration."
             )
-    names = [f.name for f in fields(expected)]
+        if x.dtype.is_floating_point != like.dtype.is_floating_point or (x.dtype.is_complex or x.dtype == torch.bool):
+            raise InputError(f"initial_state.{name} has dtype {x.dtype}, this call needs {like.dtype}.")
+        if x.device != like.device:
+            raise InputError(f"initial_state.{name} is on {x.device}, this call is on {like.device}.")
+    if not (traced(state.count, expected.count) or transformed()):
+        with torch.no_grad():
+            _check_numbers(state)
     return type(expected)(**{name: getattr(state, name).to(getattr(expected, name).dtype) for name in names})

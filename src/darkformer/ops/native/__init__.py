@@ -122,7 +122,9 @@ def stepper(
     """A `Step` that goes on from `state` with tokens of these shapes and dtype; None where the library cannot."""
     if transformed() or traced(query):  # a step passes pointers to the library, which neither sees
         return None
-    if state is None or feature_map.config.method not in METHODS or _unsupported_tensor(query) or unavailable():
+    if state is None or feature_map.config.method not in METHODS or state.recent_key.dtype != query.dtype:
+        return None
+    if _unsupported_tensor(query) or unavailable():
         return None
     step = Step(state, feature_map, scaling=scaling, softcap=softcap)
     return step if step.finite and step.takes(query, key, scaling, softcap) else None

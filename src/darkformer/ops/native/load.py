@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteError, OutOfMemoryError
+from ...errors import InputError, NonFiniteError, OutOfMemoryError
+from ..state import LARGEST_COUNT
 from .build import BuildError, build
 
 
@@ -158,13 +159,83 @@ def check(status: int, non_finite: str = "a number is not finite.") -> None:
         raise NonFiniteError(non_finite)
 
 
-def _last_stride_one(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
+def as_memory(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, strided: bool = False) -> Tensor:
+    """The tensor as the library reads it: contiguous, every number in memory as it is.
+
+    Args:
+        name: for the message.
+        strided: only the last dimension has to be contiguous.
+
+    Raises:
+        InputError: another shape, dtype or device, or a tensor without memory of its own.
+    """
+    if x.shape != shape or x.dtype != dtype or not x.is_cpu or x.layout != torch.strided:
+        raise InputError(
+            f"the native attention was passed {name} as {tuple(x.shape)} {x.dtype} on {x.device} ({x.layout}); it "
+            f"needs {tuple(shape)} {dtype} on the CPU."
+        )
+    if x.is_neg():  # of some views torch keeps the sign beside the memory
+        x = x.resolve_neg()
+    if not x.is_contiguous() and not (strided and x.stride(-1) == 1):
+        x = x.contiguous()
+    if not x.data_ptr() and x.numel():
+        raise InputError(f"the native attention was passed {name} as a tensor without memory: clone it first.")
+    return x
+
+
+def _checked(inputs: Inputs, options: Options) -> Inputs:
+    """The inputs as the library reads them.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit together, or counts that no sequence has.
+    """
+    query, m = inputs.query, options.features
+    if query.dim() != 5 or query.dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(f"the native attention was passed query as {tuple(query.shape)} {query.dtype}.")
+    if any(x.dim() != n for x, n in ((inputs.value, 4), (inputs.map_q, 3), (inputs.recent_k, 4), (inputs.sink_k, 4))):
+        raise InputError("the native attention was passed a value, a map, a window or sinks of the wrong dimension.")
+    (batch, groups, _, length, d), d_v = query.shape, inputs.value.shape[-1]
+    rows, window, sinks = inputs.map_q.shape[1], inputs.recent_k.shape[2], inputs.sink_k.shape[2]
+    if not 0 <= m <= rows:
+        raise InputError(f"the native attention was passed maps of {rows} rows for {m} features.")
+    shapes = Inputs(
+        query=query.shape, key=(batch, groups, length, d), value=(batch, groups, length, d_v),
+        map_q=(groups, rows, d), offset_q=(groups, rows), map_k=(groups, rows, d), offset_k=(groups, rows),
+        feature_values=(batch, groups, m, d_v), feature_sum=(batch, groups, m), log_scale=(batch, groups, m),
+        recent_k=(batch, groups, window, d), recent_v=(batch, groups, window, d_v),
+        sink_k=(batch, groups, sinks, d), sink_v=(batch, groups, sinks, d_v), lengths=(batch,), counts=(batch,),
+        fold_q=(groups, 3, d), fold_k=(groups, 3, d),
+    )  # fmt: skip
+    absent = set()
+    if not any(x.numel() for x in inputs[7:10]):
+        absent |= {"feature_values", "feature_sum", "log_scale"}
+    if not (inputs.fold_q.numel() or inputs.fold_k.numel()):
+        absent |= {"fold_q", "fold_k"}
+    elif m < d or rows != m + d:
+        raise InputError(f"the native attention was passed folds for {m} features and maps of {rows} rows.")
+    checked = Inputs._make(
+        x if name in absent else as_memory(name, x, shape, dtype, strided=name in ("query", "key", "value"))
+        for name, x, shape, dtype in zip(Inputs._fields, inputs, shapes, _dtypes(query.dtype), strict=True)
+    )
+    lengths, counts = checked.lengths.tolist(), checked.counts.tolist()
+    if not all(0 <= n <= length for n in lengths) or not all(0 <= n <= LARGEST_COUNT for n in counts):
+        raise InputError(f"the native attention was passed lengths {lengths} of {length} tokens after counts {counts}.")
+    return checked
+
+
+@functools.cache
+def _dtypes(own: torch.dtype) -> Inputs:
+    """The dtype of every input of a call whose queries have dtype `own`."""
+    like_query = ("query", "key", "value", "recent_k", "recent_v", "sink_k", "sink_v")
+    return Inputs._make(
+        own if name in like_query else torch.int64 if name in ("lengths", "counts") else torch.float32
+        for name in Inputs._fields
+    )
 
 
 def _call(inputs: Inputs, options: Options, others: dict[str, Tensor]) -> tuple[Call, list[Tensor]]:
-    """The structure with inputs and `others` (contiguous, by field), and the tensors that must live as long as it."""
-    query, key, value = (_last_stride_one(x) for x in inputs[:3])
+    """The structure with checked inputs and `others` (contiguous, by field), and the tensors that it points to."""
+    query, key, value = inputs[:3]
     call = Call()
     call.B, call.G, call.R, call.L, call.d = query.shape
     call.d_v, call.m, call.r = value.shape[-1], options.features, inputs.map_q.shape[1] - options.features
@@ -175,24 +246,25 @@ def _call(inputs: Inputs, options: Options, others: dict[str, Tensor]) -> tuple[
     tensors = {"q": query, "k": key, "v": value, **others}
     for name, x in zip(Inputs._fields[3:], inputs[3:], strict=True):
         if x.numel() or not name.startswith("fold"):
-            tensors[name] = x.contiguous()
+            tensors[name] = x
     for name, x in tensors.items():
         setattr(call, name, x.data_ptr())
     return call, list(tensors.values())
 
 
-def empty_outputs(inputs: Inputs, options: Options) -> Outputs:
-    """What `forward` fills."""
+def _output_shapes(inputs: Inputs, options: Options) -> tuple[tuple[int, ...], ...]:
+    """The shapes of `Outputs`."""
     query, value = inputs.query, inputs.value
     state = (*query.shape[:2], options.features)
     sums = state if options.wants_state else (0,)
-    return Outputs(
-        output=query.new_empty(*query.shape[:-1], value.shape[-1]),
-        log_normalizer=query.new_empty(query.shape[:-1], dtype=torch.float32),
-        feature_values=query.new_empty(*sums, value.shape[-1], dtype=torch.float32),
-        feature_sum=query.new_empty(sums, dtype=torch.float32),
-        log_scale=query.new_empty(state, dtype=torch.float32),
-    )
+    return (*query.shape[:-1], value.shape[-1]), tuple(query.shape[:-1]), (*sums, value.shape[-1]), sums, state
+
+
+def empty_outputs(inputs: Inputs, options: Options) -> Outputs:
+    """What `forward` fills."""
+    output, *others = _output_shapes(inputs, options)
+    empty = inputs.query.new_empty
+    return Outputs(empty(output), *(empty(shape, dtype=torch.float32) for shape in others))
 
 
 def forward(inputs: Inputs, options: Options) -> Outputs:
@@ -200,8 +272,9 @@ def forward(inputs: Inputs, options: Options) -> Outputs:
 
     Raises:
         NonFiniteError: a number of a query, key, value, map, the state or the output is not finite.
-        OutOfMemoryError: there is no memory to work in.
+        InputError: see `_checked`. OutOfMemoryError: there is no memory to work in.
     """
+    inputs = _checked(inputs, options)
     outputs = output, log_normalizer, values, total, log_scale = empty_outputs(inputs, options)
     call, alive = _call(inputs, options, {
         "out": output, "lse": log_normalizer,
@@ -246,18 +319,22 @@ def backward(
         maps: whether gradients of the maps and folds are wanted, a sixth of the time; else None stands for them.
 
     Raises:
-        OutOfMemoryError: there is no memory to work in.
+        InputError: see `_checked`. OutOfMemoryError: there is no memory to work in.
     """
+    inputs = _checked(inputs, options)
+    names = ("d_out", "lse", "d_feature_values_out", "d_feature_sum_out", "log_scale_out")
+    saved = (grad_output.to(inputs.query.dtype), log_normalizer, grad_values, grad_sum, log_scale)
+    dtypes = (inputs.query.dtype, *[torch.float32] * 4)
+    others = {
+        name: as_memory(name, x, shape, dtype)
+        for name, x, shape, dtype in zip(names, saved, _output_shapes(inputs, options), dtypes, strict=True)
+    }
     gradients = {}
     for field, name in GRADIENTS.items():
         if maps or field not in MAPS:
             allocate = torch.zeros_like if field in _SPARSE else torch.empty_like
             gradients[name] = allocate(getattr(inputs, field), memory_format=torch.contiguous_format)
-    saved = {
-        "lse": log_normalizer, "log_scale_out": log_scale, "d_out": grad_output.to(inputs.query.dtype),
-        "d_feature_values_out": grad_values, "d_feature_sum_out": grad_sum,
-    }  # fmt: skip
-    call, alive = _call(inputs, options, gradients | {name: x.contiguous() for name, x in saved.items()})
+    call, alive = _call(inputs, options, gradients | others)
     status = library().darkformer_backward(ctypes.byref(call))
     del alive
     check(status)

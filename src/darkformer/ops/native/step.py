@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteError
+from ...errors import InputError, NonFiniteError
 from ...features.feature_map import FeatureMap
 from ...features.tracing import traced, transformed
-from ..state import AttentionState
+from ..state import AttentionState, check_state
 from . import load
 from .load import Status
 from .maps import pack
@@ -39,41 +39,64 @@ class Step:
         state: where to start; copied.
         feature_map: one of the methods in `darkformer.ops.native.METHODS`.
         scaling, softcap: as for `darkformer.attention`.
+
+    Raises:
+        InputError: the state is of another layer or configuration, or in a dtype besides float32 and bfloat16.
+            NonFiniteError: it holds NaN or infinity.
     """
 
     def __init__(
         self, state: AttentionState, feature_map: FeatureMap, *, scaling: float, softcap: float | None
     ) -> None:
         self.feature_map, self.options = feature_map, (scaling, softcap)
-        self.dtype = state.recent_key.dtype
-        tensors = {name: getattr(state, name).detach().clone(memory_format=torch.contiguous_format) for name in _STATE}
-        batch, groups, m, value_dim = tensors["feature_values"].shape
+        self.dtype, groups, d = state.recent_key.dtype, feature_map.num_kv_heads, feature_map.head_dim
+        if self.dtype not in (torch.float32, torch.bfloat16) or state.recent_value.dim() != 4:
+            raise InputError(f"a step takes keys and values (B, G, W, d) in float32 or bfloat16, not in {self.dtype}.")
+        batch, _, _, value_dim = state.recent_value.shape
+        key, value = (torch.empty(batch, groups, 0, n, dtype=self.dtype) for n in (d, value_dim))
+        like = AttentionState.expanded(feature_map.config, key, value, batch=batch, compute=torch.float32)
+        checked = check_state(state, like)
+        assert isinstance(checked, AttentionState)
+        state = checked
+        tensors = {
+            name: getattr(state, name).detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+            for name in _STATE
+        }
         with torch.no_grad():
-            maps = pack(feature_map.parameters_for(torch.float32), groups, feature_map.head_dim, scaling, tokens=0)[:4]
+            maps = pack(feature_map.parameters_for(torch.float32), groups, d, scaling, tokens=0)[:4]
+        m, rows = feature_map.config.feature_count, maps[0].shape[1]
+        if rows < m:
+            raise InputError(f"the feature map's tensors give {rows} rows, its configuration has {m} features.")
         # The maximum of vectors lets NaN vanish: diverged maps would give finite, wrong numbers.
-        checked = (*maps, tensors["feature_values"], tensors["feature_sum"])
-        self.finite = all(bool(torch.isfinite(x.sum())) for x in checked)
+        self.finite = all(bool(torch.isfinite(x.sum())) for x in maps)
         self.nbytes = sum(x.nbytes for x in tensors.values())
-        self._maps, self._tensors = [x.contiguous() for x in maps], tensors
+        self._maps, self._tensors = (
+            [
+                load.as_memory(name, x, shape, torch.float32)
+                for name, x, shape in zip(_MAPS, maps, 2 * [(groups, rows, d), (groups, rows)], strict=True)
+            ],
+            tensors,
+        )
         self._bytes_read = self.nbytes + sum(x.nbytes for x in self._maps)
         call = self._call = load.StepCall()
         call.B, call.G, call.R = batch, groups, feature_map.num_heads // groups
-        call.d, call.d_v, call.m, call.r = feature_map.head_dim, value_dim, m, maps[0].shape[1] - m
+        call.d, call.d_v, call.m, call.r = d, value_dim, m, rows - m
         call.window, call.sinks = state.recent_key.shape[2], state.sink_key.shape[2]
         call.bf16, call.head = self.dtype == torch.bfloat16, 0
         call.scaling, call.softcap, call.omp_parallel = scaling, softcap or 0.0, load.omp_parallel()
         for name, x in zip((*_MAPS, *_STATE.values()), (*self._maps, *tensors.values()), strict=True):
             setattr(call, name, x.data_ptr())
-        self._query_shape = (batch, feature_map.num_heads, 1, call.d)
-        self._key_shape = (batch, groups, 1, call.d)
+        self._shapes = tuple(
+            (batch, heads, 1, n) for heads, n in ((feature_map.num_heads, d), (groups, d), (groups, value_dim))
+        )
         self._output_shape = (batch, feature_map.num_heads, 1, value_dim)
         self._step, self._call_reference = load.library().darkformer_step, ctypes.byref(call)
 
     def takes(self, query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> bool:
         """Whether a call is one more token of these shapes, dtype and options."""
         return (
-            query.shape == self._query_shape
-            and key.shape == self._key_shape
+            query.shape == self._shapes[0]
+            and key.shape == self._shapes[1]
             and query.dtype == key.dtype == self.dtype
             and (scaling, softcap) == self.options
             and not (transformed() or traced(query))
@@ -83,10 +106,15 @@ class Step:
         """query (B, H, 1, d), key (B, G, 1, d), value (B, G, 1, d_v) → (B, H, 1, d_v) in their dtype.
 
         Raises:
-            NonFiniteError: NaN or infinity in one of them, and the state is as before; or in the output.
+            InputError: other shapes or dtypes than the state's. NonFiniteError: NaN or infinity in one of them, and the
+                state is as before; or in the output.
             OutOfMemoryError: there is no memory to work in; the state is of no more use.
         """
-        call, inputs = self._call, [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+        call, named = self._call, (("query", query), ("key", key), ("value", value))
+        inputs = [
+            load.as_memory(name, x, shape, self.dtype, strided=True)
+            for (name, x), shape in zip(named, self._shapes, strict=True)
+        ]
         output = query.new_empty(self._output_shape)
         call.q, call.k, call.v = (x.data_ptr() for x in inputs)
         call.q_strides[:], call.k_strides[:], call.v_strides[:] = (x.stride()[:2] for x in inputs)
