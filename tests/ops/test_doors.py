@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from darkformer import AttentionState, InputError, NonFiniteError, attention
+from darkformer import InputError, NonFiniteError, attention
 from darkformer.ops.native import op
 from darkformer.ops.native.step import Step
-from darkformer.ops.state import FIELDS
+from darkformer.ops.state import AttentionState
 
 from .cases import Case, make_inputs, make_map, make_state, needs_native
 
+FIELDS = [field.name for field in dataclasses.fields(AttentionState)]
 CASE = Case(length=9, window=4, sinks=2)
 ALONE = dataclasses.replace(CASE, length=1)
 

@@ -198,7 +198,7 @@ def _checked(inputs: Inputs, options: Options) -> Inputs:
     rows, window, sinks = inputs.map_q.shape[1], inputs.recent_k.shape[2], inputs.sink_k.shape[2]
     if not 0 <= m <= rows:
         raise InputError(f"the native attention was passed maps of {rows} rows for {m} features.")
-    shapes = Inputs(
+    shapes: dict[str, tuple[int, ...]] = dict(
         query=query.shape, key=(batch, groups, length, d), value=(batch, groups, length, d_v),
         map_q=(groups, rows, d), offset_q=(groups, rows), map_k=(groups, rows, d), offset_k=(groups, rows),
         feature_values=(batch, groups, m, d_v), feature_sum=(batch, groups, m), log_scale=(batch, groups, m),
@@ -206,7 +206,7 @@ def _checked(inputs: Inputs, options: Options) -> Inputs:
         sink_k=(batch, groups, sinks, d), sink_v=(batch, groups, sinks, d_v), lengths=(batch,), counts=(batch,),
         fold_q=(groups, 3, d), fold_k=(groups, 3, d),
     )  # fmt: skip
-    absent = set()
+    absent: set[str] = set()
     if not any(x.numel() for x in inputs[7:10]):
         absent |= {"feature_values", "feature_sum", "log_scale"}
     if not (inputs.fold_q.numel() or inputs.fold_k.numel()):
@@ -214,8 +214,8 @@ def _checked(inputs: Inputs, options: Options) -> Inputs:
     elif m < d or rows != m + d:
         raise InputError(f"the native attention was passed folds for {m} features and maps of {rows} rows.")
     checked = Inputs._make(
-        x if name in absent else as_memory(name, x, shape, dtype, strided=name in ("query", "key", "value"))
-        for name, x, shape, dtype in zip(Inputs._fields, inputs, shapes, _dtypes(query.dtype), strict=True)
+        x if name in absent else as_memory(name, x, shapes[name], dtype, strided=name in ("query", "key", "value"))
+        for name, x, dtype in zip(Inputs._fields, inputs, _dtypes(query.dtype), strict=True)
     )
     lengths, counts = checked.lengths.tolist(), checked.counts.tolist()
     if not all(0 <= n <= length for n in lengths) or not all(0 <= n <= LARGEST_COUNT for n in counts):
@@ -224,10 +224,10 @@ def _checked(inputs: Inputs, options: Options) -> Inputs:
 
 
 @functools.cache
-def _dtypes(own: torch.dtype) -> Inputs:
+def _dtypes(own: torch.dtype) -> tuple[torch.dtype, ...]:
     """The dtype of every input of a call whose queries have dtype `own`."""
     like_query = ("query", "key", "value", "recent_k", "recent_v", "sink_k", "sink_v")
-    return Inputs._make(
+    return tuple(
         own if name in like_query else torch.int64 if name in ("lengths", "counts") else torch.float32
         for name in Inputs._fields
     )
