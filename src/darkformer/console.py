@@ -155,7 +155,7 @@ class RichReporter:
         self._work = work
 
     def say(self, text: str) -> None:
-        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(Text(printable(text)), soft_wrap=True)
 
 
 class _StageLog:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import io
 import queue
+import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hang import HANG_SECONDS
 from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 from darkformer import DarkConfig, TrainConfig, calibrate, convert, finetune, load_model
-from darkformer.cli import app
-from darkformer.console import LINE_EVERY, Clock, RichReporter
+from darkformer.cli import app, terminal
+from darkformer.console import LINE_EVERY, Clock, PlainConsole, RichReporter
+from darkformer.evaluation.generation import PrintableStreamer
+from darkformer.plots import loss_by_position, recall_against_distance
+from darkformer.reporting import printable
 from darkformer.train.linearize import trained
 
 
@@ -218,3 +224,74 @@ def test_results_go_to_standard_output_and_progress_does_not(
     began = [line for line in result.stderr.splitlines() if "started" in line]
     assert [line.split(": started")[0] for line in began] == [f"{name}: load text and model", f"{name}: evaluate"]
     assert f"{name}: evaluate: done" in result.stderr and "perplexity" not in result.stderr
+
+
+HOSTILE = "\x1b[2J\x9b31m\x07\u202e[/] :smile: $a$ |\ud800"
+SHOWN = r"\x1b[2J\x9b31m\x07\u202e[/] :smile: $a$ |\ud800"
+
+
+def test_control_characters_are_written_out() -> None:
+    assert printable(HOSTILE) == SHOWN
+    assert printable("two\nlines\tand naïve 漢字 שלום") == "two\nlines\tand naïve 漢字 שלום"
+
+
+def test_a_console_prints_names_as_they_are() -> None:
+    console = PlainConsole(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    table = Table("model", HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE, "1")
+    console.print(table)
+    console.print(HOSTILE, HOSTILE)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count(SHOWN) == 5 and not set(shown) & set("\x1b\x9b\x07\u202e\ud800")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_titles_of_stages_are_printed_as_they_are(terminal: bool) -> None:
+    log = reporter(StandingClock(), Terminal() if terminal else None)
+    with log.whole(f"all {HOSTILE}", 1), log.stage(HOSTILE, 2) as advance:
+        advance(1, 2)
+        log.say(f"said {HOSTILE}")
+    shown = log.console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"said {SHOWN}" in shown and shown.count(SHOWN) > 2
+    assert "\x1b[2J" not in shown and not set(shown) & set("\x9b\x07\u202e\ud800")
+
+
+def test_generated_text_is_written_out_as_it_streams(capfd: pytest.CaptureFixture[str]) -> None:
+    class Tokenizer:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return "".join(map(chr, ids))
+
+    streamer = PrintableStreamer(Tokenizer())  # type: ignore[arg-type]
+    for character in "a \x1b[31mred \u202eb\n":
+        streamer.put(torch.tensor([ord(character)]))
+    streamer.end()
+    assert capfd.readouterr().out.strip() == r"a \x1b[31mred \u202eb"
+
+
+def test_generate_writes_a_prompt_out(model_folder: Path) -> None:
+    words = ["generate", str(model_folder), "--prompt", "a \x1b[31mred", "--max-new-tokens", "1"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.stdout.startswith(r"a \x1b[31mred") and "\x1b" not in result.stdout
+
+
+def test_a_model_of_any_name_is_evaluated_to_the_end(
+    model_folder: Path, text_glob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing fails once the work is done: not the tables, not the plots."""
+    monkeypatch.setattr(terminal.console, "width", 300)
+    for name in ("a[/]b \x1b[31m", r"$\frac$", "_hidden"):
+        model = shutil.copytree(model_folder, tmp_path / name)
+        words = ["evaluate", str(model), "--out", str(tmp_path / "out[/]")]
+        words += ["--data", text_glob, "--context", "64", "--dtype", "float32", "--max-tokens", "64"]
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert result.exit_code == 0 and "\x1b" not in result.output
+        assert printable(name) in result.stdout
+
+
+def test_plots_of_any_name(tmp_path: Path) -> None:
+    buckets = [{"start": 1, "stop": 64, "loss": 2.0}]
+    points = {"window": 8, "recall": [{"distance": 16, "accuracy": 0.5}]}
+    names = (HOSTILE, r"$\frac$", r"\$x$", "_hidden")
+    loss_by_position(dict.fromkeys(names, buckets), tmp_path / "loss.png")
+    recall_against_distance(dict.fromkeys(names, points), tmp_path / "recall.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "recall.png"))

@@ -21,7 +21,7 @@ from darkformer.cli import app
 from darkformer.console import RichReporter
 from darkformer.evaluation import demo
 from darkformer.evaluation.demo import Demo
-from darkformer.evaluation.demo_report import markdown_table, notes, print_demo
+from darkformer.evaluation.demo_report import markdown_table, notes, print_demo, write_report
 from darkformer.evaluation.frontier_report import frontier_cells
 from darkformer.evaluation.recall import RecallTask
 from darkformer.evaluation.settings import DemoConfig, FrontierSettings
@@ -107,6 +107,21 @@ def test_generated_brackets_are_text_not_markup(finished: tuple[Path, dict[str, 
     console = Console(record=True, width=220, file=io.StringIO())
     print_demo(record, console)
     assert console.export_text().count("x[i] = [/b] expr[slice]") == 2
+
+
+def test_names_and_generated_text_are_written_out(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    record = json.loads(json.dumps(finished[1])) | {"model": "<i>\x1b[31m\ud800"}
+    for row in record["rows"]:
+        row["title"] += " $\\frac$ \x9b"
+        if "continued" in row:
+            row["continued"] |= {"prompt": "</pre>\u202e", "text": "\x1b]0;title\x07"}
+    console = Console(record=True, width=220, file=io.StringIO())
+    print_demo(record, console)
+    page = write_report(record, tmp_path).read_text(encoding="utf-8")
+    for shown in (console.export_text(), page):
+        assert r"\x1b[31m\ud800" in shown and r"\u202e" in shown and r"\x1b]0;title\x07" in shown
+        assert not set(shown) & set("\x1b\x07\x9b\u202e")
+    assert "<i>" not in page and "&lt;/pre&gt;" in page
 
 
 def test_a_finished_demo_shows_its_record(

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 
-from darkformer import DarkConfig, InputError, RunFolderError, TrainConfig
+from darkformer import ConfigError, DarkConfig, InputError, RunFolderError, TrainConfig
 from darkformer.records import environment
 from darkformer.train.card import model_card, push_run
 
@@ -127,3 +127,29 @@ class TestPush:
     def test_an_unfinished_run(self, tmp_path: Path) -> None:
         with pytest.raises(RunFolderError, match="no finished run"):
             push_run(tmp_path, "me/x")
+
+
+HOSTILE = "a[/](evil) | `b`\n---\n# c <script> \x1b[31m _d_ \ud800"
+
+
+def test_names_are_not_markdown(record: dict[str, Any], tmp_path: Path) -> None:
+    """And a card with any name can be written: it is what a finished run ends with."""
+    card = model_card({**record, "model": HOSTILE, "data": [HOSTILE], "held_out": ["[" + "x" * 300 + "]*.txt"]})
+    card.save(tmp_path / "README.md")
+    again = ModelCard.load(tmp_path / "README.md")
+    assert "\n# c" not in again.text and "<script>" not in again.text.replace("\\<", "") and "\x1b" not in again.content
+    assert r"a[/\](evil) \| \`b\` --- # c \<script\> \\x1b[31m \_d\_ \\ud800" in again.text
+    assert len(again.data.eval_results) == 2 and again.data.library_name == "transformers"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": "x"}, {"scores": {}}, {"model": [1]}, {"environment": None}, {"data": [[1]]}, {"config": []},
+        {"converted_config": {"method": "`x`"}}, {"converted_config": None}, {"losses": 3}, {"choice": 3},
+        {"budget": {"batch_size": 1, "seq_len": 2, "train": "`x`"}}, {"scores": {"softmax": {"loss": "x"}}},
+    ],
+)  # fmt: skip
+def test_an_edited_record_is_refused_by_name(record: dict[str, Any], change: dict[str, Any]) -> None:
+    with pytest.raises((InputError, ConfigError)):
+        model_card({**record, **change})

@@ -30,7 +30,7 @@ def _shown(source: str) -> str:
 def _escaped(text: Any) -> str:
     """Text on one line of a card, none of it markdown or HTML: names of models and files may be anything."""
     line = " ".join(printable(str(text)).split())
-    return re.sub(r"[\\`*\[\]<>|~$&]|\b_|_\b", r"\\\g<0>", line)
+    return re.sub(r"[\\`*<>|~$&]|\](?=\()|\b_|_\b", r"\\\g<0>", line)
 
 
 def _base(record: Mapping[str, Any]) -> str | None:
