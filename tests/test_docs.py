@@ -180,6 +180,13 @@ def test_commands_in_the_docs_parse() -> None:
             assert {word for word in words if word.startswith("--")} <= flags, (page, words)
 
 
+def test_files_that_the_walk_names_exist() -> None:
+    known = [file.as_posix() for root in ("src", "tests", "benchmarks") for file in (ROOT / root).rglob("*.py")]
+    named = set(re.findall(r"`([\w/]+\.py)`", PAGES["docs/development.md"]))
+    assert len(named) > 20
+    assert not {name for name in named if not any(file.endswith(f"/{name}") for file in known)}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra docs")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]

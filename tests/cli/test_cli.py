@@ -155,6 +155,10 @@ def test_every_help_is_the_fields_help() -> None:
             assert squeezed(f.metadata["help"])[:60] in shown, f.name
 
 
+def test_the_version_is_the_packages() -> None:
+    assert run("--version") == f"darkformer {darkformer.__version__}\n"
+
+
 def test_an_error_is_one_line_and_exit_code_one(tmp_path: Path) -> None:
     words = ["linearize", "missing.gguf", "--out", str(tmp_path / "a")]
     done = subprocess.run([sys.executable, "-m", "darkformer.cli", *words], capture_output=True, text=True)

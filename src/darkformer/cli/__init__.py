@@ -7,6 +7,7 @@ import sys
 import traceback
 from typing import Annotated, Any
 
+from .._version import __version__
 from ..errors import DarkformerError, import_problem
 
 try:
@@ -48,9 +49,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"darkformer {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Before the verb: show where an error arose.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
 ) -> None:
     """Linear attention for pretrained transformers: convert, finetune, generate with constant-size state."""
 
