@@ -345,6 +345,12 @@ class TrainConfig:
     batch_size: int = option(2, "Sequences in one optimizer step.")
     save_every: int = option(100, "Steps between checkpoints; an interrupt writes one as well.")
     dtype: str = option("auto", f"Precision. {_choices(DTYPES)}.")
+    distill: float = option(
+        0.0, "Weight of the softmax model's next-token distribution in the loss, 0 to 1; the rest is the text's."
+    )
+    window_dropout: float = option(
+        0.0, "Share of the steps, from the first one, that draw a narrower window, so that the features must do more."
+    )
     redraw_every: int = option(0, "Optimizer steps between fresh draws of the projection Ω; 0 keeps the first ones.")
     seed: int = option(0, "Seed of the data order.")
 
@@ -359,6 +365,10 @@ class TrainConfig:
             _check_integer(name, getattr(self, name), 2 if name == "seq_len" else 1, _LARGEST)
         for name in ("lr", "geometry_lr", "max_grad_norm"):
             _check_positive(name, getattr(self, name))
+        for name in ("distill", "window_dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"{name}={value!r}: must be a number from 0 to 1.")
         if not isinstance(self.weight_decay, int | float) or not self.weight_decay >= 0:
             raise ConfigError(f"weight_decay={self.weight_decay!r}: must be a number of at least 0.")
 

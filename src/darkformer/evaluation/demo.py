@@ -19,6 +19,7 @@ from ..hf.layers import config_of
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
 from ..records import RUN_FILE, environment, finished_record, open_run, read_json, write_json
 from ..train.data import Document, load_documents, split_documents, token_blocks
+from ..train.distill import teacher_of
 from ..train.linearize import check_budget_config, trained
 from .budget import calibration, measured_choices
 from .demo_report import write_report
@@ -155,7 +156,9 @@ class Demo:
         model = load_model(str(self.out / "model"))
         text = token_blocks(tokenizer, train, self.budget.seq_len, "the training")
         self.reporter.weigh(STEP * self.steps)
-        row["losses"] = trained(model, text, self.budget, self.out / "checkpoints" / "trained", self.reporter, title)
+        teacher = teacher_of(load_model(self.model_name)) if self.budget.distill else None
+        checkpoints = self.out / "checkpoints" / "trained"
+        row["losses"] = trained(model, text, self.budget, checkpoints, self.reporter, title, teacher=teacher)
         measure_quality(
             model, tokenizer, validation, self.frontier, row, filler=self._filler(blocks), reporter=self.reporter,
             title=title,

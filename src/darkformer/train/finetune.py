@@ -25,7 +25,9 @@ from ..config import TrainConfig
 from ..errors import ConfigError, NonFiniteError, RunFolderError
 from ..hf.convert import dark_layers
 from ..hf.load import without_bars
+from .distill import distillation_loss
 from .redraw import Redraw
+from .windows import WindowDropout
 
 #: Projections of queries, keys and values, by the names transformers' families use (fused ones included).
 QKV = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(weight|bias)$")
@@ -67,9 +69,20 @@ def _bad_gradient(model: Any) -> str | None:
 class _Trainer(Trainer):
     """HF's Trainer with two learning rates and a loss that is checked at every step."""
 
-    def __init__(self, budget: TrainConfig, own: list[nn.Parameter], added: list[nn.Parameter], **options: Any) -> None:
+    def __init__(
+        self, budget: TrainConfig, own: list[nn.Parameter], added: list[nn.Parameter], teacher: Any, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.budget, self.own, self.added = budget, own, added
+        self.budget, self.own, self.added, self.teacher = budget, own, added, teacher
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            expected = self.teacher.to(ids.device)(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
+        return distillation_loss(logits, expected, inputs["labels"], self.budget.distill)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -219,7 +232,8 @@ def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _learning(model: Any, chosen: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block only `chosen` learn; afterwards flags, config and mode are as a caller expects them."""
+    """Within the block only `chosen` learn; afterwards flags, configs and mode are as a caller expects them."""
+    configs = [(fm, fm.config) for fm in dark_layers(model)]  # `WindowDropout` changes them within a step
     before = {p: p.requires_grad for p in model.parameters()}
     use_cache = getattr(model.config, "use_cache", None)  # Trainer turns it off, and save_pretrained would keep that
     ids = {id(p) for p in chosen}
@@ -228,12 +242,23 @@ def _learning(model: Any, chosen: list[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(id(p) in ids)
         yield
     finally:
+        for fm, config in configs:
+            fm.config = config
         for p, flag in before.items():
             p.requires_grad_(flag)
             p.grad = None
         if use_cache is not None:
             model.config.use_cache = use_cache
         model.eval()
+
+
+def _callbacks(budget: TrainConfig) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = []
+    if budget.redraw_every:
+        callbacks.append(Redraw(budget.redraw_every))
+    if budget.window_dropout:
+        callbacks.append(WindowDropout(budget.window_dropout, budget.seed))
+    return callbacks
 
 
 def _losses(state: TrainerState) -> list[float]:
@@ -246,6 +271,7 @@ def finetune(
     budget: TrainConfig,
     out: str | Path,
     *,
+    teacher: Any = None,
     resume: bool = False,
     on_step: StepHook | None = None,
     after_step: Mapping[int, Callable[[], None]] | None = None,
@@ -254,6 +280,7 @@ def finetune(
 
     Args:
         budget: steps, rates, which parameters learn, precision.
+        teacher: the softmax model whose distributions count `budget.distill` in the loss, see `distill.teacher_of`.
         out: folder of the checkpoints (`checkpoint-STEP`, by transformers).
         resume: continue at the last checkpoint in `out`; the losses are those of an uninterrupted run.
         on_step: called with (step, loss).
@@ -263,12 +290,15 @@ def finetune(
         The loss of each step, those before an interruption included.
 
     Raises:
-        ConfigError: nothing to train, or a batch that does not divide among the processes. RunFolderError: `out` holds
+        ConfigError: nothing to train, a batch that does not divide among the processes, or `budget.distill` without a
+        teacher. RunFolderError: `out` holds
         checkpoints and `resume` is False. NonFiniteError: loss, queries, keys or values stopped being finite (names the
         step, the layer or parameter, the last good checkpoint). Interrupted: Ctrl-C, after a checkpoint was written.
     """
     if budget.train == "none" or budget.steps == 0:
         return []
+    if budget.distill and teacher is None:
+        raise ConfigError(f"distill={budget.distill} needs a teacher: give finetune the softmax model (`teacher_of`).")
     own, added = trainable_parameters(model, budget.train)
     checkpoint = _checkpoint(Path(out), resume)
     steps = _Steps(on_step, after_step or {})
@@ -277,12 +307,13 @@ def finetune(
             budget,
             own,
             added,
+            teacher if budget.distill else None,
             model=model,
             args=_arguments(budget, Path(out)),
             train_dataset=_Blocks(blocks),
             data_collator=_collate,
             # A redraw before what is called after the step: an evaluation there sees what the next step trains.
-            callbacks=[*([Redraw(budget.redraw_every)] if budget.redraw_every else []), steps],
+            callbacks=[*_callbacks(budget), steps],
         )
         trainer.remove_callback(PrinterCallback)
         if checkpoint and _step_of(checkpoint) >= budget.steps:

@@ -31,6 +31,7 @@ from ..records import RUN_FILE, check_folder, environment, finished_record, open
 from ..reporting import Reporter, Silent
 from .card import model_card
 from .data import blocks_of, load_documents, split_documents, text_size, tokens_of
+from .distill import teacher_of
 from .evaluate import TOKENS_AT_ONCE, evaluate
 from .finetune import finetune
 
@@ -240,8 +241,8 @@ def linearize(
         return record
     scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
     choice, within, frontier, kept = None, None, None, None
+    trains = budget.steps > 0 and budget.train != "none"
     if limit is not None:
-        trains = budget.steps > 0 and budget.train != "none"
         choice = chosen(
             model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype,
             trains or not config.drop_features,
@@ -252,6 +253,7 @@ def linearize(
         if not trains:  # else features may learn what they do not do yet, and were counted
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
             within = Within(size, limit.length, element_bytes)
+    teacher = teacher_of(model) if trains and budget.distill else None
     choices = calibrated(model, config, long_blocks, reporter, config.method, within)
     if limit is not None:
         kept = converted_bytes(model, limit.length, element_bytes)
@@ -259,8 +261,8 @@ def linearize(
             f"after calibration: {kept / 1e6:.1f} MB at {limit.length:,} tokens, {counted}, with the features left on."
         )
     scores["converted"] = scored(model, validation, budget, reporter, "converted")
-    losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method)
-    if budget.steps and budget.train != "none":
+    losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method, teacher=teacher)
+    if trains:
         scores["finetuned"] = scored(model, validation, budget, reporter, "finetuned")
     with reporter.stage("save the model", 1):
         save_model(model, tokenizer, out / "model")
