@@ -10,6 +10,7 @@ import json
 import re
 import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def script(name: str) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
 
 
-def frontier(columns: list[str]) -> str:
-    record = read("frontier-smollm2")
+def frontier(record_name: str, columns: list[str]) -> str:
+    record = read(record_name)
     table = frontier_markdown(record, columns or None)
     return "\n".join([table, "", *(f"- {note}" for note in frontier_notes(record))])
 
@@ -50,7 +51,8 @@ def generation(_: list[str]) -> str:
 
 
 TABLES: dict[str, Callable[[list[str]], str]] = {
-    "frontier": frontier,
+    "frontier": partial(frontier, "frontier-smollm2"),
+    "frontier-gemma3": partial(frontier, "frontier-gemma3"),
     "diagnosed": diagnosed,
     "untrained": untrained,
     "generation": generation,

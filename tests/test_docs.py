@@ -134,7 +134,15 @@ def test_what_the_docs_say_of_the_frontier_is_the_record() -> None:
         kept, whole = (rows[f"budget-{name}"][of]["8192"] for of in ("bytes", "kv_cache_bytes"))
         assert kept <= int(name) / 100 * whole
     assert record["environment"]["commit"] and "changes" not in record["environment"]["commit"]
-    assert (DOCS / "figures" / "frontier-smollm2.png").is_file()
+
+
+def test_what_the_docs_say_of_gemmas_frontier_is_the_record() -> None:
+    record = read_record("frontier-gemma3")
+    rows = {row["name"]: row for row in record["rows"]}
+    kept = {name: row["config"]["keep_exact"] for name, row in rows.items() if name.startswith("budget")}
+    assert kept == {"budget-0": [], "budget-10": [], "budget-40": ["11.0"], "budget-70": ["5.0", "11.0"]}
+    assert rows["budget-40"]["config"]["layer_windows"] == [[5, 1024]]
+    assert "changes" not in record["environment"]["commit"]
 
 
 def test_what_the_docs_say_of_recall_is_the_record() -> None:

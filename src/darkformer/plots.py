@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter
 
 from .cost import times_as_fast
 from .reporting import printable
@@ -118,6 +119,8 @@ def quality_against_bytes(record: Mapping[str, Any], path: Path) -> Path:
     )
     for axes, (label, quality) in zip(grid.flat, panels, strict=True):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # 10 and not 10¹
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         for name, (members, color, marker, style) in lines.items():
             points = [(row["bytes"][length] / 1e6, quality(row), row["budget"]) for row in members]
             points = [point for point in points if point[1] is not None]
