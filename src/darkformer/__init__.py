@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .hf.saved_cache import load_cache, save_cache
     from .train.finetune import finetune
     from .train.redraw import Redraw, redraw
+    from .train.transfer import LayerTransfer, transfer
 
 _LAZY = {
     "convert": "hf.convert",
@@ -53,6 +54,8 @@ _LAZY = {
     "finetune": "train.finetune",
     "Redraw": "train.redraw",
     "redraw": "train.redraw",
+    "LayerTransfer": "train.transfer",
+    "transfer": "train.transfer",
 }
 
 __all__ = [
@@ -65,6 +68,7 @@ __all__ = [
     "DerivativeError",
     "FeatureMap",
     "InputError",
+    "LayerTransfer",
     "MissingExtraError",
     "NonFiniteError",
     "OutOfMemoryError",
@@ -87,6 +91,7 @@ __all__ = [
     "save_cache",
     "save_light",
     "sensitivity",
+    "transfer",
 ]
 
 

@@ -334,6 +334,12 @@ class TrainConfig:
         ConfigError: a field outside its rule.
     """
 
+    transfer_steps: int = option(
+        0,
+        "Steps that fit what conversion added to softmax, layer by layer, before the training, each on one sequence "
+        "of the context (`darkformer.transfer`).",
+    )
+    transfer_lr: float = option(1e-2, "Peak learning rate of these steps.")
     train: str = option("all", f"Which parameters learn. {_choices(TRAIN_GROUPS)}.")
     steps: int = option(100, "Optimizer steps.")
     lr: float = option(2e-4, "Peak learning rate of the model's own weights (linear warm-up, cosine decay).")
@@ -359,11 +365,11 @@ class TrainConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         if self.dtype == "auto":  # at once: what runs is what the record says, and a resumed run compares
             object.__setattr__(self, "dtype", native_dtype())
-        for name in ("steps", "warmup", "redraw_every", "seed"):
+        for name in ("transfer_steps", "steps", "warmup", "redraw_every", "seed"):
             _check_integer(name, getattr(self, name), 0, _LARGEST)
         for name in ("seq_len", "batch_size", "save_every"):
             _check_integer(name, getattr(self, name), 2 if name == "seq_len" else 1, _LARGEST)
-        for name in ("lr", "geometry_lr", "max_grad_norm"):
+        for name in ("transfer_lr", "lr", "geometry_lr", "max_grad_norm"):
             _check_positive(name, getattr(self, name))
         for name in ("distill", "window_dropout"):
             value = getattr(self, name)

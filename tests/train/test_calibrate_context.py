@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, FeatureMap, calibrate, convert, dark_layers
-from darkformer.calibration.calibrate import _output_grams, _search_layer, _split_queries
+from darkformer.calibration.calibrate import _search_layer, _split_queries
 from darkformer.calibration.probe import FarField, Probe, SpreadProbe, spread_queries
+from darkformer.calibration.projections import output_grams
 from darkformer.hf.convert import observing
 from darkformer.hf.layers import converted_modules, layer_of
 from train.capture import captured
@@ -126,7 +127,7 @@ class TestOutputProjection:
     @pytest.mark.parametrize("family", DECODERS)
     def test_it_is_found_in_every_family(self, family: str) -> None:
         model = convert(tiny(family), FAMILIES[family].config)
-        grams, ids = _output_grams(model, tokens(2, 20)), tokens(1, 8)
+        grams, ids = output_grams(model, tokens(2, 20)), tokens(1, 8)
         assert set(grams) == {id(fm) for fm in dark_layers(model)}
         outputs: dict[int, Tensor] = {}
 
@@ -154,15 +155,15 @@ class TestOutputProjection:
     def test_of_a_layer_in_parts_only_the_columns_of_its_heads_count(self) -> None:
         whole, part = _converted(DARK), _converted(replace(DARK, no_features=("1.0",), keep_exact=("2.1",)))
         for full, some in zip(dark_layers(whole), dark_layers(part), strict=True):
-            expected = _output_grams(whole, tokens(1, 20))[id(full)][list(some.heads)]
-            torch.testing.assert_close(_output_grams(part, tokens(1, 20))[id(some)], expected)
+            expected = output_grams(whole, tokens(1, 20))[id(full)][list(some.heads)]
+            torch.testing.assert_close(output_grams(part, tokens(1, 20))[id(some)], expected)
 
     def test_without_one_that_can_be_read_the_attention_output_counts(self) -> None:
         model, other = _converted(DARK), _converted(DARK)
         attention = model.model.layers[1].self_attn
         attention.o_proj = _Alone(attention.o_proj)
         first, _, third = dark_layers(model)
-        assert set(_output_grams(model, tokens(1, 20))) == {id(first), id(third)}
+        assert set(output_grams(model, tokens(1, 20))) == {id(first), id(third)}
         choices, expected = (calibrate(m, [tokens(2, 60)]) for m in (model, other))
         assert choices[0] == expected[0] and choices[1].error != expected[1].error
 
@@ -170,7 +171,7 @@ class TestOutputProjection:
         model = _converted(DARK)
         for layer in model.model.layers[:1]:
             layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,))
-        assert len(_output_grams(model, tokens(1, 20))) == 2
+        assert len(output_grams(model, tokens(1, 20))) == 2
 
     def test_no_hook_stays(self) -> None:
         model = _converted(DARK)

@@ -5,7 +5,6 @@ Statistics are taken in one pass of the *softmax* model; only moments of queries
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,16 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConversionError, InputError
 from ..features.feature_map import FeatureMap
-from ..hf.convert import converted_modules, dark_layers, drop_features, observing
-from ..hf.layers import layer_of
+from ..hf.convert import dark_layers, drop_features, observing
 from ..reporting import Progress
 from .moments import HeadProposals, Moments, set_transforms
 from .probe import SCALES, SpreadProbe, real_tokens
-from .rows import inputs_of
+from .projections import output_grams
+from .rows import inputs_of, run
 
 #: Queries of a sequence that the line search uses, spread over its context; each is compared over all its keys.
 SEARCH_QUERIES = 128
@@ -36,8 +34,6 @@ NEGLIGIBLE = 1e-3
 #: Where features must beat a wider window of as many bytes, their error is at most this share of the window's. The loss
 #: follows such errors loosely: at window 256 features that saved less did not lower it.
 BYTES_MARGIN = 0.8
-#: Tokens of the pass that finds the output projections.
-_TRIAL_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -59,13 +55,6 @@ class HeadChoice:
     error_equal_bytes: list[float]  # without features, the window wider by as many keys as they take bytes
 
 
-def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    device = next(model.parameters()).device
-    # The logits, the largest tensor of the pass, are not needed.
-    fewest = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(**{name: x.to(device) for name, x in inputs.items()}, **fewest, use_cache=False)
-
-
 def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Moments]:
     moments: dict[int, Moments] = {}
 
@@ -77,64 +66,9 @@ def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Momen
 
     with observing(model, observer):
         for batch in batches:
-            _forward(model, inputs_of(batch))
+            run(model, inputs_of(batch))
             tick()
     return moments
-
-
-def _linear_weight(module: nn.Module, inputs: int) -> Tensor | None:
-    """The weight (out, inputs) of a linear layer; None if it is quantized, offloaded, sharded, or no such layer."""
-    if not isinstance(module, nn.Linear | Conv1D):
-        return None
-    weight = module.weight.detach()
-    weight = weight.T if isinstance(module, Conv1D) else weight
-    plain = weight.is_floating_point() and not weight.is_meta and weight.dim() == 2 and weight.shape[1] == inputs
-    return weight if plain else None
-
-
-def _output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
-    """WᵀW (G, R·d_v, R·d_v) of the output projections' columns of each kv head, by the feature map's id.
-
-    The output projection of a layer is the linear module inside it whose input is exactly the attention's output.
-    Where there is none (gated attention), or its weight cannot be read, the layer is absent.
-    """
-    outputs: dict[int, Tensor] = {}
-    grams: dict[int, Tensor] = {}
-
-    def observer(fm: FeatureMap, *captured: Any) -> None:
-        outputs[id(fm)] = captured[-1].transpose(1, 2)  # (B, L, H, d_v)
-
-    def hook_for(attention: Any) -> Any:
-        fm, layer = attention.dark, layer_of(attention)
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            output = outputs.get(id(fm))
-            if output is None or not args or not isinstance(args[0], Tensor):
-                return
-            x, width = args[0], layer.num_heads * output.shape[-1]
-            if x.shape != (*output.shape[:2], width):
-                return
-            own = x.detach().unflatten(-1, (layer.num_kv_heads, -1))[:, :, list(fm.heads)]
-            weight = _linear_weight(module, width)
-            if weight is None or not torch.equal(own.flatten(2), output.flatten(2).to(x.dtype)):
-                return
-            columns = weight.float().unflatten(1, (layer.num_kv_heads, -1))[:, list(fm.heads)].transpose(0, 1)
-            grams[id(fm)] = columns.mT @ columns
-
-        return hook
-
-    handles = []
-    try:
-        for attention in converted_modules(model):
-            for module in attention.modules():
-                if isinstance(module, nn.Linear | Conv1D):
-                    handles.append(module.register_forward_pre_hook(hook_for(attention)))
-        with observing(model, observer):
-            _forward(model, {"input_ids": inputs_of(batch)["input_ids"][:1, :_TRIAL_TOKENS]})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return grams
 
 
 class _Candidate(NamedTuple):
@@ -245,9 +179,9 @@ def _line_search(
             choices.append(_search_layer(fm, probe, proposals.get(id(fm)), key_bytes))
 
     if searched:
-        grams = _output_grams(model, batch)
+        grams = output_grams(model, batch)
         with observing(model, observer):
-            _forward(model, inputs_of(batch))
+            run(model, inputs_of(batch))
     return choices
 
 
@@ -270,7 +204,7 @@ def _drop(model: nn.Module, layers: list[FeatureMap], choices: list[HeadChoice],
 
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, equal_bytes: bool = False, element_bytes: int | None = None,
-    progress: Progress | None = None,
+    drop: bool = True, progress: Progress | None = None,
 ) -> list[HeadChoice]:  # fmt: skip
     """Sets centres, balance, proposal, scale and bias of every layer from the softmax model's own queries and keys.
 
@@ -294,6 +228,7 @@ def calibrate(
     Args:
         batches: input_ids (B, L), or dicts with input_ids and attention_mask. A single batch serves both purposes.
         equal_bytes: features must also beat a window that is wider by as many bytes; for budgets without training.
+        drop: False keeps features that do not pay yet whatever the configuration says, for a `transfer` that follows.
         element_bytes: of a number in the keys and values of that window; by default those of the model's weights.
         progress: called with (batches done, batches in all).
 
@@ -327,7 +262,8 @@ def calibrate(
         proposals = _set_closed_forms(model, layers, every[:-1] or every, tick)
         element_bytes = element_bytes or next(model.parameters()).element_size()
         choices = _line_search(model, layers, every[-1], proposals, element_bytes)
-        _drop(model, layers, choices, equal_bytes)
+        if drop:
+            _drop(model, layers, choices, equal_bytes)
     finally:
         model.train(was_training)
     if progress:

@@ -75,6 +75,13 @@ def inputs_of(batch: Any) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
 
 
+def run(model: Any, inputs: dict[str, Tensor]) -> None:
+    """One pass for what its layers see; the logits, the largest tensor of it, are not computed where that can be."""
+    device = next(model.parameters()).device
+    fewest = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    model(**{name: x.to(device) for name, x in inputs.items()}, **fewest, use_cache=False)
+
+
 def text_rows(batches: Iterable[Any]) -> Rows:
     """All rows of the batches: token ids (B, L), or dicts with input_ids and attention_mask; of one length.
 

@@ -18,7 +18,12 @@ from ..records import read_json
 from ..reporting import printable
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_STAGES = {"softmax": "softmax, before", "converted": "converted, calibrated", "finetuned": "finetuned"}
+_STAGES = {
+    "softmax": "softmax, before",
+    "converted": "converted, calibrated",
+    "transferred": "fitted to softmax",
+    "finetuned": "finetuned",
+}
 
 
 def _shown(source: str) -> str:

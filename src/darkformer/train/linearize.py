@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..calibration.budget import (  # fmt: skip
@@ -34,7 +35,10 @@ from .data import blocks_of, load_documents, split_documents, text_size, tokens_
 from .distill import teacher_of
 from .evaluate import TOKENS_AT_ONCE, evaluate
 from .finetune import finetune
+from .transfer import transfer
 
+#: Reports of the stages before finetuning, beside the model that they left.
+STAGES_FILE = "stages.json"
 #: Tokens of the calibration pass, and of the text that heads are chosen on.
 CALIBRATION_TOKENS, CHOICE_TOKENS = 12288, 8192
 
@@ -61,14 +65,19 @@ def choice_batches(blocks: Tensor) -> list[Tensor]:
 
 
 def calibrated(
-    model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporter, title: str, within: Within | None = None
-) -> list[dict[str, Any]]:
-    """Converts `model` in place and calibrates it, within bytes if there are any; the heads' choices as plain dicts."""
+    model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporter, title: str, within: Within | None = None,
+    *, drop: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Converts `model` in place and calibrates it, within bytes if there are any; the heads' choices as plain dicts.
+
+    Args:
+        drop: see `calibrate`.
+    """
     convert(model, config)
     batches = calibration_batches(blocks)
     with reporter.stage(f"{title}: calibrate", len(batches)) as advance:
         if within is None:
-            return [asdict(choice) for choice in calibrate(model, batches, progress=advance)]
+            return [asdict(choice) for choice in calibrate(model, batches, drop=drop, progress=advance)]
         choices = calibrate_within(model, batches, **within._asdict(), progress=advance)
         return [asdict(choice) for choice in choices]
 
@@ -91,6 +100,50 @@ def trained(
             model, blocks, budget, folder, resume=True,
             on_step=lambda step, loss: advance(step, budget.steps, loss), **options,
         )  # fmt: skip
+
+
+def transferred(
+    model: Any, blocks: Tensor, budget: TrainConfig, folder: Path, reporter: Reporter, title: str
+) -> list[dict[str, Any]]:
+    """`transfer` as a stage, if there are steps for it; continues where a checkpoint in `folder` stops."""
+    if not budget.transfer_steps:
+        return []
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(budget.seed))
+    batches = list(blocks[order[: budget.transfer_steps + 1]].split(1))
+    with reporter.stage(f"{title}: transfer", budget.transfer_steps) as advance:
+        layers = transfer(
+            model, batches, steps=budget.transfer_steps, lr=budget.transfer_lr, dtype=budget.dtype, folder=folder,
+            progress=advance,
+        )  # fmt: skip
+    for layer in layers:
+        if layer.stopped:
+            reporter.say(f"transfer, layer {layer.layer}: {layer.stopped}; kept as of step {layer.kept_step}.")
+    return [asdict(layer) for layer in layers]
+
+
+def _calibrated_and_transferred(
+    model: Any, tokenizer: Any, config: DarkConfig, blocks: Tensor, validation: Tensor, budget: TrainConfig,
+    within: Within | None, folder: Path, reporter: Reporter,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """The stages before finetuning: the model, and their reports `calibration` and `transfer`, and `scores`.
+
+    A transferred model is kept in the folder, from where a run that goes on takes it.
+    """
+    title, file = config.method, folder / "transferred" / STAGES_FILE
+    if file.is_file():
+        return load_model(str(file.parent)), read_json(file)
+    # Transfer decides itself, later, which features pay.
+    choices = calibrated(model, config, blocks, reporter, title, within, drop=not budget.transfer_steps)
+    stages: dict[str, Any] = {
+        "calibration": choices, "transfer": [],
+        "scores": {"converted": scored(model, validation, budget, reporter, "converted")},
+    }  # fmt: skip
+    if budget.transfer_steps:
+        stages["transfer"] = transferred(model, blocks, budget, folder, reporter, title)
+        stages["scores"]["transferred"] = scored(model, validation, budget, reporter, "transferred")
+        save_model(model, tokenizer, file.parent)
+        write_json(file, stages)
+    return model, stages
 
 
 def load_tokens(
@@ -242,32 +295,36 @@ def linearize(
     scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
     choice, within, frontier, kept = None, None, None, None
     trains = budget.steps > 0 and budget.train != "none"
+    learns = trains or budget.transfer_steps > 0
     if limit is not None:
         choice = chosen(
             model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype,
-            trains or not config.drop_features,
+            learns or not config.drop_features,
         )  # fmt: skip
         reporter.say(f"a budget of {limit}, {counted}: {choice}")
         config = choice.config
         frontier = None if before is None else before(model, tokenizer, long_blocks, validation, out)
-        if not trains:  # else features may learn what they do not do yet, and were counted
+        if not learns:  # else features may learn what they do not do yet, and were counted
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
             within = Within(size, limit.length, element_bytes)
     teacher = teacher_of(model) if trains and budget.distill else None
-    choices = calibrated(model, config, long_blocks, reporter, config.method, within)
+    model, stages = _calibrated_and_transferred(
+        model, tokenizer, config, long_blocks, validation, budget, within, out / "checkpoints", reporter
+    )
+    scores |= stages["scores"]
     if limit is not None:
         kept = converted_bytes(model, limit.length, element_bytes)
         reporter.say(
             f"after calibration: {kept / 1e6:.1f} MB at {limit.length:,} tokens, {counted}, with the features left on."
         )
-    scores["converted"] = scored(model, validation, budget, reporter, "converted")
     losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method, teacher=teacher)
     if trains:
         scores["finetuned"] = scored(model, validation, budget, reporter, "finetuned")
     with reporter.stage("save the model", 1):
         save_model(model, tokenizer, out / "model")
     record = {
-        **settings, "environment": environment(), "scores": scores, "losses": losses, "calibration": choices,
+        **settings, "environment": environment(), "scores": scores, "losses": losses,
+        "calibration": stages["calibration"], "transfer": stages["transfer"],
         "seconds": round(time.perf_counter() - started, 1), "train_blocks": len(blocks),
         "choice": None if choice is None else choice.to_dict(), "converted_config": config_of(model).to_dict(),
         "kept_bytes": kept, "frontier": frontier,
