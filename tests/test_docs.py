@@ -18,6 +18,7 @@ from hf import families
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import darkformer
+from darkformer.config import METHODS
 from darkformer.errors import InputError
 from darkformer.evaluation.frontier_report import frontier_markdown
 from darkformer.hf.load import demo_model_path, load_tokenizer, save_model
@@ -108,6 +109,11 @@ def test_a_table_may_show_some_columns() -> None:
     assert [row[1] for row in part[2:]] == [row[place] for row in whole[2:]]
     with pytest.raises(InputError, match=r"no column MB at 9k.*MB at 8k"):
         frontier_markdown(record, ["MB at 9k"])
+
+
+def test_the_table_of_methods_has_every_one() -> None:
+    table = PAGES["docs/concepts.md"].split("## Methods")[1].split("## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.M) == ["method", *METHODS]
 
 
 def test_the_table_of_families_is_the_tests_own() -> None:

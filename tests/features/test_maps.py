@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from darkformer import ConfigError, DarkConfig, FeatureMap, attention, feature_map
 from darkformer.config import METHODS
-from darkformer.features.affine import FORMS, key_log_features, query_log_features
+from darkformer.features.affine import FORMS, affine, key_log_features, query_log_features
 
 SHAPE = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
 
@@ -373,6 +373,14 @@ def test_its_representation_says_what_it_is() -> None:
 
 def test_every_method_has_features() -> None:
     assert set(FORMS) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", ["dark", "random", "constant"])
+def test_the_form_of_raw_tokens(method: str) -> None:
+    x, positions = torch.randn(1, 2, 5, 8).double(), torch.arange(5)[None]
+    for form in affine(moved(make(method=method, window=1)).parameters_for(torch.float64)):
+        form = form._replace(table=form.table and (lambda x, positions: x.abs()))  # one that depends on the token
+        torch.testing.assert_close(form.of_raw(0.3)(x, positions), form(0.3 * x, positions))
 
 
 # random: independent of the token, a function of seed, head, position and feature

@@ -175,10 +175,13 @@ class Probe(FarField):
         """The limit of `kernels` as m grows, (B, G, R, L, L): the colder kernel at scales below 1."""
         query, key = self.mapped(parameters)
         logits = query @ key[:, :, None].mT
-        c, b = (form.linear for form in affine(parameters))
-        if b is not None and c is not None:
-            constant = (b * c).sum(-1)[:, None, None, None]
-            logits = logits + (self.k @ b[..., None]).mT[:, :, None] + self.q @ c[:, None, :, None] - constant
+        of_query, of_key = (form.linear for form in affine(parameters))
+        if of_key is not None:
+            logits = logits + (self.k @ of_key[..., None]).mT[:, :, None]
+        if of_query is not None:
+            logits = logits + self.q @ of_query[:, None, :, None]
+        if (b := parameters.query_center) is not None and (c := parameters.key_center) is not None:
+            logits = logits - (b * c).sum(-1)[:, None, None, None]
         return (logits - self.top).clamp_max(80.0).exp()
 
     def features(self, parameters: FeatureParameters) -> Part:

@@ -73,11 +73,12 @@ class Affine(NamedTuple):
     that centring moves out of the kernel. P and N share one matrix, because one product evaluates both.
     """
 
-    weight: Tensor | None  # (G, m + r, d) P above N; None where the features do not depend on the token
+    weight: Tensor | None  # (G, m + r, d) P above N; None where a table gives the features
     offset: Tensor | None  # (G, m + r) a, then b; without a weight (G, 1) or None
     linear: Tensor | None  # (G, d) u
     num_features: int  # m
     table: Callable[[Tensor, Tensor], Tensor] | None = None  # (x, positions) → (B, G, T, m), in place of a weight
+    # What a table reads besides x gets no gradient: `chunked` differentiates x and the three tensors above.
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x (B, G, T, d), positions (B, T) → ℓ (B, G, T, m)."""
@@ -105,7 +106,9 @@ class Affine(NamedTuple):
     def of_raw(self, root: float) -> Affine:
         """The form of raw tokens, whose scaled ones are `root` times as large."""
         weight, linear = (None if x is None else root * x for x in (self.weight, self.linear))
-        return self._replace(weight=weight, linear=linear)
+        if (table := self.table) is None:
+            return self._replace(weight=weight, linear=linear)
+        return self._replace(linear=linear, table=lambda x, positions: table(root * x, positions))
 
     def without_norm(self) -> Affine:
         """Up to a term that all m features share, with fewer products."""
@@ -145,12 +148,14 @@ def _gaussian(p: FeatureParameters) -> tuple[Affine, Affine]:
         dropped = (b * c).sum(-1)
         constant = -dropped if constant is None else constant - dropped
     query = _gaussian_side(p, p.query_map, b, c, constant)
-    if p.key_map is p.query_map and b is None and constant is None:  # the paper's form has one map for both sides
+    # The paper's form has one map for both sides, and no term that belongs to one of them.
+    if p.key_map is p.query_map and b is None and constant is None:
         return query, query
     return query, _gaussian_side(p, p.key_map, c, b, None)
 
 
-def _token_free(p: FeatureParameters, query: Any, key: Any, num_features: int) -> tuple[Affine, Affine]:
+def _tables(p: FeatureParameters, query: Any, key: Any, num_features: int) -> tuple[Affine, Affine]:
+    """The forms of features that a function of scaled tokens and positions gives."""
     offset = None if p.far_bias is None else -p.far_bias[:, None]
     return Affine(None, offset, None, num_features, query), Affine(None, None, None, num_features, key)
 
@@ -162,7 +167,7 @@ def _constant(p: FeatureParameters) -> tuple[Affine, Affine]:
     def table(x: Tensor, positions: Tensor) -> Tensor:
         return x.new_full((*x.shape[:3], m), -0.5 * math.log(m))
 
-    return _token_free(p, table, table, m)
+    return _tables(p, table, table, m)
 
 
 def _random(p: FeatureParameters) -> tuple[Affine, Affine]:
@@ -178,14 +183,14 @@ def _random(p: FeatureParameters) -> tuple[Affine, Affine]:
 
         return normal
 
-    return _token_free(p, table(0), table(1), m)
+    return _tables(p, table(0), table(1), m)
 
 
 def _none(p: FeatureParameters) -> tuple[Affine, Affine]:
     def table(x: Tensor, positions: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:3], 0)
 
-    return _token_free(p._replace(far_bias=None), table, table, 0)
+    return _tables(p._replace(far_bias=None), table, table, 0)
 
 
 #: What the forms of queries and keys are, by method.
