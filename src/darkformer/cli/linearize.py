@@ -34,9 +34,16 @@ MemoryBudget = Annotated[
         rich_help_panel="Attention",
     ),
 ]
-BudgetAt = Annotated[int, typer.Option("--budget-at", help=field_help(BudgetTask, "at"), min=0)]
+BudgetAt = Annotated[
+    int, typer.Option("--budget-at", help=field_help(BudgetTask, "at"), min=0, rich_help_panel="Attention")
+]
 WithFrontier = Annotated[
-    bool, typer.Option("--frontier/--no-frontier", help="With --budget: measure and print other budgets first.")
+    bool,
+    typer.Option(
+        "--frontier/--no-frontier",
+        help="With --budget: measure and print other budgets first.",
+        rich_help_panel="Attention",
+    ),
 ]
 
 
@@ -57,7 +64,9 @@ def linearize(
 ) -> None:
     """Replace a decoder's softmax attention by linear attention: convert, calibrate, finetune, save.
 
-    Example: darkformer linearize HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --steps 500 --out runs/smol
+    Examples: darkformer linearize HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --steps 500 --out runs/smol
+
+    darkformer linearize model.gguf --data 'books/*.txt' --budget 10% --steps 0 --out runs/tenth
     """
     from ..evaluation.compare import print_scores
     from ..train.linearize import linearize as run
