@@ -27,6 +27,11 @@ def calibrated(config: DarkConfig = CONFIG, family: str = "llama") -> PreTrained
     return model
 
 
+def nearer(report: LayerTransfer) -> bool:
+    now, before = (sum(x * x for x in errors) for errors in (report.error, report.error_before))
+    return now < before
+
+
 def errors(model: torch.nn.Module, batch: Tensor) -> dict[int, float]:
     """Relative error of each layer's attention output on softmax's own inputs, before the output projection."""
     found: dict[int, float] = {}
@@ -48,7 +53,7 @@ def test_every_layer_comes_nearer_to_softmax_on_text_held_back() -> None:
     after = errors(model, BATCHES[-1])
     assert [report.layer for report in reports] == sorted(before)
     for report in reports:
-        assert report.error < report.error_before and after[report.layer] < before[report.layer]
+        assert nearer(report) and after[report.layer] < before[report.layer]
     assert all(torch.equal(model.state_dict()[name], x) for name, x in own.items())  # the model's weights stay
     assert all(p.grad is None for p in model.parameters())
 
@@ -71,7 +76,7 @@ def test_the_errors_are_those_after_the_output_projection() -> None:
         columns = layer.o_proj.weight[:, head * per_head : (head + 1) * per_head]
         heads = slice(head * layer.num_key_value_groups, (head + 1) * layer.num_key_value_groups)
         ours, theirs = (columns @ x[0, heads].transpose(1, 2).flatten(0, 1) for x in (output, target))
-        assert error == pytest.approx(float((ours - theirs).norm() / theirs.norm()), rel=1e-4)
+        assert error == pytest.approx(float(((ours - theirs).norm() / theirs.norm()).detach()), rel=1e-4)
 
 
 def test_padding_does_not_count() -> None:
@@ -122,7 +127,7 @@ def test_a_layer_that_diverges_stops_and_keeps_its_best() -> None:
     model = calibrated()
     before = errors(model, BATCHES[-1])
     reports = transfer(model, BATCHES, steps=16, lr=1e4, dtype="float32")
-    assert all(report.stopped and report.error <= report.error_before for report in reports)
+    assert all(report.stopped and sum(report.error) <= sum(report.error_before) for report in reports)
     assert any("diverged" in report.stopped for report in reports)
     after = errors(model, BATCHES[-1])
     assert all(after[layer] <= before[layer] * 1.001 for layer in before)
@@ -146,8 +151,8 @@ def test_heads_whose_features_do_not_pay_lose_them(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3", "gpt2"])
 def test_other_families(family: str) -> None:
-    for report in transfer(calibrated(CONFIG, family), BATCHES, **FEW):
-        assert report.error < report.error_before
+    for report in transfer(calibrated(CONFIG, family), BATCHES, steps=24, lr=3e-3, dtype="float32"):
+        assert nearer(report)
 
 
 def test_exact_heads_take_no_part() -> None:
@@ -173,4 +178,4 @@ def test_bad_input() -> None:
 
 def test_the_paper_form_learns_its_geometry() -> None:
     reports: list[LayerTransfer] = transfer(calibrated(PAPER), BATCHES, **FEW)
-    assert all(report.error < report.error_before for report in reports)
+    assert all(map(nearer, reports))

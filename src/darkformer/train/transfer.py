@@ -50,7 +50,7 @@ class LayerTransfer:
 
     layer: int
     heads: list[int]  # numbers of the kv heads in the layer
-    error_exact_part: list[float]  # window and sinks alone
+    error_exact_part: list[float]  # window and sinks alone; 1, as of no output at all, where there is no window
     error_before: list[float]
     error: list[float] = field(default_factory=list)  # at the step that was kept
     kept_step: int = 0
@@ -178,8 +178,11 @@ class _Transfer:
                 layer.diverge(step)
                 return
             if step == 0:
-                exact_part = layer.relative_errors(output(_local(layer.fm)), target).sqrt()
-                layer.report.error_before, layer.report.error_exact_part = layer.errors.tolist(), exact_part.tolist()
+                layer.report.error_before = layer.errors.tolist()
+                local = torch.ones_like(layer.errors)
+                if layer.fm.config.window:
+                    local = layer.relative_errors(output(_local(layer.fm)), target).sqrt()
+                layer.report.error_exact_part = local.tolist()
 
         self._pass(batch, visit)
         for layer in self.layers.values():
