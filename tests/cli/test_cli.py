@@ -240,6 +240,35 @@ def test_resume_of_an_interrupted_run_gives_the_uninterrupted_record(
         assert again["scores"][name]["loss"] == pytest.approx(whole["scores"][name]["loss"], rel=1e-6)
 
 
+def test_a_run_of_all_stages_goes_on_after_transfer(
+    model_folder: Path, text_glob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from darkformer.train import linearize as module
+
+    words = ["linearize", str(model_folder), "--data", text_glob, "--transfer-steps", "4", "--steps", "2", *SMALL]
+    words += ["--distill", "0.5", "--window-dropout", "0.5"]
+    run(*words, "--out", str(tmp_path / "whole"))
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    cut = [*words, "--out", str(tmp_path / "cut")]
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(module, "finetune", killed)
+        CliRunner().invoke(app, cut, catch_exceptions=False)
+    after_transfer = tmp_path / "cut" / "checkpoints" / "transferred"
+    run("evaluate", str(after_transfer), "--data", text_glob, "--context", "64", "--out", str(tmp_path / "scores"))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "transfer", killed)  # it is not done again
+        run(*cut, "--resume")
+    whole, again = (json.loads((tmp_path / n / "record.json").read_text()) for n in ("whole", "cut"))
+    assert list(whole["scores"]) == ["softmax", "converted", "transferred", "finetuned"]
+    assert [layer["layer"] for layer in whole["transfer"]] == [0, 1]
+    for name in whole["scores"]:
+        assert again["scores"][name]["loss"] == pytest.approx(whole["scores"][name]["loss"], rel=1e-6)
+    assert again["transfer"] == whole["transfer"] and not (tmp_path / "cut" / "checkpoints").exists()
+
+
 def test_a_budget_in_the_record_is_what_the_saved_model_keeps(
     model_folder: Path, text_glob: str, tmp_path: Path
 ) -> None:
