@@ -241,6 +241,7 @@ def _converted(
         if call is not None:
             turn, own = call.turn(), own_layer(call, module, feature_map)
             if turn == 0:
+                assert call.cache is not None  # own_layer refuses calls without
                 check_even(call.cache, own, length, module.config)
             output = own.extend(turn, layer.calls, query, key, value, mask, parts, **options)
         elif key.shape[2] == length:

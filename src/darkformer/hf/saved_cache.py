@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
 from .._version import __version__
 from ..config import DarkConfig
@@ -243,14 +250,15 @@ def _layer(module: Any, empty: Any, described: Any, stored: dict[str, Tensor], b
         empty: the layer in a new cache.
     """
     seen, kind = _number(described, "seen"), described.get("kind")
-    if kind not in ({"softmax", "sliding"} if module is None else {"state"}):
+    sliding = isinstance(empty, DynamicSlidingWindowLayer)
+    if kind not in (("state",) if module is not None else ("softmax", "sliding") if sliding else ("softmax",)):
         raise InputError(f"its kind is {kind!r}.")
-    if kind == "state":
+    if module is not None:
         own = DarkCacheLayer().bind(module)
         if seen:
             _fill(own, module, described, stored, batch)
         return own
-    if kind == "softmax" and empty.is_sliding:
+    if kind == "softmax" and sliding:
         empty = DynamicLayer()  # a cache that was made without the model's config keeps all keys
     if seen:
         needed = min(seen, empty.sliding_window - 1) if kind == "sliding" else seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def write_sealed(file: Path, kind: str, header: dict[str, Any], tensors: dict[st
 
 
 def read_sealed(
-    file: Path, kind: str, layout: int, *, fields: dict[str, type], what: str, writer: str
+    file: Path, kind: str, layout: int, *, fields: Mapping[str, type], what: str, writer: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file that exists.
 
