@@ -205,6 +205,16 @@ def affine(parameters: FeatureParameters) -> tuple[Affine, Affine]:
     return parameters.cached("affine", lambda: FORMS[parameters.config.method](parameters))
 
 
+def attention_forms(parameters: FeatureParameters) -> tuple[Affine, Affine]:
+    """`affine` as attention evaluates it: without an exact part the query's norm is left out.
+
+    A term that all features of a query share then cancels in the normaliser, while the features of a long query would
+    lose their digits beside it.
+    """
+    query, key = affine(parameters)
+    return (query if parameters.config.window + parameters.config.sinks else query.without_norm()), key
+
+
 def query_log_features(parameters: FeatureParameters, query: Tensor, positions: Tensor) -> Tensor:
     """ℓ_q of scaled queries.
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...features.affine import affine
+from ...features.affine import attention_forms
 from ..state import LOG_ZERO, AttentionState, Problem, State, next_buffers
 from .autograd import Inputs, Pass, attend_pass
 from .log_domain import count_log_domain
@@ -73,9 +73,7 @@ def _forward_pass(problem: Problem, sizes: Sizes) -> tuple[Inputs, Pass]:
         sink_visible = sink_visible & (sink <= query_position[..., None])
     sink_slot = sink - state.count[:, None]
     rules = Rules(problem.scaling, problem.softcap, window, 0, sizes, problem.traced)
-    query_form, key_form = (form.of_raw(problem.scaling**0.5) for form in affine(problem.parameters))
-    if window + sinks == 0 and problem.is_causal:  # a factor that all features share then cancels in the normaliser
-        query_form = query_form.without_norm()
+    query_form, key_form = (form.of_raw(problem.scaling**0.5) for form in attention_forms(problem.parameters))
     masks = Masks(real, in_window[:, :length] & real, in_window, sink_visible & real[..., None], query_position,
                   position[:, :length])  # fmt: skip
     masks = masks._replace(rows=_rows_that_see(masks, state.log_scale, rules) & real)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..state import LOG_ZERO
+from ..state import LOG_ZERO, without_digits
 from .scan import Sums
 
 #: Logits (…, R·C, J) of a chunk's rows, -inf where masked, and values (…, J, d_v + 1) whose last column is 1.
@@ -60,7 +60,10 @@ def log_domain_attention(
     token = torch.arange(width, device=lq.device)
     later = token > token.repeat(rows // width)[:, None]
     inside = inside.masked_fill(later | (inside < LOG_ZERO / 2), -torch.inf)
-    return weighted_sum([*exact, (inside, value), (lq + before.log_scale[..., None, :], before.values)])
+    total, top = weighted_sum([*exact, (inside, value), (lq + before.log_scale[..., None, :], before.values)])
+    if not exact:  # keys could make up for what a long query has lost
+        top = top.masked_fill(without_digits(lq.detach().abs().amax(-1, keepdim=True)), torch.nan)
+    return total, top
 
 
 @dataclass
