@@ -94,6 +94,7 @@ class Affine(NamedTuple):
         shared = -0.5 * mapped.square().sum(-1, keepdim=True)
         if self.linear is not None:
             shared = torch.baddbmm(shared, tokens, self.linear.repeat(batch, 1)[..., None])
+        shared = shared + 0 * shared  # NaN where it overflows: as -inf it would be a weight of 0 with a gradient of NaN
         return features.add_(shared).unflatten(0, x.shape[:2])
 
     def mapped(self, x: Tensor) -> Tensor:
@@ -106,6 +107,11 @@ class Affine(NamedTuple):
         """The form of raw tokens, whose scaled ones are `root` times as large."""
         weight, linear = (None if x is None else root * x for x in (self.weight, self.linear))
         return self._replace(weight=weight, linear=linear)
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether ½‖N·x - b‖² is part of it."""
+        return self.weight is None or self.weight.shape[1] > self.num_features
 
     def without_norm(self) -> Affine:
         """Up to a term that all m features share, with fewer products."""

@@ -54,7 +54,12 @@ def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, heads = q.shape[:2]
     query_form, key_form = attention_forms(parameters)
     lq = query_form(q.flatten(1, 2)[None], t.repeat(heads)[None])[0].unflatten(1, (heads, n))
-    lk = key_form(k[None], j[None])[0]  # (G, K, m)
+    done = (
+        single & (j >= first) & (j < count + n - config.window)
+    )  # no later query sees them exactly: they enter the sums
+    # The others may have features beyond the range, and then gradients of NaN.
+    featured = k.masked_fill(~(done | (far & seen).any(0))[:, None], 0)
+    lk = key_form(featured[None], j[None])[0]  # (G, K, m)
     weight = capped(torch.einsum("grtd,gjd->grtj", q, k), problem.softcap)
     if config.feature_count:
         kernel = torch.logsumexp(lq[:, :, :, None, :] + lk[:, None, None, :, :], dim=-1)
@@ -77,8 +82,6 @@ def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lost, sees = lost & sees[:, None], sees[:, None]
     output = (numerator / torch.where(sees, normaliser[..., None], 1)).masked_fill(lost, torch.nan)
 
-    # Keys that no later query sees exactly go into the sums.
-    done = single & (j >= first) & (j < count + n - config.window)
     lk = lk.masked_fill(~done[:, None], LOG_ZERO)
     scale = torch.cat([lk, state.log_scale[b][:, None]], dim=1).amax(1).detach()
     entering = (lk - scale[:, None]).exp() * done[:, None]

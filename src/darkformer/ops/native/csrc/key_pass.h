@@ -159,7 +159,12 @@ template <bool BF16> struct KeyPass {
         Vec top = set1(-MASKED);
         for (int j = 0; j < n; j++) e[h][j] = load(f + j * VL) - half_norm[j], top = vmax(top, e[h][j]);
         if (any_greater(top, set1(log_scale[i + h] + offset))) log_scale[i + h] = reduce_max(top) - offset;
-        const Vec scale = exp_offset<BF16>(set1(log_scale[i + h] + offset));
+        float top_of_row = log_scale[i + h] + offset;
+        if (BF16 && std::fabs(top_of_row) > LARGEST_OFFSET) {
+          for (int j = 0; j < n; j++) e[h][j] = e[h][j] - set1(top_of_row);
+          top_of_row = 0;
+        }
+        const Vec scale = exp_offset<BF16>(set1(top_of_row));
         for (int j = 0; j < n; j++) e[h][j] = vexp_minus<BF16>(e[h][j], scale), store(f + j * VL, e[h][j]);
       }
       for (int j = 0; BF16 && j < n; j++) store(packed + j * VL, pair_bf16(e[0][j], e[1][j]));

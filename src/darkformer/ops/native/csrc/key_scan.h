@@ -64,7 +64,12 @@ template <bool BF16> struct KeyScan {
         Vec top = set1(-MASKED), sum = set1(0);
         for (int j = 0; j < n; j++) e[h][j] = load(f + j * VL) - half_norm[j], top = vmax(top, e[h][j]);
         if (any_greater(top, set1(log_scale[i + h] + offset))) raise_log_scale(i + h, reduce_max(top) - offset);
-        const Vec scale = exp_offset<BF16>(set1(log_scale[i + h] + offset));
+        float top_of_row = log_scale[i + h] + offset;
+        if (BF16 && std::fabs(top_of_row) > LARGEST_OFFSET) {
+          for (int j = 0; j < n; j++) e[h][j] = e[h][j] - set1(top_of_row);
+          top_of_row = 0;
+        }
+        const Vec scale = exp_offset<BF16>(set1(top_of_row));
         for (int j = 0; j < n; j++) e[h][j] = vexp_minus<BF16>(e[h][j], scale), sum += e[h][j];
         if (!BF16 || !AS_RHS)
           for (int j = 0; j < n; j++) store(f + j * VL, e[h][j]);

@@ -261,7 +261,9 @@ static inline Vec vlog(Vec x) {
   return fma(n, set1(0.693359375f), f + fma(square, set1(-0.5f), p));
 }
 
-// e^(x - c) for many x and one c: vexp_minus(x, exp_offset(c)), so that c is converted once.
+// e^(x - c) for many x and one c: vexp_minus(x, exp_offset(c)), so that c is converted once. For bfloat16 up to LARGEST_OFFSET:
+// beside a larger c the products with log2 e lose digits.
+constexpr float LARGEST_OFFSET = 4096;
 template <bool BF16> static inline Vec exp_offset(Vec c) { return BF16 ? c * set1(-LOG2E) : c; }
 template <bool BF16> static inline Vec vexp_minus(Vec x, Vec offset) {
 #if defined(__AVX512BF16__)
