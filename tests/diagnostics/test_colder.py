@@ -8,7 +8,7 @@ from torch import Tensor
 
 from darkformer import InputError
 from darkformer.diagnostics.colder import ColderError, best_scale, colder_error
-from darkformer.features.proposals import log_weight, oprf_covariance, optimal_covariance
+from darkformer.features.proposals import log_determinant, log_weight, oprf_covariance, optimal_covariance
 from darkformer.features.transforms import symmetric_power
 
 DIM, KEYS, QUERIES, TRIALS = 4, 1000, 100, 16
@@ -43,7 +43,7 @@ def measured(name: str, num_features: int) -> Tensor:
         for i, s in enumerate(SCALES):
             root = torch.eye(DIM).double() if sigma is None else symmetric_power(sigma[i], 0.5)
             sides = [s * x @ (isotropic @ root).T - 0.5 * s**2 * x.square().sum(-1)[:, None] for x in (query, key)]
-            log_query, log_key = sides[0] + log_weight(isotropic, root), sides[1]
+            log_query, log_key = sides[0] + log_weight(isotropic, root, log_determinant(root)), sides[1]
             weights = log_query.exp() @ log_key.exp().T
             error[i] += (weights @ value / weights.sum(-1, keepdim=True) - exact).square().sum()
     return error / size

@@ -15,6 +15,7 @@ from darkformer.features.draws import DRAW_FUNCTIONS
 from darkformer.features.proposals import (
     expected_log_moment,
     expected_moment,
+    log_determinant,
     log_moment,
     log_weight,
     oprf_covariance,
@@ -67,7 +68,8 @@ def test_the_pointwise_second_moment_is_the_measured_one(name: str) -> None:
     sigma = proposal_covariance(name, pair_moments(second, second, torch.zeros(3).double(), torch.zeros(3).double()))
     isotropic, root = normal(400_000, EYE, 4), symmetric_power(sigma, 0.5)
     z = query + key
-    one = log_weight(isotropic, root)[:, None] + isotropic @ root @ z.T - 0.5 * (query**2 + key**2).sum(-1)
+    weight = log_weight(isotropic, root, log_determinant(root))
+    one = weight[:, None] + isotropic @ root @ z.T - 0.5 * (query**2 + key**2).sum(-1)
     for power, expected in ((1, torch.ones(5).double()), (2, log_moment(sigma, z).exp())):
         samples = (power * (one - (query * key).sum(-1))).exp()
         error = samples.std(0) / len(samples) ** 0.5
@@ -209,3 +211,24 @@ def test_exact_softmax_through_the_change_of_variables_under_grouped_queries() -
     assert relative_error(centred.softmax(-1), expected) > 0.1  # the log-weight is needed
     wrong = (key @ p.query_center.flip(0)[:, :, None]).mT[:, :, None]  # and that of the right group
     assert relative_error((centred + wrong).softmax(-1), expected) > 0.01
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_a_forward_pass_takes_no_determinant_by_lapack(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL's factorisation can hang where the number of threads changed; the weights follow the proposal anyway."""
+    fm = feature_map(DarkConfig(num_features=8, proposal="optimal"), num_heads=2, num_kv_heads=2, head_dim=6)
+    covariance = torch.stack([spd(seed, 0.5, 3.0)[:1, :1] * torch.eye(6).double() + 0.1 for seed in (1, 2)])
+    expected = []
+    for factor in (1.0, 2.0):  # a new proposal has another determinant
+        root = symmetric_power(factor * covariance, 0.5).float()
+        expected.append(torch.linalg.slogdet(root.double()).logabsdet)
+    monkeypatch.setattr(torch.linalg, "slogdet", None)
+    with torch.set_grad_enabled(grad):
+        for factor, log_det in zip((1.0, 2.0), expected, strict=True):
+            fm.propose_(factor * covariance)
+            parameters = fm.parameters_for(torch.float32)
+            assert fm.proposal_root is not None and parameters.log_weight is not None
+            assert relative_error(log_determinant(fm.proposal_root), log_det) <= 1e-12
+            rest = log_weight(fm.projection, fm.proposal_root, torch.zeros(2))
+            assert relative_error(parameters.log_weight - rest, log_det[:, None].expand(-1, 8)) <= 1e-5
+            attention(*(torch.randn(1, 2, 5, 6) for _ in range(3)), fm)

@@ -5,12 +5,14 @@ import torch
 from tolerances import OUTPUT, float32_error, relative_error
 from torch import Tensor
 
-from darkformer import DarkConfig, attention, feature_map
+from darkformer import DarkConfig, FeatureMap, NonFiniteError, attention, feature_map
 from darkformer.ops import native
 from darkformer.ops.chunked import count_log_domain
+from darkformer.ops.native import Step
 from darkformer.ops.state import LOG_ZERO
 
 from .cases import Case, make_inputs, make_map, needs_native, use_chunked
+from .test_assembled import install
 
 DIM, LENGTH = 64, 256
 
@@ -50,7 +52,7 @@ def test_large_logits(std: int, window: int, sinks: int, backend: str) -> None:
         assert relative_error(got, want) <= 4 * float32_error(std)  # a product of three rounded factors
 
 
-def test_without_the_log_domain_these_rows_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_log_domain_these_rows_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the path is needed, not only taken."""
     config = DarkConfig(num_features=64, window=0, sinks=0)
     made = feature_map(config, num_heads=1, num_kv_heads=1, head_dim=DIM)
@@ -58,7 +60,8 @@ def test_without_the_log_domain_these_rows_are_wrong(monkeypatch: pytest.MonkeyP
     want = attention(*(x.double() for x in inputs), made, backend="reference")
     assert relative_error(attention(*inputs, made, backend="chunked"), want) <= float32_error(256)
     use_chunked(monkeypatch, underflow=0.0)
-    assert relative_error(attention(*inputs, made, backend="chunked"), want) > 0.1
+    with pytest.raises(NonFiniteError):  # not 0
+        attention(*inputs, made, backend="chunked")
 
 
 @pytest.mark.parametrize("window", [0, 16])
@@ -152,3 +155,74 @@ def test_underflow_is_counted() -> None:
             assert count.underflowed_rows == count.recomputed_rows == 0
         else:
             assert 10 <= count.underflowed_rows <= count.recomputed_rows <= 256  # two chunks of 64, two heads
+
+
+BACKENDS = [*(pytest.param(name, marks=needs_native) for name in ("native", "native-bfloat16", "step")), "chunked"]
+
+
+def _stream(inputs: list[Tensor], made: FeatureMap, backend: str) -> Tensor:
+    """The output by one call, or a token at a time."""
+    if backend not in ("step", "recurrent"):
+        return attention(*inputs, made, backend=backend)
+    state, outputs = None, []
+    step: Step | None = None
+    for t in range(inputs[0].shape[2]):
+        token = [x[:, :, t : t + 1] for x in inputs]
+        if step is not None:
+            outputs.append(step(*token))
+            continue
+        output, state = attention(*token, made, initial_state=state, return_state=True, backend="recurrent")
+        outputs.append(output)
+        if backend == "step":
+            step = Step(state, made, scaling=inputs[0].shape[-1] ** -0.5, softcap=None)
+    return torch.cat(outputs, 2)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "recurrent", "reference", "assembled"])
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (0, 2), (4, 0), (4, 2)])
+@pytest.mark.parametrize("place", ["query", "key", "first key", "both"])
+def test_huge_finite_inputs(place: str, window: int, sinks: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the end of float32's range: a mean of the values seen, near the float64 one, or an error; never 0 or NaN."""
+    install(monkeypatch)
+    dtype = torch.bfloat16 if backend == "native-bfloat16" else torch.float32
+    config = DarkConfig(num_features=16, window=window, sinks=sinks, center=False, balance=False)
+    made = feature_map(config, num_heads=2, num_kv_heads=1, head_dim=8)
+    right = 0
+    for power in (3, 5, 6, 8, 12, 16, 19, 25, 38):
+        generator = torch.Generator().manual_seed(power)
+        query, key, value = (torch.randn(1, n, 20, 8, generator=generator) for n in (2, 1, 1))
+        for name, x in (("query", query), ("key", key)):
+            if place in (name, "both"):
+                x[:, :, 11] *= 10.0**power / x[:, :, 11].abs().max()
+        if place == "first key":
+            key[:, :, 0] *= 10.0**power / key[:, :, 0].abs().max()
+        inputs = [
+            x.to(dtype).requires_grad_(backend not in ("step", "recurrent")) for x in (query, key, 3 + value.sigmoid())
+        ]
+        try:
+            with torch.set_grad_enabled(inputs[0].requires_grad):
+                output = _stream(inputs, made, backend.removesuffix("-bfloat16"))
+                if output.requires_grad:
+                    gradients = torch.autograd.grad(output.sum(), inputs)
+                    assert all(x.isfinite().all() for x in gradients), power
+        except NonFiniteError:
+            assert power >= (3 if place in ("first key", "both") else 5)
+            continue
+        right += 1
+        want = attention(*(x.detach().double() for x in inputs), made, backend="reference")
+        assert relative_error(output, want) <= 2e-2, power
+    assert right >= (2 if place == "query" else 1)
+
+
+@pytest.mark.parametrize("backend", ["chunked", pytest.param("native", marks=needs_native)])
+def test_gradients_beyond_the_range_are_an_error(backend: str) -> None:
+    """Values near the end of the range, and gradients that leave it; an infinite gradient of the output passes on."""
+    made = feature_map(DarkConfig(num_features=16, window=4), num_heads=1, num_kv_heads=1, head_dim=8)
+    query, key = (torch.randn(1, 1, 40, 8, requires_grad=True) for _ in range(2))
+    value = 1e37 * torch.randn(1, 1, 40, 8)
+    output = attention(query, key, value, made, backend=backend)
+    assert output.isfinite().all()
+    with pytest.raises(NonFiniteError, match="a gradient exceeds the range"):
+        torch.autograd.grad(output, [query, key], torch.full_like(output, 1e10), retain_graph=True)
+    grads = torch.autograd.grad(output, [query, key], torch.full_like(output, torch.inf))
+    assert not all(x.isfinite().all() for x in grads)  # what a loss scaler looks for

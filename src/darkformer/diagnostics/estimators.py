@@ -12,7 +12,7 @@ from ..calibration.moments import HeadProposals, Moments, feature_moments, set_t
 from ..config import DarkConfig
 from ..features.affine import affine
 from ..features.feature_map import FeatureMap
-from ..features.proposals import PairMoments, expected_log_moment, log_weight, proposal_covariance
+from ..features.proposals import PairMoments, expected_log_moment, log_determinant, log_weight, proposal_covariance
 from ..features.transforms import regularise, symmetric_power, whitening
 
 
@@ -92,7 +92,7 @@ def measured_log_moment(fm: FeatureMap, query: Tensor, key: Tensor, *, scale: fl
     weights, rows = torch.zeros(z.shape[0], draws, dtype=torch.float64), isotropic.expand(z.shape[0], -1, -1)
     if fm.proposal_root is not None:
         root = fm.proposal_root.double()
-        weights, rows = log_weight(rows, root), rows @ root
+        weights, rows = log_weight(rows, root, log_determinant(root)), rows @ root
     exponent = 2 * (z @ rows.mT + weights[:, None]) - z.square().sum(-1, keepdim=True)
     return (exponent.logsumexp(-1) - math.log(draws)).mean(-1)
 

@@ -95,6 +95,7 @@ class Affine(NamedTuple):
         shared = -0.5 * mapped.square().sum(-1, keepdim=True)
         if self.linear is not None:
             shared = torch.baddbmm(shared, tokens, self.linear.repeat(batch, 1)[..., None])
+        shared = shared + 0 * shared  # NaN where it overflows: as -inf it would be a weight of 0 with a gradient of NaN
         return features.add_(shared).unflatten(0, x.shape[:2])
 
     def mapped(self, x: Tensor) -> Tensor:
@@ -109,6 +110,11 @@ class Affine(NamedTuple):
         if (table := self.table) is None:
             return self._replace(weight=weight, linear=linear)
         return self._replace(linear=linear, table=lambda x, positions: table(root * x, positions))
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether ½‖N·x - b‖² is part of it."""
+        return self.weight is None or self.weight.shape[1] > self.num_features
 
     def without_norm(self) -> Affine:
         """Up to a term that all m features share, with fewer products."""
@@ -208,6 +214,16 @@ FORMS: dict[str, Callable[[FeatureParameters], tuple[Affine, Affine]]] = {
 def affine(parameters: FeatureParameters) -> tuple[Affine, Affine]:
     """The forms of scaled queries and keys, differentiable in the parameters."""
     return parameters.cached("affine", lambda: FORMS[parameters.config.method](parameters))
+
+
+def attention_forms(parameters: FeatureParameters) -> tuple[Affine, Affine]:
+    """`affine` as attention evaluates it: without an exact part the query's norm is left out.
+
+    A term that all features of a query share then cancels in the normaliser, while the features of a long query would
+    lose their digits beside it.
+    """
+    query, key = affine(parameters)
+    return (query if parameters.config.window + parameters.config.sinks else query.without_norm()), key
 
 
 def query_log_features(parameters: FeatureParameters, query: Tensor, positions: Tensor) -> Tensor:

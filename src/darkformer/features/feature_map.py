@@ -15,7 +15,7 @@ from ..cost import check_memory
 from ..errors import ConfigError
 from .affine import FeatureParameters, full_precision
 from .draws import draw_projection
-from .proposals import log_weight
+from .proposals import log_determinant, log_weight
 from .same import DENSE_TYPES, rounds, same_numbers
 from .tracing import traced, transformed
 from .transforms import symmetric_power
@@ -323,8 +323,8 @@ class FeatureMap(nn.Module):
             query_center=cast(self.learned("query_center")),
             key_center=cast(self.learned("key_center")),
             far_bias=cast(self.learned("far_bias")),
-            log_weight=log_weight(projection, root)
-            if weighted and projection is not None and root is not None
+            log_weight=log_weight(projection, root, log_determinant(self.proposal_root))
+            if weighted and projection is not None and root is not None and self.proposal_root is not None
             else None,
             config=self.config,
             layer=self.layer,

@@ -13,9 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import PROPOSALS
 from ..errors import ConfigError
+from .same import DENSE_TYPES, same_numbers
+from .tracing import traced, transformed
 from .transforms import symmetric_power
 
 
@@ -120,13 +123,45 @@ def proposal_covariance(proposal: str, moments: PairMoments) -> Tensor:
     return torch.eye(moments.query.shape[-1]).to(moments.query).expand_as(moments.query)
 
 
-def log_weight(isotropic: Tensor, root: Tensor) -> Tensor:
-    """log p_I(ω)/ψ(ω) of ω = Σ^½ω₀ for rows ω₀ `isotropic` (…, m, d) and the symmetric Σ^½ `root`: (…, m).
+#: Roots as they were, and the logarithms of their determinants.
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _eliminate(matrix: Tensor) -> Tensor:
+    """log |X| of symmetric positive definite X (…, d, d), by Gaussian elimination in float64: (…)."""
+    rest, pivots = matrix.double(), []
+    for _ in range(matrix.shape[-1]):
+        pivots.append(rest[..., 0, 0])
+        rest = rest[..., 1:, 1:] - rest[..., 1:, :1] * (rest[..., :1, 1:] / pivots[-1][..., None, None])
+    return torch.stack(pivots, -1).abs().log().sum(-1)
+
+
+def log_determinant(root: Tensor) -> Tensor:
+    """log |Σ^½| of the symmetric positive definite `root` (…, d, d): (…), float64. Kept until a number changes.
+
+    Not by LAPACK: forward passes need it, in which MKL's factorisation can hang after the number of threads changed.
+    """
+    readable = type(root) in DENSE_TYPES and not (traced(root) or transformed() or torch.compiler.is_compiling())
+    if not readable or root.requires_grad:
+        return _eliminate(root)
+    before, answer = _KNOWN.get(root, (root.new_empty(0), root))
+    if not same_numbers(before, root):
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be used with gradients
+            answer = _eliminate(root.clone())
+            _KNOWN[root] = root.clone(), answer
+    return answer
+
+
+def log_weight(isotropic: Tensor, root: Tensor, log_det: Tensor) -> Tensor:
+    """log p_I(ω)/ψ(ω) of ω = Σ^½ω₀ for rows ω₀ `isotropic` (…, m, d): (…, m).
 
     ½ log|Σ| - ½‖ω‖² + ½‖ω₀‖², since ωᵀΣ⁻¹ω = ‖ω₀‖².
+
+    Args:
+        root: the symmetric Σ^½ (…, d, d). log_det: its `log_determinant` (…).
     """
     difference = isotropic.square().sum(-1) - (isotropic @ root).square().sum(-1)
-    return 0.5 * difference + torch.linalg.slogdet(root).logabsdet[..., None]
+    return 0.5 * difference + log_det.to(isotropic.dtype)[..., None]
 
 
 def _tail(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from ..features.affine import key_log_features, query_log_features
-from .state import LOG_ZERO, AttentionState, Problem, State, capped, next_buffers
+from ..features.affine import attention_forms
+from .state import LOG_ZERO, AttentionState, Problem, State, capped, join, next_buffers, without_digits
 
-#: q, k (B, L, H, m), v (B, L, H, d_v), log-decays g (B, L, H, m), state (B, H, m, d_v) → out (B, L, H, d_v) and the
-#: last state, of S_t = e^{g_t} S_{t-1} + k_t v_tᵀ, out_t = q_tᵀ S_t.
-FarPart = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+#: q, k (B, L, H, m), v (B, L, H, d_v), log-decays g (B, L, H, m), state (B, H, m, d_v) → out (B, L, H, d_v) of
+#: S_t = e^{g_t} S_{t-1} + k_t v_tᵀ, out_t = q_tᵀ S_t.
+FarPart = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 #: q (B, H, L, d), k, v (B, G, K, …), which (b, h, t, j) are seen, scaling, softcap → softmax attention (B, H, L, d_v)
 #: and its log-normaliser (B, H, L).
 NearPart = Callable[[Tensor, Tensor, Tensor, Callable[..., Tensor], float, float | None], tuple[Tensor, Tensor]]
@@ -39,10 +39,14 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+#: Tokens that `FarPart` adds up by itself, in chunks of its own; its rounding errors end with them.
+PIECE = 16_384
+
+
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> Tensor:
     """`FarPart` by flash-linear-attention."""
     chunk_gla: Any = importlib.import_module("fla.ops.gla").chunk_gla
-    return chunk_gla(q, k, v, g, scale=1.0, initial_state=state, output_final_state=True)
+    return chunk_gla(q, k, v, g, scale=1.0, initial_state=state)[0]
 
 
 @functools.cache
@@ -96,13 +100,14 @@ def _far(problem: Problem, part: FarPart) -> tuple[Tensor, Tensor, dict[str, Ten
     )
     position = state.count[:, None] - window + new
     real = ((position >= state.sink_key.shape[2]) & (new < problem.lengths[:, None]))[:, None, :, None]
-    lk = key_log_features(problem.parameters, key * root, position).masked_fill(~real, LOG_ZERO)
+    query_form, key_form = attention_forms(problem.parameters)
+    lk = key_form(key * root, position).masked_fill(~real, LOG_ZERO)
     scale = torch.cat([state.log_scale[:, :, None], lk], dim=2).detach().cummax(2).values
     before, after = scale[:, :, :-1], scale[:, :, 1:]
     ek = (lk - after).exp() * real
     decay = torch.where(before < LOG_ZERO / 2, 0, before - after)  # of an empty sum any will do: 0 loses no digits
     query = problem.query.to(compute).flatten(2, 3) * root
-    lq = query_log_features(problem.parameters, query, (state.count[:, None] + new).repeat(1, heads))
+    lq = query_form(query, (state.count[:, None] + new).repeat(1, heads))
     lq = lq.unflatten(2, (heads, length)) + after[:, :, None]
     top = lq.detach().amax(-1, keepdim=True)
     ones = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
@@ -114,12 +119,21 @@ def _far(problem: Problem, part: FarPart) -> tuple[Tensor, Tensor, dict[str, Ten
         return x.repeat_interleave(heads, dim=1).transpose(1, 2)
 
     eq = (lq - top).exp().flatten(1, 2).transpose(1, 2)
-    sums_of_rows, last = part(eq, spread(ek), spread(ones), spread(decay), sums.repeat_interleave(heads, dim=1))
-    sums_of_rows, last = sums_of_rows.transpose(1, 2), last[:, ::heads]
+    tokens, pieces = (eq, spread(ek), spread(ones), spread(decay)), []
+    for start in range(0, length, PIECE):
+        here, last = slice(start, start + PIECE), after[:, :, start : start + PIECE][:, :, -1]
+        piece = part(*(x[:, here] for x in tokens), sums.repeat_interleave(heads, dim=1))
+        pieces.append(piece.transpose(1, 2))
+        weight = (lk[:, :, here] - last[:, :, None]).exp() * real[:, :, here]
+        carry = (before[:, :, start] - last).exp()[..., None]
+        sums = join(sums, carry, weight.mT @ ones[:, :, here], state.count + start)
+    sums_of_rows = torch.cat(pieces, dim=2)
+    if not window + state.sink_key.shape[2]:  # a long query could make up for what the keys have lost
+        top = top.masked_fill(without_digits(after.amax(-1))[:, :, None, :, None], torch.nan)
     normaliser = sums_of_rows[..., -1]
     safe = torch.where(normaliser > 0, normaliser, 1)
     log_normaliser = torch.where(normaliser > 0, top.flatten(1, 2)[..., 0] + safe.log(), LOG_ZERO)
-    after_all = {"feature_values": last[..., :-1], "feature_sum": last[..., -1], "log_scale": scale[:, :, -1]}
+    after_all = {"feature_values": sums[..., :-1], "feature_sum": sums[..., -1], "log_scale": scale[:, :, -1]}
     return sums_of_rows[..., :-1] / safe[..., None], log_normaliser, after_all
 
 
@@ -134,9 +148,10 @@ def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[
         far, far_normaliser, sums = _far(problem, far_part)
         if exact:
             share = torch.sigmoid(far_normaliser - log_normaliser)[..., None]
-            output = share * far + (1 - share) * output
+            output, far_normaliser = share * far + (1 - share) * output, torch.maximum(far_normaliser, log_normaliser)
         else:
             output = far
+        output = output.masked_fill(without_digits(far_normaliser)[..., None], torch.nan)
     pads = torch.arange(output.shape[2], device=output.device) >= problem.lengths[:, None]
     output = output.masked_fill(pads[:, None, :, None], 0)
     return output.unflatten(1, problem.query.shape[1:3]), AttentionState(**sums, **buffers)

@@ -25,7 +25,17 @@ from .native import why_not as _why_not_native
 from .packing import check_documents, separately
 from .recurrent import recurrent
 from .reference import reference
-from .state import AttentionState, KeyValueState, Problem, State, check_state, compact, compute_dtype, reorder
+from .state import (
+    AttentionState,
+    KeyValueState,
+    Problem,
+    State,
+    check_state,
+    compact,
+    compute_dtype,
+    non_finite,
+    reorder,
+)
 
 
 class Backend(NamedTuple):
@@ -108,19 +118,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, feature_map: Featu
         raise InputError(f"key_mask has dtype {mask.dtype}: give booleans or integers, True or 1 for real tokens.")
 
 
-def _non_finite(**tensors: Tensor) -> list[str]:
-    """Names of the tensors that hold NaN or infinity."""
-
-    def total(x: Tensor) -> Tensor:  # a sum in another dtype copies the whole tensor first; only float16 overflows
-        return x.detach().sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
-
-    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(total(x)))]
-    return [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow by itself
-
-
 def check_finite(**tensors: Tensor) -> None:
     """Raises NonFiniteError that names the tensors holding NaN or infinity."""
-    if bad := _non_finite(**tensors):
+    if bad := non_finite(**tensors):
         raise NonFiniteError(
             f"{' and '.join(bad)} hold NaN or infinity: the layers before this one have diverged; "
             "lower the learning rate or go back to the last checkpoint."
@@ -183,7 +183,7 @@ def _run(backend: Backend, problem: Problem) -> tuple[Tensor, State]:
         check_finite(**inputs)
     try:
         output, state = backend.function(problem)
-        finite = backend.checks_finite or not _non_finite(output=output)
+        finite = backend.checks_finite or not non_finite(output=output)
     except NonFiniteError:
         finite = False
     if not finite:

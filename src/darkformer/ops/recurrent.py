@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..features.affine import key_log_features, query_log_features
-from .state import LOG_ZERO, AttentionState, Problem, State, capped
+from ..features.affine import attention_forms
+from .state import LOG_ZERO, AttentionState, Problem, State, capped, join, without_digits
 
 
 def _weighted_mean(
@@ -29,7 +29,7 @@ def _weighted_mean(
         weight = (logits - top).exp() * (logits > LOG_ZERO / 2)
         numerator, normaliser = numerator + weight @ value.to(q.dtype), normaliser + weight.sum(-1)
     assert isinstance(numerator, Tensor) and isinstance(normaliser, Tensor)
-    return numerator / torch.where(normaliser > 0, normaliser, 1)[..., None]
+    return (numerator / normaliser[..., None]).masked_fill(without_digits(top), torch.nan)
 
 
 def recurrent(problem: Problem) -> tuple[Tensor, State]:
@@ -56,15 +56,17 @@ def recurrent(problem: Problem) -> tuple[Tensor, State]:
     if problem.config.feature_count:  # the key that leaves the window enters the sums
         leaving = position[:, None] - window
         valid = (leaving >= sinks)[:, :, None, None]
-        lk = key_log_features(problem.parameters, recent_key[:, :, :1].to(compute) * root, leaving)
+        query_form, key_form = attention_forms(problem.parameters)
+        lk = key_form(recent_key[:, :, :1].to(compute) * root, leaving)
         lk = lk.masked_fill(~valid, LOG_ZERO).squeeze(2)
         scale = torch.maximum(state.log_scale, lk.detach())
         entering = (lk - scale).exp() * valid[:, :, 0]
         carry = (state.log_scale - scale).exp()
-        values = carry[..., None] * values + entering[..., None] * recent_value[:, :, :1].to(compute)
-        total = carry * total + entering
-        lq = query_log_features(problem.parameters, q, position[:, None].expand(-1, q.shape[2]))
-        past = lq + scale[:, :, None]  # (B, G, R, m)
+        summand = entering[..., None] * recent_value[:, :, :1].to(compute)
+        values, total = join(values, carry[..., None], summand, position), join(total, carry, entering, position)
+        past = query_form(q, position[:, None].expand(-1, q.shape[2])) + scale[:, :, None]  # (B, G, R, m)
+        if not window + sinks:  # a long query could make up for what the keys have lost
+            past = past.masked_fill(without_digits(scale.amax(-1))[:, :, None, None], torch.nan)
     near_key, near_value = recent_key[:, :, 1:], recent_value[:, :, 1:]
     if window:
         age = torch.arange(window - 1, -1, -1, device=device)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..features.affine import key_log_features, query_log_features
+from ..features.affine import attention_forms
 from .state import (
     LOG_ZERO,
     AttentionState,
@@ -18,6 +18,7 @@ from .state import (
     compute_dtype,
     last_tokens,
     next_buffers,
+    without_digits,
 )
 
 
@@ -51,26 +52,36 @@ def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     far = far & (j >= first)
 
     groups, heads = q.shape[:2]
-    lq = query_log_features(parameters, q.flatten(1, 2)[None], t.repeat(heads)[None])[0].unflatten(1, (heads, n))
-    lk = key_log_features(parameters, k[None], j[None])[0]  # (G, K, m)
+    query_form, key_form = attention_forms(parameters)
+    lq = query_form(q.flatten(1, 2)[None], t.repeat(heads)[None])[0].unflatten(1, (heads, n))
+    done = (
+        single & (j >= first) & (j < count + n - config.window)
+    )  # no later query sees them exactly: they enter the sums
+    # The others may have features beyond the range, and then gradients of NaN.
+    featured = k.masked_fill(~(done | (far & seen).any(0))[:, None], 0)
+    lk = key_form(featured[None], j[None])[0]  # (G, K, m)
     weight = capped(torch.einsum("grtd,gjd->grtj", q, k), problem.softcap)
     if config.feature_count:
         kernel = torch.logsumexp(lq[:, :, :, None, :] + lk[:, None, None, :, :], dim=-1)
         weight = torch.where(far, kernel, weight)
-    weight = weight.masked_fill(~seen | (far if not config.feature_count else torch.zeros_like(far)), LOG_ZERO)
+    visible = seen if config.feature_count else seen & ~far
+    weight = weight.masked_fill(~visible, LOG_ZERO)
 
     past = lq + state.log_scale[b][:, None, None, :]  # what is only in the state: (G, R, n, m)
     # Without tokens there may be neither keys nor features, and a maximum over nothing is an error.
     nothing = past.new_zeros(groups, heads, 0, 1)
     top = torch.cat([weight, past], dim=-1).amax(-1, keepdim=True).detach() if n else nothing
-    exact, stored = (weight - top).exp() * (weight > LOG_ZERO / 2), (past - top).exp()
+    exact, stored = (weight - top).exp() * visible, (past - top).exp()
     numerator = torch.einsum("grtj,gjd->grtd", exact, v)
     numerator = numerator + torch.einsum("grtm,gmd->grtd", stored, state.feature_values[b])
     normaliser = exact.sum(-1) + torch.einsum("grtm,gm->grt", stored, state.feature_sum[b])
-    output = numerator / torch.where(normaliser > 0, normaliser, 1)[..., None]
+    lost = without_digits(top)
+    if not config.window + config.sinks and config.feature_count:  # keys can make up for what a long query has lost
+        lost = lost | without_digits(lq.abs().amax(-1, keepdim=True))
+    sees = visible.any(-1) | (state.log_scale[b] > LOG_ZERO / 2).any()
+    lost, sees = lost & sees[:, None], sees[:, None]
+    output = (numerator / torch.where(sees, normaliser[..., None], 1)).masked_fill(lost, torch.nan)
 
-    # Keys that no later query sees exactly go into the sums.
-    done = single & (j >= first) & (j < count + n - config.window)
     lk = lk.masked_fill(~done[:, None], LOG_ZERO)
     scale = torch.cat([lk, state.log_scale[b][:, None]], dim=1).amax(1).detach()
     entering = (lk - scale[:, None]).exp() * done[:, None]

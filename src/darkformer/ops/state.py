@@ -18,6 +18,8 @@ from ..features.tracing import traced, transformed
 LOG_ZERO = -1e30
 #: Tokens. Above it a position plus the length of a call could leave int64.
 LARGEST_COUNT = 1 << 48
+#: Message of the NonFiniteError of a backward pass.
+OVERFLOW = "a gradient exceeds the range of {} although the gradient of the output is finite."
 
 
 def compute_dtype(query: Tensor) -> torch.dtype:
@@ -141,6 +143,42 @@ class Problem(NamedTuple):
     @property
     def config(self) -> DarkConfig:
         return self.parameters.config
+
+
+def join(total: Tensor, decay: Tensor, summand: Tensor, position: Tensor) -> Tensor:
+    """decay·total + summand, rounded so that a total of millions of summands keeps its digits.
+
+    Rounded to nearest, a float32 total loses the same fraction of every equal summand, and all of it from 2^24 of them
+    on. So a dither of (u - ½) units of the total's last place is added first, u the golden-ratio (Weyl) sequence: each
+    rounding is then right on average over positions (Lipshitz, Wannamaker and Vanderkooy 1992, "Quantization and
+    dither"), at no memory. Positions in order, not random numbers: the result depends on the tokens alone, and the
+    error after n equal summands is of order log n units, not √n.
+
+    Args:
+        total: (B, …) in the compute dtype; float64 is left to round to nearest.
+        decay, summand: broadcast to it.
+        position: (B,) int64, any number that differs from join to join.
+    """
+    if total.dtype == torch.float32:
+        u = ((position * 0x9E3779B9) & 0xFFFFFFFF).to(torch.float32) * 2.0**-32 - 0.5
+        power = total.detach().view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)  # 2^⌊log2 |total|⌋
+        summand = torch.addcmul(summand, power, (u * 2.0**-23).view(-1, *(1,) * (total.dim() - 1)))
+    return torch.addcmul(summand, total, decay)
+
+
+def non_finite(**tensors: Tensor) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+
+    def total(x: Tensor) -> Tensor:  # a sum in another dtype copies the whole tensor first; only float16 overflows
+        return x.detach().sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
+
+    bad = [name for name, x in tensors.items() if not bool(torch.isfinite(total(x)))]
+    return [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow by itself
+
+
+def without_digits(top: Tensor) -> Tensor:
+    """Where a row's largest logit is so large, or NaN, that rounding decides: by a quarter and more in its dtype."""
+    return ~(top.abs() <= 0.25 / torch.finfo(top.dtype).eps)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...features.affine import affine
-from ..state import LOG_ZERO, AttentionState, Problem, State, next_buffers
+from ...features.affine import attention_forms
+from ..state import LOG_ZERO, AttentionState, Problem, State, next_buffers, without_digits
 from .autograd import Inputs, Pass, attend_pass
 from .log_domain import count_log_domain
 from .span import Masks, Rules, Sizes
@@ -73,9 +73,7 @@ def _forward_pass(problem: Problem, sizes: Sizes) -> tuple[Inputs, Pass]:
         sink_visible = sink_visible & (sink <= query_position[..., None])
     sink_slot = sink - state.count[:, None]
     rules = Rules(problem.scaling, problem.softcap, window, 0, sizes, problem.traced)
-    query_form, key_form = (form.of_raw(problem.scaling**0.5) for form in affine(problem.parameters))
-    if window + sinks == 0 and problem.is_causal:  # a factor that all features share then cancels in the normaliser
-        query_form = query_form.without_norm()
+    query_form, key_form = (form.of_raw(problem.scaling**0.5) for form in attention_forms(problem.parameters))
     masks = Masks(real, in_window[:, :length] & real, in_window, sink_visible & real[..., None], query_position,
                   position[:, :length])  # fmt: skip
     masks = masks._replace(rows=_rows_that_see(masks, state.log_scale, rules) & real)
@@ -129,12 +127,17 @@ def chunked_with(problem: Problem, sizes: Sizes) -> tuple[Tensor, State]:
     """`chunked` with other sizes than the fastest."""
     inputs, forward = _forward_pass(problem, sizes)
     result = attend_pass(inputs, forward)
-    output = result.output
+    output, log_normaliser = result.output, result.log_normaliser
     # Without features and with window 1 a query sees no key after itself.
     if not problem.is_causal and (problem.config.feature_count or problem.config.window > 1):
         other = attend_pass(*_backward_pass(problem, inputs, forward))
-        share = torch.sigmoid(result.log_normaliser - other.log_normaliser.flip(3))[..., None]
+        other_normaliser = other.log_normaliser.flip(3)
+        share = torch.sigmoid(log_normaliser - other_normaliser)[..., None]
         output = share * output + (1 - share) * other.output.flip(3)
+        log_normaliser = torch.maximum(log_normaliser, other_normaliser)
+    lost = without_digits(log_normaliser) & (log_normaliser != LOG_ZERO)  # LOG_ZERO: the row sees nothing
+    if problem.traced or bool(lost.any()):
+        output = output.masked_fill(lost[..., None], torch.nan)  # the public door reports it
     return output, AttentionState(
         feature_values=result.sums.values[..., :-1], feature_sum=result.sums.values[..., -1],
         log_scale=result.sums.log_scale,

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...errors import NonFiniteError
 from ...features.affine import Affine
-from ..state import gather_tokens
+from ..state import OVERFLOW, gather_tokens, non_finite
 from .log_domain import add_to_counts
 from .scan import Sums
 from .span import Masks, Operands, Result, Rules, attend_span, far_sums
@@ -170,6 +171,11 @@ class ChunkedPass(torch.autograd.Function):
                 first = whole[:, :, : grad.shape[2]]
                 first.scatter_add_(2, slot.expand_as(grad), grad.masked_fill(~new, 0).to(whole.dtype))
             d_stored.append(grad.masked_fill(new, 0).to(stored.dtype))
+        # Scaled losses overflow by design, and whoever scaled them looks at the gradients.
+        if non_finite(dq=dq, dk=dk, dv=dv) and not non_finite(
+            **{str(i): x for i, x in enumerate(grads) if x is not None}
+        ):
+            raise NonFiniteError(OVERFLOW.format(compute))
         d_before = dk_before.to(t.key_before.dtype), dv_before.to(t.value_before.dtype)
         return None, None, None, dq, dk, dv, *d_before, *d_stored, d_sums, *d_shared[2:]
 

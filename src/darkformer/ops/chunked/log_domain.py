@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..state import LOG_ZERO
+from ..state import LOG_ZERO, without_digits
 from .scan import Sums
 
 #: Logits (…, R·C, J) of a chunk's rows, -inf where masked, and values (…, J, d_v + 1) whose last column is 1.
@@ -39,7 +39,7 @@ def _key_logits(lq: Tensor, lk: Tensor) -> Tensor:
 
 
 def log_domain_attention(
-    lq: Tensor, lk: Tensor, value: Tensor, before: Sums, exact: list[Term], *, recompute: bool
+    lq: Tensor, lk: Tensor, value: Tensor, before: Sums, exact: list[Term], *, recompute: bool, has_norm: bool
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums (…, R·C, d_v + 1), in units of exp(top), and top (…, R·C, 1) of chunks.
 
@@ -47,6 +47,7 @@ def log_domain_attention(
         lq: (…, R·C, m) log-features of the queries. lk: (…, C, m) of the far keys, LOG_ZERO where masked.
         value: (…, C, d_v + 1). before: (…, m, …) sums over the keys before the chunk. exact: the window and the sinks.
         recompute: whether the backward pass computes the pairs again: they are C times the log-features.
+        has_norm: whether the queries' norms are part of lq.
     """
     rows, width = lq.shape[-2], lk.shape[-2]
     # One key at a time: memory stays that of the rows.
@@ -60,7 +61,10 @@ def log_domain_attention(
     token = torch.arange(width, device=lq.device)
     later = token > token.repeat(rows // width)[:, None]
     inside = inside.masked_fill(later | (inside < LOG_ZERO / 2), -torch.inf)
-    return weighted_sum([*exact, (inside, value), (lq + before.log_scale[..., None, :], before.values)])
+    total, top = weighted_sum([*exact, (inside, value), (lq + before.log_scale[..., None, :], before.values)])
+    if not has_norm:  # keys could make up for what a long query has lost
+        top = top.masked_fill(without_digits(lq.detach().abs().amax(-1, keepdim=True)), torch.nan)
+    return total, top
 
 
 @dataclass

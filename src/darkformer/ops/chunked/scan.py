@@ -40,7 +40,9 @@ def _delayed(sums: Sums, places: int) -> Sums:
 
 
 def prefix_sums(chunks: Sums, start: Sums) -> tuple[Sums, Sums]:
-    """The sums before every chunk and after the last one; between blocks by doubling (Hillis and Steele, 1986).
+    """The sums before every chunk, and those over all chunks without `start`, at the scale of both.
+
+    Between blocks by doubling (Hillis and Steele, 1986).
 
     Args:
         chunks: of each chunk by itself, (B, G, N, m, …), N a multiple of BLOCK. start: (B, G, m, …).
@@ -50,16 +52,17 @@ def prefix_sums(chunks: Sums, start: Sums) -> tuple[Sums, Sums]:
     first = torch.arange(count // BLOCK, device=device) * BLOCK
     single = [Sums(*(x.index_select(2, first + i) for x in chunks)) for i in range(BLOCK)]
     inside = list(itertools.accumulate(single, _join))
-    blocks = Sums(*(torch.cat([x[:, :, None], y], dim=2) for x, y in zip(start, inside[-1], strict=True)))
+    first_block = Sums(torch.zeros_like(start.values), start.log_scale)  # nothing yet, at the scale of `start`
+    blocks = Sums(*(torch.cat([x[:, :, None], y], dim=2) for x, y in zip(first_block, inside[-1], strict=True)))
     entries = blocks.log_scale.shape[2]
     for step in range((entries - 1).bit_length() if isinstance(entries, int) else DOUBLINGS):
         blocks = _join(_delayed(blocks, 2**step), blocks)
-    before = Sums(*(x[:, :, :-1] for x in blocks))
+    new = Sums(*(x[:, :, -1] for x in blocks))
+    decay = (start.log_scale[:, :, None] - blocks.log_scale).exp()[..., None]
+    values = torch.addcmul(blocks.values, start.values[:, :, None], decay)
+    before = Sums(values[:, :, :-1], blocks.log_scale[:, :, :-1])
     # All blocks' first chunks, then their second ones, …
     by_place = [before, *(_join(before, earlier) for earlier in inside[:-1])]
     chunk = torch.arange(count, device=device)
     order = chunk % BLOCK * (count // BLOCK) + chunk // BLOCK
-    return (
-        Sums(*(torch.cat(x, dim=2).index_select(2, order) for x in zip(*by_place, strict=True))),
-        Sums(*(x[:, :, -1] for x in blocks)),
-    )
+    return Sums(*(torch.cat(x, dim=2).index_select(2, order) for x in zip(*by_place, strict=True))), new

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...features.affine import Affine
-from ..state import LOG_ZERO, capped
+from ..state import LOG_ZERO, capped, join, without_digits
 from .log_domain import Term, highest, log_domain_attention, weighted_sum
 from .scan import BLOCK, Sums, prefix_sums
 
@@ -152,14 +152,21 @@ def far_sums(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Far:
     ek = ek if hidden is None else ek.masked_fill(hidden, 0)
     own = ek.mT @ value
     if rules.traced:
-        before, after = prefix_sums(Sums(own, scale), sums)
-        return Far(lk, ek, value, scale, before, after)
-    decay = (scales[:, :, :-1] - scale).exp()[..., None]
-    running = [sums.values]
-    for own_of_chunk, decay_of_chunk in zip(own.unbind(2), decay.unbind(2), strict=True):
-        running.append(torch.addcmul(own_of_chunk, running[-1], decay_of_chunk))
-    before = Sums(torch.stack(running[:-1], 2), scales[:, :, :-1])
-    return Far(lk, ek, value, scale, before, Sums(running[-1], scale[:, :, -1]))
+        before, new = prefix_sums(Sums(own, scale), sums)
+        decay_to_end = (sums.log_scale - new.log_scale).exp()
+    else:
+        # The super-chunk's own keys first, so that the sums before it round once.
+        decay = (scales[:, :, 1:-1] - scale[:, :, 1:]).exp()[..., None]
+        inside = [own[:, :, 0]]
+        for own_of_chunk, decay_of_chunk in zip(own.unbind(2)[1:], decay.unbind(2), strict=True):
+            inside.append(torch.addcmul(own_of_chunk, inside[-1], decay_of_chunk))
+        decay_of_sums = (scales[:, :, :1] - scales).exp()
+        earlier = torch.stack([torch.zeros_like(inside[0]), *inside[:-1]], 2)
+        values = torch.addcmul(earlier, sums.values[:, :, None], decay_of_sums[:, :, :-1, :, None])
+        before, new = Sums(values, scales[:, :, :-1]), Sums(inside[-1], scale[:, :, -1])
+        decay_to_end = decay_of_sums[:, :, -1]
+    after = join(sums.values, decay_to_end[..., None], new.values, masks.query_position[:, 0])
+    return Far(lk, ek, value, scale, before, Sums(after, new.log_scale))
 
 
 def attend_span(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Result:
@@ -180,8 +187,9 @@ def attend_span(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Result:
     else:
         far = far_sums(x, masks, sums, rules)
         sums = far.after
+    options = {"recompute": not rules.traced, "has_norm": x.query_form.has_norm}
     if m and rules.traced:
-        total, top = log_domain_attention(query_features(), far.lk, far.value, far.before, exact, recompute=False)
+        total, top = log_domain_attention(query_features(), far.lk, far.value, far.before, exact, **options)
     elif m:
         past = query_features() + far.scale[:, :, :, None]
         top = highest([*(logits for logits, _ in exact), past])
@@ -191,6 +199,8 @@ def attend_span(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Result:
         total = inside @ far.value + eq @ decayed
         for logits, values in exact:
             total = total + logits.sub_(top).exp_() @ values
+        if not x.query_form.has_norm:  # a long query could make up for what the keys have lost
+            top = top.masked_fill(without_digits(far.scale.amax(-1))[..., None, None], torch.nan)
         underflowed = _underflowed(total, masks, rules.sizes)
         if underflowed is not None:
             at = underflowed.any(-1).nonzero(as_tuple=True)  # batch row, kv head, chunk
@@ -199,16 +209,17 @@ def attend_span(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Result:
                 for logits, values in _exact_terms(q, key, value, x, masks, rules)
             ]
             far_terms = query_features()[at], far.lk[at], far.value[at], Sums(*(y[at] for y in far.before))
-            slow, slow_top = log_domain_attention(*far_terms, terms, recompute=True)
+            slow, slow_top = log_domain_attention(*far_terms, terms, **options)
             total, top = total.index_put(at, slow), top.index_put(at, slow_top)
 
     normaliser = total[..., -1:]
-    dead = normaliser == 0  # a NaN is not dead: the public door reports it
-    if not masks.complete:
-        dead = dead | ~_by_row(masks.rows, count, chunk, heads)[..., None]
-    normaliser = normaliser.masked_fill(dead, 1)
-    output = (total[..., :-1] / normaliser).masked_fill_(dead, 0)
-    log_normaliser = (top + normaliser.log()).masked_fill_(dead, LOG_ZERO)
+    if masks.complete:
+        output, log_normaliser = total[..., :-1] / normaliser, top + normaliser.log()
+    else:
+        dead = ~_by_row(masks.rows, count, chunk, heads)[..., None]
+        normaliser = normaliser.masked_fill(dead, 1)
+        output = (total[..., :-1] / normaliser).masked_fill_(dead, 0)
+        log_normaliser = (top + normaliser.log()).masked_fill_(dead, LOG_ZERO)
 
     def by_token(y: Tensor) -> Tensor:
         y = y.unflatten(3, (heads, chunk)).transpose(2, 3).flatten(3, 4)

@@ -42,6 +42,13 @@ NEEDS = {
     "avx2": {"avx2", "fma"},
 }
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-w"]
+#: More of them by the value of `DARKFORMER_NATIVE_SANITIZE`: a page that nobody may touch behind every buffer, or the
+#: compiler's own checks, which need its library loaded first (benchmarks/fuzz.py does that).
+SANITIZERS = {
+    "": [],
+    "pages": ["-DSEPARATE_BUFFERS", "-DGUARD_PAGES"],
+    "address": ["-DSEPARATE_BUFFERS", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
 #: Seconds that the compiler may take.
 COMPILE_TIMEOUT = 120
 
@@ -228,8 +235,9 @@ def report(line: str) -> None:
 
 
 def _flags(isa: str) -> list[str]:
-    # Scratch memory filled with NaN before use: for tests of the sources themselves.
-    return [*FLAGS, *ISAS[isa], *(["-DPOISON"] if os.environ.get("DARKFORMER_NATIVE_POISON") else [])]
+    # For tests of the sources: scratch memory filled with NaN before use, and every access beside it noticed.
+    poison = ["-DPOISON"] if os.environ.get("DARKFORMER_NATIVE_POISON") else []
+    return [*FLAGS, *ISAS[isa], *poison, *SANITIZERS[os.environ.get("DARKFORMER_NATIVE_SANITIZE", "")]]
 
 
 def _key(isa: str, command: list[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, NonFiniteError, OutOfMemoryError
-from ..state import LARGEST_COUNT
+from ..state import LARGEST_COUNT, OVERFLOW
 from .build import BuildError, build
 
 
@@ -116,6 +116,8 @@ class Outputs(NamedTuple):
     log_scale: Tensor  # (B, G, m)
 
 
+#: Queries, keys and maps must be smaller: sums of products of two of them are finite then. As in csrc/call.h.
+LARGEST_NUMBER = 2.0**59
 #: Chunks that were split so far because a row's normaliser underflowed.
 splits = ctypes.c_int64(0)
 
@@ -319,7 +321,8 @@ def backward(
         maps: whether gradients of the maps and folds are wanted, a sixth of the time; else None stands for them.
 
     Raises:
-        InputError: see `_checked`. OutOfMemoryError: there is no memory to work in.
+        InputError: see `_checked`. OutOfMemoryError: there is no memory to work in. NonFiniteError: a gradient is not
+            finite although `grad_output`, `grad_values` and `grad_sum` are.
     """
     inputs = _checked(inputs, options)
     names = ("d_out", "lse", "d_feature_values_out", "d_feature_sum_out", "log_scale_out")
@@ -337,5 +340,7 @@ def backward(
     call, alive = _call(inputs, options, gradients | others)
     status = library().darkformer_backward(ctypes.byref(call))
     del alive
-    check(status)
+    # Scaled losses overflow by design, and whoever scaled them looks at the gradients.
+    if status != Status.NON_FINITE or all(bool(x.isfinite().all()) for x in (grad_output, grad_values, grad_sum)):
+        check(status, OVERFLOW.format(inputs.query.dtype))
     return [gradients.get(name) for name in GRADIENTS.values()]

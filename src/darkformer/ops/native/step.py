@@ -68,7 +68,7 @@ class Step:
         if rows < m:
             raise InputError(f"the feature map's tensors give {rows} rows, its configuration has {m} features.")
         # The maximum of vectors lets NaN vanish: diverged maps would give finite, wrong numbers.
-        self.finite = all(bool(torch.isfinite(x.sum())) for x in maps)
+        self.finite = all(bool((x.abs() < load.LARGEST_NUMBER).all()) for x in maps)
         self.nbytes = sum(x.nbytes for x in tensors.values())
         self._maps, self._tensors = (
             [
@@ -121,11 +121,15 @@ class Step:
         call.out, call.threads = output.data_ptr(), torch.get_num_threads() if self._bytes_read > THREADED else 1
         status = self._step(self._call_reference)
         if status == Status.NON_FINITE_INPUT:
-            raise NonFiniteError("query, key or value hold NaN or infinity: the token was not taken.")
+            raise NonFiniteError(
+                "query, key or value hold NaN, infinity or numbers whose logits exceed the range of float32: the token "
+                "was not taken."
+            )
         if status:
             load.check(
                 status,
-                "the output holds NaN or infinity although query, key and value do not: the state has diverged.",
+                "the output holds NaN or infinity although query, key and value do not: the state has diverged, or the "
+                "logits exceed the range of float32.",
             )
         return output
 

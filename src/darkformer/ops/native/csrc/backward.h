@@ -114,6 +114,9 @@ static void write_map_grads(BackwardContext& ctx) {
           map_q[j] += w.map_q[(size_t)j * s.map_rows + from], map_k[j] += w.map_k[(size_t)from * s.d_pad + j];
         c.d_offset_q[g * rows + i] += w.offset_q[from], c.d_offset_k[g * rows + i] += w.offset_k[from];
       }
+      float zero = 0 * (c.d_offset_q[g * rows + i] + c.d_offset_k[g * rows + i]);  // stays 0 if all numbers are finite
+      for (int j = 0; j < s.d; j++) zero += 0 * map_q[j] + 0 * map_k[j];
+      if (zero != 0) set_non_finite(c);
     }
   if (c.fold_q) write_fold_grads(ctx);
 }
@@ -219,5 +222,5 @@ template <bool BF16> static Status backward(const Call& c) {
   });
   if (c.d_map_q) write_map_grads(ctx);
   for (size_t i = 0; i < tasks.size(); i++) if (!tasks[i].segment) write_sinks_and_padding(ctx, tasks, i);
-  return OK;  // numbers were checked in the forward pass
+  return (Status)c.status;
 }

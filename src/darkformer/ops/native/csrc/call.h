@@ -8,6 +8,8 @@
 constexpr int CHUNK = 64;            // tokens whose features exist at the same time
 constexpr float LOG_ZERO = -1e30f;   // stands for log 0 in running maxima: finite, so that differences are never NaN
 constexpr float MASKED = 2e30f;      // subtracted from masked log-features: far below LOG_ZERO, so their exponential is 0
+constexpr float LARGEST_NUMBER = 0x1p59f;  // of queries, keys and maps: sums of 512 products of two are finite. Also in load.py
+constexpr float LARGEST_LOGIT = 0x1p21f;   // of a row: beyond it rounding decides, by a quarter and more
 constexpr float UNDERFLOW_LOG = 41;  // a row whose normaliser is below e^-41 of its maximum is computed in smaller chunks
 
 // What a kernel returns; `Status` in load.py.
@@ -67,11 +69,12 @@ struct StepCall {
 // of the state's values (`values_ld`) and of folded features (`map_rows`, whose last 16 columns are then unused) get 64 bytes more.
 struct Dims {
   int d, d_v, m, r, d_pad, dv_pad, values_ld, m_pad, r_pad, map_rows, sinks_pad, W, S, R;
+  bool has_exact;  // keys that are seen exactly, not through features
   explicit Dims(const Call& c)
       : d(c.d), d_v(c.d_v), m(c.m), r(c.m ? c.r : 0), d_pad(pad16(d)), dv_pad(pad16(d_v)),
         values_ld(dv_pad % 32 ? dv_pad : dv_pad + 16), m_pad(pad16(m)), r_pad(pad16(r)),
         map_rows(m_pad + r_pad + (c.fold_q && (m_pad + r_pad) % 32 == 0 ? 16 : 0)),
-        sinks_pad(pad16(c.sinks)), W(c.window), S(c.sinks), R(c.R) {}
+        sinks_pad(pad16(c.sinks)), W(c.window), S(c.sinks), R(c.R), has_exact(W + S > 0) {}
 };
 
 // Results of many megabytes are fresh memory, whose pages are mapped at the first touch: with pages of 2 MB that is a few
@@ -86,26 +89,30 @@ static inline void use_huge_pages(void* p, size_t bytes) {
 
 static inline void set_non_finite(const Call& c) { __atomic_store_n(&c.status, NON_FINITE, __ATOMIC_RELAXED); }
 
-// Sets the status if one of n numbers, a multiple of a vector's, is not finite: 0·x is 0 for those that are.
-static inline void check_finite(const Call& c, const float* x, size_t n) {
-  Vec sum[4] = {set1(0), set1(0), set1(0), set1(0)};  // four independent chains of additions
+// Sets the status if one of n numbers, a multiple of a vector's, is NaN, infinite or as large as the limit, a power of two:
+// scaled by what makes the limit infinite, 0·x is 0 for all others.
+static inline void check_finite(const Call& c, const float* x, size_t n, float limit = INFINITY) {
+  const Vec zero = set1(0), scale = set1(std::isinf(limit) ? 1 : 0x1p127f / limit * 2);
+  Vec sum[4] = {zero, zero, zero, zero};  // four independent chains of additions
   size_t i = 0;
   for (; i + 4 * VL <= n; i += 4 * VL)
-    for (int j = 0; j < 4; j++) sum[j] = fma(load(x + i + j * VL), set1(0), sum[j]);
-  for (; i < n; i += VL) sum[0] = fma(load(x + i), set1(0), sum[0]);
+    for (int j = 0; j < 4; j++) sum[j] = fma(load(x + i + j * VL) * scale, zero, sum[j]);
+  for (; i < n; i += VL) sum[0] = fma(load(x + i) * scale, zero, sum[0]);
   if (reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) != 0) set_non_finite(c);
 }
 
 // The same for n units of bfloat16 numbers.
-static inline void check_finite_bf16(const Call& c, const float* x, size_t n) {
+static inline void check_finite_bf16(const Call& c, const float* x, size_t n, float limit = INFINITY) {
 #if defined(__AVX512BF16__)
-  const __m512i infinity = _mm512_set1_epi16(0x7f80);  // all bits of the exponent
+  uint32_t bits;
+  memcpy(&bits, &limit, 4);
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff), too_large = _mm512_set1_epi16(bits >> 16);
   __mmask32 non_finite = 0;
   size_t i = 0;
   for (; i + VL <= n; i += VL)
-    non_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(x + i), infinity), infinity);
+    non_finite |= _mm512_cmpge_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(x + i), magnitude), too_large);
   if (i < n)  // rows of 16 numbers are half a vector
-    non_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_maskz_loadu_epi32((1u << (n - i)) - 1, x + i), infinity), infinity);
+    non_finite |= _mm512_cmpge_epi16_mask(_mm512_and_si512(_mm512_maskz_loadu_epi32((1u << (n - i)) - 1, x + i), magnitude), too_large);
   if (non_finite) set_non_finite(c);
 #endif
 }

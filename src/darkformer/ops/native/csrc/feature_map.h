@@ -52,6 +52,8 @@ template <bool BF16> struct FeatureMap {
   // (d_pad × map_rows), and as right operand (product_rows × d_pad) of the backward product.
   const float *lhs_part[2] = {}, *rhs_part[2] = {}, *backward_part[2] = {};
   int d_pad, m_pad, map_rows;
+  // Without exact keys a query's norm cancels in the normaliser, and its features would lose their digits beside a long one's.
+  bool has_norm = true;
   bool has_linear = false;  // whether `fold_linear` is anything but 0
   Band feature_major_band, token_major_band, backward_band;  // what an upper triangular N leaves to compute
   FeatureMap(const Call& c, const Dims& s, const float* map, const float* offsets, const float* fold, int g, bool with_lhs,
@@ -68,7 +70,7 @@ template <bool BF16> struct FeatureMap {
     }
     offset = o;
     // The maximum of vectors lets NaN vanish: a diverged map would give finite, wrong numbers.
-    check_finite(c, a, (size_t)map_rows * d_pad), check_finite(c, o, map_rows);
+    check_finite(c, a, (size_t)map_rows * d_pad, LARGEST_NUMBER), check_finite(c, o, map_rows);
     if (fold) {
       float* f = scratch().take(3 * (size_t)d_pad);
       for (int k = 0; k < 3; k++) load_row(f + (size_t)k * d_pad, fold, (g * 3L + k) * s.d, s.d, d_pad, false);
@@ -121,7 +123,7 @@ template <bool BF16> struct FeatureMap {
         for (int i = 0; slopes && i < d_pad; i += VL) sum = sum - load(slopes + i) * load_row_vec<BF16>(x.p + (t + u) * x.rs, i);
         store(sums + u * VL, sum);
       }
-      store(half_norm + t, reduce_rows(sums, Add()));
+      store(half_norm + t, has_norm ? reduce_rows(sums, Add()) : set1(0));
     }
   }
   // The same feature-major: F (map_rows×np). `rows` holds the tokens of `x_t` token-major.
@@ -143,8 +145,8 @@ template <bool BF16> struct FeatureMap {
         sum[j] = fma(y, y, sum[j]);
       }
     }
-    for (int j = 0; j < n; j++) store(half_norm + j * VL, sum[j] * set1(0.5f));
-    for (int t = 0; has_linear && t < np; t++) {
+    for (int j = 0; j < n; j++) store(half_norm + j * VL, has_norm ? sum[j] * set1(0.5f) : set1(0));
+    for (int t = 0; has_norm && has_linear && t < np; t++) {
       Vec dot = set1(0);
       for (int i = 0; i < d_pad; i += VL) dot = fma(load(fold_linear + i), load_row_vec<BF16>(rows.p + t * rows.rs, i), dot);
       half_norm[t] -= reduce_add(dot);

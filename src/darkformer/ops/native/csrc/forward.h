@@ -22,6 +22,7 @@ template <bool BF16> struct ForwardPass : KeyScan<BF16> {
   ForwardPass(const Call& call, int b, int g)
       : Base(call, b, g),
         query_map(Base::same_map(c) ? this->key_map : FeatureMap<BF16>(c, s, c.map_q, c.offset_q, c.fold_q, g, false, true)) {
+    query_map.has_norm = s.has_exact;
     auto take = [](size_t n) { return scratch().take(n); };
     Q = take(CHUNK * s.d_pad), query_features = take(CHUNK * s.map_rows), query_lhs = take(CHUNK * s.m_pad);
     query_half_norm = take(CHUNK), scores = take(CHUNK * CHUNK), scores_lhs = take(CHUNK * CHUNK);
@@ -35,7 +36,7 @@ template <bool BF16> struct ForwardPass : KeyScan<BF16> {
     if (s.S) {
       float *sink_K = take(s.sinks_pad * s.d_pad), *sink_V = take(s.sinks_pad * s.dv_pad);
       reader.sinks(sink_K, sink_V);
-      check_rows(sink_K, s.sinks_pad * s.d_pad), check_rows(sink_V, s.sinks_pad * s.dv_pad);
+      check_rows(sink_K, s.sinks_pad * s.d_pad, LARGEST_NUMBER), check_rows(sink_V, s.sinks_pad * s.dv_pad);
       sink_keys = rows_rhs_t<BF16>(sink_K, s.sinks_pad, s.d_pad, sink_K_t);
       sink_values = rows_rhs<BF16>(sink_V, s.sinks_pad, s.dv_pad, sink_V_rhs);
     }
@@ -50,9 +51,9 @@ template <bool BF16> struct ForwardPass : KeyScan<BF16> {
   }
 
   // Checks n numbers as `RowReader` returned them.
-  void check_rows(const float* x, size_t n) const {
-    if (BF16) check_finite_bf16(c, x, n / 2);
-    else check_finite(c, x, n);
+  void check_rows(const float* x, size_t n, float limit = INFINITY) const {
+    if (BF16) check_finite_bf16(c, x, n / 2, limit);
+    else check_finite(c, x, n, limit);
   }
 
   // Returns false if a row's normaliser underflowed: its maximum belongs to a key that it does not see. The state must then be
@@ -68,16 +69,18 @@ template <bool BF16> struct ForwardPass : KeyScan<BF16> {
     if (a.has_window) {
       keys = reader.keys(window_K, a.window_base, a.min_key, a.window_cols, a.window_pad);
       values = reader.values(window_V, a.window_base, a.min_key, a.window_cols, a.window_pad);
-      check_rows(keys, a.window_pad * s.d_pad), check_rows(values, a.window_pad * s.dv_pad);
+      check_rows(keys, a.window_pad * s.d_pad, LARGEST_NUMBER), check_rows(values, a.window_pad * s.dv_pad);
       window_keys = rows_rhs_t<BF16>(keys, a.window_pad, s.d_pad, window_K_t);
       window_values = rows_rhs<BF16>(values, a.window_pad, s.dv_pad, window_V_rhs);
     }
     if (far) {
       if (!far_keys_in_window) {
         keys = reader.keys(K, a.first_key, a.min_key, a.n, a.np), values = reader.values(V, a.first_key, a.min_key, a.n, a.np);
-        check_rows(keys, a.np * s.d_pad), check_rows(values, a.np * s.dv_pad);
+        check_rows(keys, a.np * s.d_pad, LARGEST_NUMBER), check_rows(values, a.np * s.dv_pad);
       }
       this->compute_features(a, keys, true);
+      // A long query could make up for what the keys have lost.
+      if (!s.has_exact && !(state.highest(s) >= -LARGEST_LOGIT)) set_non_finite(c);
       far_values = far_keys_in_window ? window_values : rows_rhs<BF16>(values, a.np, s.dv_pad, V_rhs);
       far_features = {BF16 ? key_rhs : key_features, a.np};
       state_values = rhs<BF16>(state.values, s.values_ld, s.m_pad, s.dv_pad, state_rhs);
@@ -85,7 +88,7 @@ template <bool BF16> struct ForwardPass : KeyScan<BF16> {
     }
     for (int r = 0; r < s.R; r++) {
       const float* queries = reader.queries(Q, r, t0, n, a.np);
-      check_rows(queries, a.np * s.d_pad);
+      check_rows(queries, a.np * s.d_pad, LARGEST_NUMBER);
       compute_logits(a, rows_lhs<BF16>(queries, s.d_pad), far, window_keys);
       exponentiate_logits(a, far);
       if (far) {
@@ -149,6 +152,7 @@ template <bool BF16> struct ForwardPass : KeyScan<BF16> {
     }
     if (!far) return;
     query_map.template features_by_token<false>(q, np, query_features, query_half_norm);
+    check_finite(c, query_half_norm, np);
     const int m_pad = s.m_pad, map_rows = s.map_rows;
     const float *f = query_features, *const add = log_scale_offset, *const half_norm = query_half_norm;
     float *const highest = row_max, *const offset = query_offset;
@@ -241,11 +245,14 @@ template <bool BF16> struct ForwardPass : KeyScan<BF16> {
       store(norm + t, sum);
     }
     for (int t = 0; t < a.n; t++) {
-      fits &= !(norm[t] < 1e-18f);
+      fits &= norm[t] >= 1e-18f;
       if (!(norm[t] > 0)) lse[t] = LOG_ZERO;
       inverse[t] = norm[t] > 0 ? 1 / norm[t] : 1;
     }
     if (!fits && a.n > 1) return false;
+    // A query that sees a key has a normaliser, and a maximum with digits.
+    for (int t = 0; (s.m || s.has_exact) && t < a.n; t++)
+      if (!fits || !(std::fabs(row_max[t]) <= LARGEST_LOGIT)) set_non_finite(c);
     memcpy(c.lse + first, lse, a.n * sizeof(float));
     const int width = s.d_v, width_pad = s.dv_pad;
     const bool bf16 = c.bf16;

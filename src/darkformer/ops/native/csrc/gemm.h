@@ -47,13 +47,13 @@ struct ExtraPair {
   bool present() const { return a && b; }
 };
 
-// C (MR × NW vectors) = A · B, or +=, over the units k0 … k1-1.
+// C (MR × NW vectors) = A · B, or += their sum as a whole, over the units k0 … k1-1.
 template <bool BF16, int NW>
 static inline __attribute__((always_inline)) void micro_kernel(Lhs a, const float* b, long ldb, ExtraPair extra, int k0, int k1,
                                                                float* c, long ldc, bool accumulate) {
   Vec s[MR][NW];
   for (int i = 0; i < MR; i++)
-    for (int v = 0; v < NW; v++) s[i][v] = accumulate ? load(c + i * ldc + v * VL) : set1(0);
+    for (int v = 0; v < NW; v++) s[i][v] = set1(0);
   for (;; a.p = extra.a, b = extra.b, extra = {}) {
     if (a.cs == 1) {
       const float *p = a.p, *p3 = a.p + 3 * a.rs, *p6 = a.p + 6 * a.rs;
@@ -85,7 +85,10 @@ static inline __attribute__((always_inline)) void micro_kernel(Lhs a, const floa
     if (!BF16 || !extra.present()) break;
   }
   for (int i = 0; i < MR; i++)
-    for (int v = 0; v < NW; v++) store(c + i * ldc + v * VL, s[i][v]);
+    for (int v = 0; v < NW; v++) {
+      float* to = c + i * ldc + v * VL;
+      store(to, accumulate ? load(to) + s[i][v] : s[i][v]);
+    }
 }
 
 // How many vectors wide the next tile is where `remaining` are left. Four make two tiles of two, not three and one.

@@ -20,7 +20,9 @@ template <bool BF16> struct KeyPass {
         query_map(c, s, c.map_q, c.offset_q, c.fold_q, g, true, false, KeyScan<BF16>::same_map(c)),
         key_map(KeyScan<BF16>::same_map(c) ? query_map
                                            : FeatureMap<BF16>(c, s, c.map_k, c.offset_k, c.fold_k, g, true, false, true)),
-        map_grads(ctx.map_grads(worker, g)) {}
+        map_grads(ctx.map_grads(worker, g)) {
+    query_map.has_norm = s.has_exact;
+  }
 
   void rescale_state(const float* log_scale) {
     for (int i = 0; i < s.m; i++) {
@@ -105,9 +107,11 @@ template <bool BF16> struct KeyPass {
     }
     return reduce_max(high) <= UNDERFLOW_LOG;
   }
-  void add_queries(const QueryFeatures& q, int np, Rhs d_out) {
-    gemm<BF16>(s.m_pad, s.dv_pad, np, q.lhs, d_out.p, d_out.ld, d_state.values, s.values_ld, true);
-    for (int i = 0; i < s.m_pad; i += VL) store(d_state.sum + i, load(d_state.sum + i) + load(q.delta_sum + i));
+  // r: the query head; t0: the first token.
+  void add_queries(const QueryFeatures& q, int r, int t0, int np, Rhs d_out) {
+    float* new_values = Ops::take((size_t)s.m_pad * s.dv_pad);
+    gemm<BF16>(s.m_pad, s.dv_pad, np, q.lhs, d_out.p, d_out.ld, new_values, s.dv_pad, false);
+    d_state.add(s, new_values, q.delta_sum, (int64_t)t0 * s.R + r);
   }
   // Only the gradient of the state before `begin`, from the queries [begin, end).
   void accumulate(int begin, int end) {
@@ -122,7 +126,7 @@ template <bool BF16> struct KeyPass {
       for (int r = 0; r < s.R; r++) {
         const float* dO = load_grad_output(reader, ctx, r, t0, n, np, dO_rows, lse, delta);
         compute_query_features(r, t0, n, np, d_state.log_scale, delta, q);
-        add_queries(q, np, Ops::rows_rhs(dO, np, s.dv_pad));
+        add_queries(q, r, t0, np, Ops::rows_rhs(dO, np, s.dv_pad));
       }
       scratch().release(mark);
     }
@@ -155,7 +159,12 @@ template <bool BF16> struct KeyPass {
         Vec top = set1(-MASKED);
         for (int j = 0; j < n; j++) e[h][j] = load(f + j * VL) - half_norm[j], top = vmax(top, e[h][j]);
         if (any_greater(top, set1(log_scale[i + h] + offset))) log_scale[i + h] = reduce_max(top) - offset;
-        const Vec scale = exp_offset<BF16>(set1(log_scale[i + h] + offset));
+        float top_of_row = log_scale[i + h] + offset;
+        if (BF16 && std::fabs(top_of_row) > LARGEST_OFFSET) {
+          for (int j = 0; j < n; j++) e[h][j] = e[h][j] - set1(top_of_row);
+          top_of_row = 0;
+        }
+        const Vec scale = exp_offset<BF16>(set1(top_of_row));
         for (int j = 0; j < n; j++) e[h][j] = vexp_minus<BF16>(e[h][j], scale), store(f + j * VL, e[h][j]);
       }
       for (int j = 0; BF16 && j < n; j++) store(packed + j * VL, pair_bf16(e[0][j], e[1][j]));
@@ -191,6 +200,7 @@ template <bool BF16> struct KeyPass {
     for (int i = 0; s.m && log_scale_before && i < s.m && !far; i++) far = log_scale_before[i] > LOG_ZERO / 2;
     if (far && !far_backward(a, log_scale_before, K, V, dK, dV)) return false;
     if (s.W) window_backward(a, K, V, dK, dV);
+    check_finite(c, dK, np * s.d_pad), check_finite(c, dV, np * s.dv_pad);
     for (int i = 0; i < n; i++) {
       const int at = a.first_key + i;
       if (at < a.min_key || at >= reader.length) continue;
@@ -225,7 +235,8 @@ template <bool BF16> struct KeyPass {
     memcpy(later_sum, d_state.sum, s.m_pad * sizeof(float));
     gemm<BF16>(np, s.dv_pad, s.m_pad, BF16 ? rhs_as_lhs_t(keys.rhs.p, np) : Lhs{F, 1, np}, d_values.p, d_values.ld, dV, s.dv_pad, true);
     float *P = Ops::take(np * np), *dP = Ops::take(np * np);
-    for (const Head& h : heads) {
+    for (int r = 0; r < s.R; r++) {
+      const Head& h = heads[r];
       const auto mark = scratch().mark();
       const Rhs d_out = Ops::rows_rhs(h.dO, np, s.dv_pad);
       gemm<BF16>(np, np, s.m_pad, features_lhs_t(h.q, np), keys.rhs.p, keys.rhs.ld, P, np, false, {.out_hi = 0});
@@ -235,7 +246,7 @@ template <bool BF16> struct KeyPass {
       gemm<BF16>(np, s.dv_pad, np, Ops::lhs_t(P, np, np, np), d_out.p, d_out.ld, dV, s.dv_pad, true, {.k_lo = 0});
       const Rhs dP_rhs = Ops::rhs(dP, np, np, np);
       gemm<BF16>(s.m_pad, np, np, h.q.lhs, dP_rhs.p, dP_rhs.ld, d_features, np, true, {.k_after = 0});
-      add_queries(h.q, np, d_out);
+      add_queries(h.q, r, a.t0, np, d_out);
       scratch().release(mark);
     }
     log_feature_gradients(a, K, F, d_features, later_sum, dK);

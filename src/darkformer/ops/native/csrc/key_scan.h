@@ -13,7 +13,7 @@ template <bool BF16> struct KeyScan {
   float *K, *V, *K_t, *V_rhs;  // rows of a chunk where they must be copied, and packed as operands
   // Features of a chunk's far keys, feature-major (m_pad×np): below, with `compute_features`, which says what they hold.
   float *key_features, *key_half_norm, *key_lhs, *key_rhs;
-  float *new_sum;    // (m_pad): each feature summed over the chunk's far keys
+  float *new_values, *new_sum;  // (m_pad×dv_pad), (m_pad): sums over the chunk's far keys alone
   float *state_rhs;  // the state's values as right operand
   // Rows of the state as they were before this chunk raised their log_scale, and which rows those are.
   float *saved_values, *saved_sum, *saved_log_scale;
@@ -27,7 +27,7 @@ template <bool BF16> struct KeyScan {
     auto take = [](size_t n) { return scratch().take(n); };
     K = take(CHUNK * s.d_pad), V = take(CHUNK * s.dv_pad), K_t = take((s.d_pad + 16) * CHUNK), V_rhs = take(CHUNK * s.dv_pad);
     key_features = take(s.map_rows * CHUNK), key_half_norm = take(CHUNK), key_lhs = take(s.m_pad * CHUNK), key_rhs = take(s.m_pad * CHUNK);
-    state_rhs = take((size_t)s.m_pad * s.dv_pad), new_sum = take(s.m_pad);
+    state_rhs = take((size_t)s.m_pad * s.dv_pad), new_values = take((size_t)s.m_pad * s.dv_pad), new_sum = take(s.m_pad);
     saved_values = take((size_t)s.m_pad * s.dv_pad), saved_sum = take(s.m_pad), saved_log_scale = take(s.m_pad);
     raised.reserve(s.m_pad);
   }
@@ -41,6 +41,7 @@ template <bool BF16> struct KeyScan {
     const Rhs k_t = rows_rhs_t<BF16>(K, a.np, s.d_pad, K_t);
     if (gradients) key_map.template features_by_feature<true>(k_t, rows_lhs<BF16>(K, s.d_pad), a.np, key_features, key_half_norm);
     else key_map.template features_by_feature<false>(k_t, rows_lhs<BF16>(K, s.d_pad), a.np, key_features, key_half_norm);
+    check_finite(c, key_half_norm, a.np);
     for (int j = 0; j < a.np; j++) if (j < a.far_begin || j >= a.n) key_half_norm[j] = MASKED;
     raised.clear();
     if (a.np == CHUNK) as_rhs ? exponentiate<CHUNK / VL, true>(a.np) : exponentiate<CHUNK / VL, false>(a.np);
@@ -63,7 +64,12 @@ template <bool BF16> struct KeyScan {
         Vec top = set1(-MASKED), sum = set1(0);
         for (int j = 0; j < n; j++) e[h][j] = load(f + j * VL) - half_norm[j], top = vmax(top, e[h][j]);
         if (any_greater(top, set1(log_scale[i + h] + offset))) raise_log_scale(i + h, reduce_max(top) - offset);
-        const Vec scale = exp_offset<BF16>(set1(log_scale[i + h] + offset));
+        float top_of_row = log_scale[i + h] + offset;
+        if (BF16 && std::fabs(top_of_row) > LARGEST_OFFSET) {
+          for (int j = 0; j < n; j++) e[h][j] = e[h][j] - set1(top_of_row);
+          top_of_row = 0;
+        }
+        const Vec scale = exp_offset<BF16>(set1(top_of_row));
         for (int j = 0; j < n; j++) e[h][j] = vexp_minus<BF16>(e[h][j], scale), sum += e[h][j];
         if (!BF16 || !AS_RHS)
           for (int j = 0; j < n; j++) store(f + j * VL, e[h][j]);
@@ -102,9 +108,9 @@ template <bool BF16> struct KeyScan {
   }
   // Adds the chunk's far keys to the state.
   void add_keys(const ChunkSpan& a, Rhs values) {
-    for (int i = 0; i < s.m_pad; i++) state.sum[i] += new_sum[i];
     const Lhs e = BF16 ? Lhs{key_lhs, a.np / 2, 1} : Lhs{key_features, a.np, 1};
-    gemm<BF16>(s.m_pad, s.dv_pad, a.np, e, values.p, values.ld, state.values, s.values_ld, true);
+    gemm<BF16>(s.m_pad, s.dv_pad, a.np, e, values.p, values.ld, new_values, s.dv_pad, false);
+    state.add(s, new_values, new_sum, reader.count + a.t0);
   }
   // Only the state, over the far keys of the tokens [begin, end).
   void accumulate(int begin, int end) {

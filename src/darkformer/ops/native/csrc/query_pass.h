@@ -19,6 +19,7 @@ template <bool BF16> struct QueryPass : KeyScan<BF16> {
       : Base(ctx.c, b, g, true), ctx(ctx), cache(cache),
         query_map(Base::same_map(c) ? this->key_map : FeatureMap<BF16>(c, s, c.map_q, c.offset_q, c.fold_q, g, false, true, true)),
         map_grads(ctx.map_grads(worker, g)) {
+    query_map.has_norm = s.has_exact;
     float *sink_K = Ops::take(s.sinks_pad * s.d_pad), *sink_V = Ops::take(s.sinks_pad * s.dv_pad);
     log_scale_offset = Ops::take(s.m_pad), own_key_features = key_features;
     d_sink_k = d_sinks, d_sink_v = d_sinks + (size_t)s.sinks_pad * s.d_pad;
@@ -123,6 +124,7 @@ template <bool BF16> struct QueryPass : KeyScan<BF16> {
         gemm<BF16>(s.sinks_pad, s.dv_pad, np, Ops::lhs_t(sink_P, s.sinks_pad, s.sinks_pad, np), d_out_rhs.p, d_out_rhs.ld, d_sink_v,
                    s.dv_pad, true);
       }
+      check_finite(c, dQ, np * s.d_pad);
       for (int t = 0; t < n; t++) store_row(c.dq, (reader.head(r) + t0 + t) * s.d, dQ + (size_t)t * s.d_pad, s.d, c.bf16);
       scratch().release(mark);
     }
@@ -224,7 +226,7 @@ template <bool BF16> struct QueryPass : KeyScan<BF16> {
         sum += g;
       }
       store(partial + t % VL * VL, sum);
-      if (t % VL == VL - 1) store(total + t + 1 - VL, reduce_rows(partial, Add()));
+      if (t % VL == VL - 1) store(total + t + 1 - VL, query_map.has_norm ? reduce_rows(partial, Add()) : set1(0));
     }
     for (int i = 0; i < map_rows; i += VL) {
       Vec sum = set1(0);

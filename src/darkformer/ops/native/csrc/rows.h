@@ -36,6 +36,22 @@ static inline void store_row(void* to, long at, const float* from, int n, bool b
   }
 }
 
+// How a total of millions of summands keeps its digits: see `join` in ops/state.py. A join rounds total + summand after this
+// many units of the total's last place have been added; `position` differs from join to join.
+struct Dither {
+  float units;  // of 2^⌊log2 |total|⌋
+  explicit Dither(int64_t position) : units(((uint32_t)position * 0x9E3779B9u * 0x1p-32f - 0.5f) * 0x1p-23f) {}
+  Vec join(Vec total, Vec decay, Vec summand) const { return fma(decay, total, fma(power_of_two(total), set1(units), summand)); }
+  float join(float total, float decay, float summand) const {
+    uint32_t bits;
+    memcpy(&bits, &total, 4);
+    bits &= 0x7f800000;
+    float power;
+    memcpy(&power, &bits, 4);
+    return decay * total + (power * units + summand);
+  }
+};
+
 // Elements i … i+VL-1 of a row that `RowReader` returned.
 template <bool BF16> static inline Vec load_row_vec(const float* row, int i) {
   return BF16 ? load_bf16((const uint16_t*)row + i) : load(row + i);

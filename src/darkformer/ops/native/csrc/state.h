@@ -35,6 +35,18 @@ struct State {
       c.feature_sum_out[pair * s.m + i] = sum[i];
     }
   }
+  // Joins sums over a chunk, at the same log_scale: new_values (m_pad×dv_pad) and new_sum (m_pad).
+  void add(const Dims& s, const float* new_values, const float* new_sum, int64_t position) {
+    const Dither dither(position);
+    const Vec one = set1(1);
+    for (int i = 0; i < s.m_pad; i += VL) store(sum + i, dither.join(load(sum + i), one, load(new_sum + i)));
+    for (int i = 0; i < s.m_pad; i++, new_values += s.dv_pad) {
+      float* row = values + (size_t)i * s.values_ld;
+      for (int j = 0; j < s.dv_pad; j += VL) store(row + j, dither.join(load(row + j), one, load(new_values + j)));
+    }
+  }
+  // The largest log-feature of all keys.
+  float highest(const Dims& s) const { return s.m ? *std::max_element(log_scale, log_scale + s.m) : LOG_ZERO; }
   bool holds_keys(const Dims& s) const {
     for (int i = 0; i < s.m; i++) if (log_scale[i] > LOG_ZERO / 2) return true;
     return false;

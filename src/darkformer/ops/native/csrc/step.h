@@ -65,12 +65,12 @@ template <bool BF16> struct StepPair {
     value = take(pad16(d_v)), o = take(pad16(d_v));
   }
 
-  // Log-features of x, P·x - a - ½‖N·x - b‖²; LOG_ZERO for padding features.
-  void log_features(const float* map, const float* offset) {
+  // Log-features of x, P·x - a - ½‖N·x - b‖²; LOG_ZERO for padding features. Without exact keys a query's norm cancels.
+  void log_features(const float* map, const float* offset, bool has_norm) {
     const long rows = m + c.r;
     map += g * rows * d, offset += g * rows;
     float half_norm = 0;
-    for (int i = m; i < rows; i++) {
+    for (int i = m; has_norm && i < rows; i++) {
       const float y = dot<false>(x, map, (long)i * d, d) - offset[i];
       half_norm += 0.5f * y * y;
     }
@@ -85,7 +85,7 @@ template <bool BF16> struct StepPair {
     const long ring = pair * W + c.head;
     load_row(x, k, W ? ring * d : b * c.k_strides[0] + g * c.k_strides[1], d, pad16(d), BF16);
     load_row(value, v, W ? ring * d_v : b * c.v_strides[0] + g * c.v_strides[1], d_v, pad16(d_v), BF16);
-    log_features(c.map_k, c.offset_k);
+    log_features(c.map_k, c.offset_k, true);
     float *log_scale = c.log_scale + pair * m, *sum = c.feature_sum + pair * m;
     load_row(state_factor, log_scale, 0, m, m_pad, false);
     for (int i = 0; i < m_pad; i += VL) {
@@ -93,12 +93,14 @@ template <bool BF16> struct StepPair {
       store(new_log_scale + i, top), store(state_factor + i, vexp<false>(old - top)), store(features + i, vexp<false>(l - top));
     }
     memcpy(log_scale, new_log_scale, m * sizeof(float));
+    const Dither dither(position);
+    for (int i = 0; i < m; i++) sum[i] = dither.join(sum[i], state_factor[i], features[i]);
     for (int i = 0; i < m; i++) {
-      sum[i] = state_factor[i] * sum[i] + features[i];
       float* row = c.feature_values + (pair * m + i) * d_v;
+      const Vec decay = set1(state_factor[i]), feature = set1(features[i]);
       int j = 0;
-      for (; j + VL <= d_v; j += VL) store(row + j, fma(set1(features[i]), load(value + j), set1(state_factor[i]) * load(row + j)));
-      for (; j < d_v; j++) row[j] = features[i] * value[j] + state_factor[i] * row[j];
+      for (; j + VL <= d_v; j += VL) store(row + j, dither.join(load(row + j), decay, feature * load(value + j)));
+      for (; j < d_v; j++) row[j] = dither.join(row[j], state_factor[i], features[i] * value[j]);
     }
   }
 
@@ -118,14 +120,17 @@ template <bool BF16> struct StepPair {
     return c.softcap ? (float)c.softcap * std::tanh(l / (float)c.softcap) : l;
   }
 
-  // One query head's output. Returns whether it is finite.
+  // One query head's output. Returns whether it is finite and the largest logit has digits.
   bool attend(int r) {
     const int h = g * c.R + r;
     load_row(x, c.q, b * c.q_strides[0] + h * c.q_strides[1], d, pad16(d), BF16);
-    float top = LOG_ZERO;
+    float top = LOG_ZERO, highest_key = LOG_ZERO;
     if (m) {
-      log_features(c.map_q, c.offset_q);
-      for (int i = 0; i < m; i++) top = std::max(top, features[i] += c.log_scale[pair * m + i]);
+      log_features(c.map_q, c.offset_q, W + S > 0);
+      for (int i = 0; i < m; i++) {
+        top = std::max(top, features[i] += c.log_scale[pair * m + i]);
+        highest_key = std::max(highest_key, c.log_scale[pair * m + i]);
+      }
     }
     for (int i = 0; i < W; i++) {
       const int64_t age = (c.head - i + W) % W;
@@ -148,7 +153,9 @@ template <bool BF16> struct StepPair {
       zero = fma(y, set1(0), zero);
     }
     store_row(c.out, ((long)b * c.G * c.R + h) * d_v, o, d_v, BF16);
-    return reduce_add(zero) == 0;
+    // A long query could make up for what the keys have lost.
+    const bool has_digits = std::fabs(top) <= LARGEST_LOGIT && (W + S > 0 || highest_key >= -LARGEST_LOGIT);
+    return reduce_add(zero) == 0 && norm > 0 && has_digits;
   }
   // Logits become weights e^{l - top}. Returns their sum, each times its factor if there are any.
   static float exponentiate(float* l, int n, float top, const float* factor) {
@@ -160,16 +167,17 @@ template <bool BF16> struct StepPair {
   }
 };
 
-template <bool BF16> static bool all_finite(const void* x, const int64_t* stride, int B, int heads, int n) {
-  float sum = 0;
+template <bool BF16> static bool all_finite(const void* x, const int64_t* stride, int B, int heads, int n, float limit = INFINITY) {
+  bool finite = true;
   for (int b = 0; b < B; b++)
     for (int h = 0; h < heads; h++)
-      for (int j = 0; j < n; j++) sum += 0 * element_at<BF16>(x, b * stride[0] + h * stride[1] + j);
-  return sum == 0;
+      for (int j = 0; j < n; j++) finite &= std::fabs(element_at<BF16>(x, b * stride[0] + h * stride[1] + j)) < limit;
+  return finite;
 }
 
 template <bool BF16> static Status step(StepCall& c) {
-  if (!all_finite<BF16>(c.q, c.q_strides, c.B, c.G * c.R, c.d) || !all_finite<BF16>(c.k, c.k_strides, c.B, c.G, c.d) ||
+  if (!all_finite<BF16>(c.q, c.q_strides, c.B, c.G * c.R, c.d, LARGEST_NUMBER) ||
+      !all_finite<BF16>(c.k, c.k_strides, c.B, c.G, c.d, LARGEST_NUMBER) ||
       !all_finite<BF16>(c.v, c.v_strides, c.B, c.G, c.d_v))
     return NON_FINITE_INPUT;
   const int pairs = c.B * c.G, workers = std::min<int>(std::max<int64_t>(1, c.threads), pairs);

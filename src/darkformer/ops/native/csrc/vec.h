@@ -18,6 +18,10 @@ static inline Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 static inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 static inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 static inline Vec round_nearest(Vec a) { return _mm512_roundscale_ps(a, 0); }
+// 2^⌊log2 |x|⌋; 0 for 0.
+static inline Vec power_of_two(Vec x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000)));
+}
 // p·2^n, and exactly 0 where x, the argument of the exponential, is below the smallest normal result's logarithm.
 static inline Vec ldexp_or_zero(Vec p, Vec n, Vec x) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-87.0f), _CMP_GE_OQ), p, n);
@@ -127,6 +131,7 @@ static inline float reduce_add(Vec a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+static inline Vec power_of_two(Vec x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000))); }
 static inline Vec round_nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Vec ldexp_or_zero(Vec p, Vec n, Vec x) {
   // p lies between 0.7 and 1.42 and n between -126 and 126, so adding n to the exponent's bits multiplies by 2^n.
@@ -256,7 +261,9 @@ static inline Vec vlog(Vec x) {
   return fma(n, set1(0.693359375f), f + fma(square, set1(-0.5f), p));
 }
 
-// e^(x - c) for many x and one c: vexp_minus(x, exp_offset(c)), so that c is converted once.
+// e^(x - c) for many x and one c: vexp_minus(x, exp_offset(c)), so that c is converted once. For bfloat16 up to LARGEST_OFFSET:
+// beside a larger c the products with log2 e lose digits.
+constexpr float LARGEST_OFFSET = 4096;
 template <bool BF16> static inline Vec exp_offset(Vec c) { return BF16 ? c * set1(-LOG2E) : c; }
 template <bool BF16> static inline Vec vexp_minus(Vec x, Vec offset) {
 #if defined(__AVX512BF16__)
