@@ -193,7 +193,8 @@ class TestLoadingIsRefused:
         generator = torch.Generator().manual_seed(0)
         inside = torch.randint(8, header, (30,), generator=generator).tolist()
         after = torch.randint(header, len(content), (30,), generator=generator).tolist()
-        for place in [0, 3, 7, *inside, header, *after, len(content) - 1]:
+        named = [content.index(b'"format"') + 3, content.index(b'"pt"') + 1]  # safetensors' own entry in the metadata
+        for place in [0, 3, 7, *named, *inside, header, *after, len(content) - 1]:
             flipped = bytearray(content)
             flipped[place] ^= 1 << (place % 8)
             if flipped[place : place + 1].isspace() and content[place : place + 1].isspace():
@@ -242,6 +243,11 @@ class TestLoadingIsRefused:
         header, tensors = light._read(file)
         write_sealed(file, "darkformer", header | change, tensors)
         self._refused(file, InputError, "is damaged")
+
+    def test_a_header_without_its_base(self, file: Path) -> None:
+        header, tensors = light._read(file)
+        write_sealed(file, "darkformer", header | {"base": {"name": "llama"}}, tensors)
+        self._refused(file, InputError, "does not say the dtype, fingerprint of its base")
 
     def test_an_unknown_field_of_a_newer_version(self, file: Path) -> None:
         header, tensors = light._read(file)

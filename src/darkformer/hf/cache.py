@@ -483,7 +483,7 @@ def check_even(cache: Cache, layer: DarkCacheLayer, new: int, config: Any) -> No
     Raises:
         ConversionError: an interrupted forward pass has left them uneven.
     """
-    layers: list[Any] = list(cache.layers)
+    layers: Any = cache.layers
     first = next(x for x in layers if isinstance(x, DarkCacheLayer))
     others = [first]
     if layer is first:

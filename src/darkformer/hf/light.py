@@ -73,6 +73,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_base(model: nn.Module, wanted: dict[str, Any]) -> None:
+    if lacking := sorted({"fingerprint", "name", "dtype"} - set(wanted)):
+        raise InputError(f"the light form's header does not say the {', '.join(lacking)} of its base: save it again.")
     base = describe_base(model)
     if base is None:
         raise InputError("the base model has no weights (meta device): load them first.")

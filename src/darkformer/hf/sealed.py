@@ -70,7 +70,7 @@ def read_sealed(
             f"{file} has layout {newest}, this version reads up to {layout}: it was written by darkformer "
             f"{header.get('version')}; upgrade this installation."
         )
-    if metadata.get("checksum") != _checksum(header, tensors):
+    if metadata.get("format") != "pt" or metadata.get("checksum") != _checksum(header, tensors):
         raise InputError(f"{damaged} its checksum does not fit its content.")
     if lacking := [name for name, kind in fields.items() if not isinstance(header.get(name), kind)]:
         raise InputError(f"{damaged} its header lacks {', '.join(lacking)}.")

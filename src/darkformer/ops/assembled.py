@@ -122,8 +122,8 @@ def _far(problem: Problem, part: FarPart) -> tuple[Tensor, Tensor, dict[str, Ten
     tokens, pieces = (eq, spread(ek), spread(ones), spread(decay)), []
     for start in range(0, length, PIECE):
         here, last = slice(start, start + PIECE), after[:, :, start : start + PIECE][:, :, -1]
-        piece = part(*(x[:, here] for x in tokens), sums.repeat_interleave(heads, dim=1))
-        pieces.append(piece.transpose(1, 2))
+        q, k, v, g = (x[:, here] for x in tokens)
+        pieces.append(part(q, k, v, g, sums.repeat_interleave(heads, dim=1)).transpose(1, 2))
         weight = (lk[:, :, here] - last[:, :, None]).exp() * real[:, :, here]
         carry = (before[:, :, start] - last).exp()[..., None]
         sums = join(sums, carry, weight.mT @ ones[:, :, here], state.count + start)

@@ -227,7 +227,10 @@ class _Transfer:
 
     def load(self, file: Path, settings: dict[str, Any]) -> int:
         """Continues where `save` was called; the step."""
-        header, tensors = read_sealed(file, "transfer", LAYOUT, what="transfer", writer="darkformer.transfer")
+        header, tensors = read_sealed(
+            file, "transfer", LAYOUT, fields={"step": int, "settings": dict, "layers": list}, what="transfer",
+            writer="darkformer.transfer",
+        )  # fmt: skip
         if header["settings"] != settings:
             raise RunFolderError(f"{file} is of another transfer ({header['settings']}, now {settings}): delete it.")
 

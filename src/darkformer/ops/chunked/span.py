@@ -187,9 +187,11 @@ def attend_span(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Result:
     else:
         far = far_sums(x, masks, sums, rules)
         sums = far.after
-    options = {"recompute": not rules.traced, "has_norm": x.query_form.has_norm}
+    has_norm = x.query_form.has_norm
     if m and rules.traced:
-        total, top = log_domain_attention(query_features(), far.lk, far.value, far.before, exact, **options)
+        total, top = log_domain_attention(
+            query_features(), far.lk, far.value, far.before, exact, recompute=False, has_norm=has_norm
+        )
     elif m:
         past = query_features() + far.scale[:, :, :, None]
         top = highest([*(logits for logits, _ in exact), past])
@@ -199,7 +201,7 @@ def attend_span(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Result:
         total = inside @ far.value + eq @ decayed
         for logits, values in exact:
             total = total + logits.sub_(top).exp_() @ values
-        if not x.query_form.has_norm:  # a long query could make up for what the keys have lost
+        if not has_norm:  # a long query could make up for what the keys have lost
             top = top.masked_fill(without_digits(far.scale.amax(-1))[..., None, None], torch.nan)
         underflowed = _underflowed(total, masks, rules.sizes)
         if underflowed is not None:
@@ -209,7 +211,7 @@ def attend_span(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Result:
                 for logits, values in _exact_terms(q, key, value, x, masks, rules)
             ]
             far_terms = query_features()[at], far.lk[at], far.value[at], Sums(*(y[at] for y in far.before))
-            slow, slow_top = log_domain_attention(*far_terms, terms, **options)
+            slow, slow_top = log_domain_attention(*far_terms, terms, recompute=True, has_norm=has_norm)
             total, top = total.index_put(at, slow), top.index_put(at, slow_top)
 
     normaliser = total[..., -1:]
