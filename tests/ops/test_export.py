@@ -123,7 +123,7 @@ def test_one_token_with_a_state_and_fixed_lengths() -> None:
     """A step of generation is exported by itself (the recurrent form); a fixed length needs no symbol."""
     case = Case(window=4, sinks=2, mode="warm", **SIZES)
     door = Door(case)
-    for length, most in ((1, 300), (20, 1000)):
+    for length, most in ((1, 320), (20, 1000)):
         given = arguments(case, door, 2, length)
         program = export(door, given, strict=False)
         close(program.module()(*given), door(*given))
