@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,118 @@ class TestFiles:
         save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
         with pytest.raises(InputError, match="holds no cache"):
             load_cache(tmp_path / "other.safetensors", model)
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("recent_key", lambda x: x[..., :1]),
+            ("recent_value", lambda x: x[:, :, :1]),
+            ("feature_values", lambda x: x.half()),
+            ("feature_values", lambda x: torch.full_like(x, torch.inf)),
+            ("feature_sum", lambda x: x[..., :1]),
+            ("feature_sum", lambda x: torch.cat([x, x], dim=-1)),
+            ("feature_sum", lambda x: x * torch.nan),
+            ("feature_sum", lambda x: x + 100),  # more than 12 keys add
+            ("feature_sum", lambda x: -x),
+            ("log_scale", lambda x: x[..., :0]),
+            ("log_scale", lambda x: x.long()),
+            ("sink_key", lambda x: x[:0]),
+            ("sink_key", lambda x: x.double()),
+            ("sink_value", lambda x: x[..., :0]),
+            ("count", lambda x: x - 2**40),
+            ("count", lambda x: x + 1),
+            ("count", lambda x: x.int()),
+            ("count", lambda x: x.repeat(1_000_000)),
+            ("stream1.recent_key", lambda x: x.flatten()),
+            ("stream1.count", lambda x: x - 1),
+            ("keys", lambda x: x[:, :, 1:]),
+            ("keys", lambda x: x.repeat(1, 2, 1, 1)),
+            ("values", lambda x: x * torch.nan),
+            ("values", lambda x: x.to(torch.int32)),
+            ("real", lambda x: ~x),
+            ("real", lambda x: x.long()),
+            ("real", lambda x: x[:, 1:]),
+        ],
+    )
+    def test_tensors_that_no_layer_leaves_behind(
+        self, name: str, change: Callable[[Tensor], Tensor], tmp_path: Path
+    ) -> None:
+        """Whoever writes a file can compute its checksum, and compiled code would read behind the tensors' ends."""
+        model, mask = linear("llama-mixed"), left_mask([0, 3], 12)
+        cache = DynamicCache(config=model.config)
+        _feed(model, tokens(2, 12), mask, 0, 12, cache)
+        header, tensors = saved_cache._read(save_cache(cache, model, tmp_path / "prompt.safetensors"))
+        key = next(key for key in sorted(tensors) if key.endswith(f".{name}"))
+        write_sealed(tmp_path / "crafted", "darkformer_cache", header, tensors | {key: change(tensors[key])})
+        with pytest.raises(InputError, match=rf"crafted: layer {key.split('.')[1]} is not one that save_cache wrote"):
+            load_cache(tmp_path / "crafted", model)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"seen": -1}, "seen = -1"),
+            ({"seen": 2**60}, "seen = "),
+            ({"seen": True}, "seen = True"),
+            ({"seen": 0}, "belong to no layer of its kind"),
+            ({"seen": 11}, "not those of 11 tokens"),
+            ({"streams": 2}, "it needs 1 states"),
+            ({"exact": 1}, "and 0 sets of exact heads"),
+            ({"kind": "softmax"}, "its kind is 'softmax'"),
+            ({"kind": []}, r"its kind is \[\]"),
+        ],
+    )
+    def test_headers_that_no_layer_leaves_behind(self, change: dict[str, object], match: str, tmp_path: Path) -> None:
+        model = linear("llama")
+        file = self._saved(tmp_path, model)
+        header, tensors = saved_cache._read(file)
+        header["layers"][1] |= change
+        write_sealed(file, "darkformer_cache", header, tensors)
+        with pytest.raises(InputError, match=rf"layer 1 is not.*{match}"):
+            load_cache(file, model)
+
+    def test_what_is_missing_or_too_much(self, tmp_path: Path) -> None:
+        model = linear("llama")
+        file = self._saved(tmp_path, model)
+        header, tensors = saved_cache._read(file)
+        more, less = {**tensors, "layers.1.extra": torch.zeros(1)}, {**tensors}
+        del less["layers.2.sink_key"]
+        fewer, layers = header | {"layers": header["layers"][:2]}, header["layers"]
+        for other, content, match in (
+            (header, more, r"layer 1 .*extra belong to no layer"),
+            (header, less, r"layer 2 .*sink_key is missing"),
+            (header, tensors | {"layers.01.count": torch.zeros(1)}, r"layers\.01\.count belong to no layer"),
+            (fewer, tensors, "holds 2 layers, the model's cache has 3"),
+            (header | {"layers": [*layers, *layers]}, tensors, "holds 6 layers"),
+            (header | {"layers": [1, 2, 3]}, tensors, "layer 0 .*seen = None"),
+            (header | {"layers": 3}, tensors, "its header lacks layers"),
+            ({k: v for k, v in header.items() if k != "weights"}, tensors, "its header lacks weights"),
+        ):
+            write_sealed(file, "darkformer_cache", other, content)
+            with pytest.raises(InputError, match=match):
+                load_cache(file, model)
+
+    def test_keys_of_a_sliding_layer(self, tmp_path: Path) -> None:
+        model = linear("gemma3")
+        file = self._saved(tmp_path, model)
+        header, tensors = saved_cache._read(file)
+        for keys in (tensors["layers.0.keys"][:, :, 1:], tensors["layers.0.keys"][:0], torch.zeros(3)):
+            write_sealed(tmp_path / "crafted", "darkformer_cache", header, tensors | {"layers.0.keys": keys})
+            with pytest.raises(InputError, match="layer 0 is not"):
+                load_cache(tmp_path / "crafted", model)
+
+    @pytest.mark.parametrize("records", [False, True])
+    def test_sliding_layers_with_more_keys_than_their_window(self, records: bool, tmp_path: Path) -> None:
+        """Caches that record, and those that were made without the model's config, keep all of them."""
+        model, ids = linear("gemma3"), tokens(1, LENGTH)
+        cache = DynamicCache(config=model.config) if records else DynamicCache()
+        if records:
+            cache.activate_past_recording()
+        mask = left_mask([0], LENGTH)
+        _feed(model, ids, mask, 0, 15, cache)
+        loaded = load_cache(save_cache(cache, model, tmp_path / "prompt.safetensors"), model)
+        wanted = _feed(model, ids, mask, 15, LENGTH, cache)
+        assert loaded.get_seq_length() == 15
+        torch.testing.assert_close(_feed(model, ids, mask, 15, LENGTH, loaded), wanted)
 
     def test_a_configuration_of_another_version(self, tmp_path: Path) -> None:
         model = linear("llama")

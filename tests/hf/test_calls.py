@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers as tf
 from tolerances import STREAM, relative_error
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import DynamicCache, PreTrainedModel
 
 from darkformer import DarkConfig, attention, convert, dark_layers, feature_map
@@ -204,3 +205,63 @@ def test_local_attention_needs_no_features_to_stream() -> None:
     model = convert(tiny("llama"), DarkConfig(method="local", window=4))
     ids = tokens(2, 20)
     assert relative_error(in_steps(model, ids, [6, *[1] * 14]), logits(model, ids)) <= STREAM
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+class TestParametrized:
+    """What `torch.nn.utils.parametrize` and peft put in a tensor's place counts, and a state knows when it changes."""
+
+    @pytest.mark.parametrize("name", ["geometry", "geometry_offset"])
+    def test_a_cache_follows(self, name: str) -> None:
+        model, ids = linear("llama"), tokens(1, 20)
+        factors = [Scaled() for _ in dark_layers(model)]
+        for fm, scaled in zip(dark_layers(model), factors, strict=True):
+            parametrize.register_parametrization(fm, name, scaled)
+        before = logits(model, ids)
+        for scaled in factors:
+            scaled.factor.data.fill_(1.5)
+        wanted = logits(model, ids)
+        assert relative_error(wanted, before) > 1e-4
+        assert relative_error(in_steps(model, ids, [12, 1, 1, 1, 5]), wanted) <= STREAM
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            factors[0].factor.data.fill_(2)  # leaves no trace but the numbers
+            for other in (cache, copy.deepcopy(cache)):
+                with pytest.raises(ConversionError, match="layer 0 of past_key_values was filled"):
+                    model(ids[:, :1], past_key_values=other, use_cache=True)
+
+    def test_peft_targets_an_offset(self) -> None:
+        peft = pytest.importorskip("peft")
+        model, ids = linear("llama"), tokens(1, 20)
+        plain = logits(model, ids)
+        settings = peft.LoraConfig(
+            r=2, target_modules=[], target_parameters=["dark.geometry_offset"], init_lora_weights=False
+        )
+        adapted = peft.get_peft_model(model, settings)
+        wanted = logits(adapted, ids)
+        assert relative_error(wanted, plain) > 1e-4
+        assert relative_error(in_steps(adapted, ids, [12, 1, 1, 1, 5]), wanted) <= STREAM
+        learned = [p for p in adapted.parameters() if p.requires_grad]
+        for use_cache in (False, True):
+            adapted.zero_grad()
+            adapted(ids, labels=ids, use_cache=use_cache).loss.backward()
+            assert all(p.grad is not None and p.grad.any() for p in learned)
+        with torch.no_grad():
+            cache = adapted(ids, use_cache=True).past_key_values
+            adapted(ids[:, :1], past_key_values=copy.deepcopy(cache), use_cache=True)
+            with adapted.disable_adapter(), pytest.raises(ConversionError, match="filled before its feature map"):
+                adapted(ids[:, :1], past_key_values=cache, use_cache=True)
+            with adapted.disable_adapter(), pytest.raises(ConversionError, match="filled by another"):
+                adapted(ids[:, :1], past_key_values=copy.deepcopy(cache), use_cache=True)
+            learned[0].data.mul_(1.5)
+            with pytest.raises(ConversionError, match="filled before its feature map"):
+                adapted(ids[:, :1], past_key_values=cache, use_cache=True)

@@ -15,6 +15,7 @@ from darkformer import (
     ConversionError,
     DarkConfig,
     InputError,
+    NonFiniteError,
     TrainConfig,
     convert,
     dark_layers,
@@ -192,7 +193,8 @@ class TestLoadingIsRefused:
         generator = torch.Generator().manual_seed(0)
         inside = torch.randint(8, header, (30,), generator=generator).tolist()
         after = torch.randint(header, len(content), (30,), generator=generator).tolist()
-        for place in [0, 3, 7, *inside, header, *after, len(content) - 1]:
+        named = [content.index(b'"format"') + 3, content.index(b'"pt"') + 1]  # safetensors' own entry in the metadata
+        for place in [0, 3, 7, *named, *inside, header, *after, len(content) - 1]:
             flipped = bytearray(content)
             flipped[place] ^= 1 << (place % 8)
             if flipped[place : place + 1].isspace() and content[place : place + 1].isspace():
@@ -222,6 +224,30 @@ class TestLoadingIsRefused:
         name = "model.layers.0.self_attn.dark.projection"
         write_sealed(file, "darkformer", header, tensors | {name: torch.zeros(2, 8, 8)})
         self._refused(file, InputError, r"is \(2, 8, 8\), this model needs \(2, 16, 8\)")
+
+    @pytest.mark.parametrize("number", [torch.nan, torch.inf])
+    def test_diverged_maps(self, file: Path, number: float) -> None:
+        header, tensors = light._read(file)
+        tensors["model.layers.1.self_attn.dark.geometry"][0, 0, 0] = number
+        write_sealed(file, "darkformer", header, tensors)
+        self._refused(file, NonFiniteError, r"1 tensors of feature maps \(model\.layers\.1\.self_attn\.dark\.geometry")
+
+    def test_another_kind_of_numbers(self, file: Path) -> None:
+        header, tensors = light._read(file)
+        name = "model.layers.0.self_attn.dark.projection"
+        write_sealed(file, "darkformer", header, tensors | {name: tensors[name].to(torch.complex64)})
+        self._refused(file, InputError, r"projection has dtype torch\.complex64")
+
+    @pytest.mark.parametrize("change", [{"config": []}, {"base": "llama"}, {"layout": 1e400}])
+    def test_a_header_of_other_types(self, file: Path, change: dict[str, object]) -> None:
+        header, tensors = light._read(file)
+        write_sealed(file, "darkformer", header | change, tensors)
+        self._refused(file, InputError, "is damaged")
+
+    def test_a_header_without_its_base(self, file: Path) -> None:
+        header, tensors = light._read(file)
+        write_sealed(file, "darkformer", header | {"base": {"name": "llama"}}, tensors)
+        self._refused(file, InputError, "does not say the dtype, fingerprint of its base")
 
     def test_an_unknown_field_of_a_newer_version(self, file: Path) -> None:
         header, tensors = light._read(file)

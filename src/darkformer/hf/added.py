@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 from ..features.feature_map import LEARNED, FeatureMap
 
 #: Dtypes of offsets; a quantized model's weights may have another one.
@@ -75,6 +75,38 @@ def set_added(model: nn.Module, values: dict[str, Tensor]) -> None:
         fm = model.get_submodule(path)
         assert isinstance(fm, FeatureMap)
         fm.set_(own, value)
+
+
+def check_finite(values: dict[str, Tensor], source: object) -> None:
+    """Refuses values of feature maps with NaN or infinity.
+
+    Raises:
+        NonFiniteError: names the first of them, and the `source` that they were read from.
+    """
+    if bad := [name for name, x in values.items() if not bool(x.isfinite().all())]:
+        raise NonFiniteError(
+            f"{source}: {len(bad)} tensors of feature maps ({', '.join(bad[:3])}, …) hold NaN or infinity: training "
+            "had diverged when they were saved, or the file is damaged. Go back to an earlier one."
+        )
+
+
+@torch.no_grad()
+def initialize_(fm: FeatureMap) -> None:
+    """Gives a feature map's tensors the values of its construction, but for those that a checkpoint has filled.
+
+    What transformers asks of `_init_weights`; it marks the tensors that are loaded.
+    """
+    tensors = dict((*fm.named_parameters(recurse=False), *fm.named_buffers(recurse=False)))
+    waiting = {name: x for name, x in tensors.items() if not (x.is_meta or getattr(x, "_is_hf_initialized", False))}
+    if not waiting:
+        return
+    with torch.device("cpu"):
+        new = FeatureMap(
+            fm.config, num_heads=fm.num_heads, num_kv_heads=fm.num_kv_heads, head_dim=fm.head_dim, layer=fm.layer,
+            heads=fm.heads,
+        )  # fmt: skip
+    for name, x in waiting.items():
+        x.copy_(getattr(new, name))
 
 
 def own_entries(model: nn.Module) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from ..config import DarkConfig
 from ..errors import ConversionError
-from ..features.feature_map import FeatureMap
+from ..features.feature_map import LEARNED, FeatureMap
 from ..features.tracing import traced
 from ..ops.exact import softmax_attention
 from ..ops.state import AttentionState
@@ -35,12 +35,29 @@ from .stream import CROP, Stream
 
 patch_caches(cache_utils)
 
+_INTERRUPTED = (
+    "a forward pass was interrupted (Ctrl-C, or an error) before every layer had read them. Start with an empty cache, "
+    "or with a copy from before."
+)
+
 
 def _versions(feature_map: FeatureMap) -> tuple[Any, ...]:
     """The configuration and the tensors' version counters: calibration, training and redraws raise one of them."""
     tables = (feature_map._parameters, feature_map._buffers)
     tensors = [x for table in tables for x in table.values() if x is not None]
     return (feature_map.config, *(0 if x.is_inference() else x._version for x in tensors))
+
+
+def _computed(feature_map: FeatureMap) -> str | None:
+    """Digest of the map's values if a parametrization (torch's, or peft's `target_parameters`) computes any of them.
+
+    They may then change with anything, so the numbers count as well as the tensors' versions.
+    """
+    if not feature_map._modules:
+        return None
+    # Not `values`, which reads without gradients: torch may keep what it computes first for the whole forward pass.
+    tensors = {name: feature_map.learned(name) for name in LEARNED} | {"proposal_root": feature_map.proposal_root}
+    return digest({name: x for name, x in tensors.items() if x is not None})
 
 
 class DarkCacheLayer(CacheLayerMixin):
@@ -62,19 +79,17 @@ class DarkCacheLayer(CacheLayerMixin):
         self.exact_mask: Tensor | None = None  # (B, seen) booleans, True for real tokens of `exact_layers`; None: all
         self.template: Any = DynamicLayer()  # an empty layer of the kind that the cache was made with
         self.seen = 0  # tokens, padding included: what transformers counts positions by
+        self.reading = False  # a forward pass of the owner has begun to read tokens and has not come to its end
         self.inherited: tuple[Tensor, Tensor] | None = None  # keys and values to read before the first token
         self.owner: Any = None  # weak reference to the attention module that filled it
         self.versions: tuple[Any, ...] = ()  # `_versions` of the feature map that filled it
+        self.computed: str | None = None  # `_computed` of that map
         self.identity: tuple[str | None, str, DarkConfig] | None = None  # `identity_of` the owner of the original
 
     @property
     def state(self) -> AttentionState | None:
         """Of the first stream, after the last token; None before the first one."""
         return self.streams[0].state
-
-    @state.setter
-    def state(self, state: AttentionState | None) -> None:
-        self.streams[0].hold(state)
 
     @property
     def filled(self) -> bool:
@@ -84,7 +99,9 @@ class DarkCacheLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle has no reference to a module, but the module's identity."""
         module = self.owner() if self.owner is not None else None
-        identity = self.identity if module is None or not self.filled else identity_of(module, map_of(module))
+        identity = self.identity
+        if module is not None and self.filled:
+            identity = identity_of(module, map_of(module), self.computed)
         return {**self.__dict__, "owner": None, "identity": identity}
 
     def bind(self, module: Any, feature_map: Any = None) -> DarkCacheLayer:
@@ -94,14 +111,14 @@ class DarkCacheLayer(CacheLayerMixin):
             ConversionError: it was filled by another model, or the feature map has changed since.
         """
         feature_map = map_of(module) if feature_map is None else feature_map
-        versions = _versions(feature_map)
+        versions, computed = _versions(feature_map), _computed(feature_map)
         if self.filled:
             name = f"layer {feature_map.layer} of past_key_values"
             if self.owner is None and self.identity is not None:
-                same = self.identity == identity_of(module, feature_map)
+                same = self.identity == identity_of(module, feature_map, computed)
             else:
                 same = self.owner is not None and self.owner() is module
-                if same and versions != self.versions:
+                if same and (versions, computed) != (self.versions, self.computed):
                     raise ConversionError(
                         f"{name} was filled before its feature map changed (calibrated, trained or redrawn): start "
                         "with an empty cache."
@@ -111,8 +128,17 @@ class DarkCacheLayer(CacheLayerMixin):
                     f"{name} was filled by another converted model: its sums mean nothing under this one's features. "
                     "Start with an empty cache."
                 )
-        self.owner, self.versions, self.identity = weakref.ref(module), versions, None
+        self.owner, self.versions, self.computed, self.identity = weakref.ref(module), versions, computed, None
         return self
+
+    def check_whole(self) -> None:
+        """Refuses a layer whose heads may stand at different tokens.
+
+        Raises:
+            ConversionError: the last forward pass of its module did not come to its end.
+        """
+        if self.reading:
+            raise ConversionError(f"a layer of past_key_values has read a part of the last tokens: {_INTERRUPTED}")
 
     def check_past(self, mask: Tensor, new: int) -> None:
         """Compares a mask (B, K), booleans of which the last `new` are of tokens to come, with what was read.
@@ -133,22 +159,29 @@ class DarkCacheLayer(CacheLayerMixin):
             )
 
     def extend(
-        self, turn: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parts: tuple[Part, ...],
-        **options: Any,
+        self, turn: int, calls: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        parts: tuple[Part, ...], **options: Any,
     ) -> Tensor:  # fmt: skip
         """Attention of new tokens after all before them, (B, H, L, d_v).
 
         Args:
-            turn: which attention of the module's forward pass this is, from 0.
+            turn: which attention of the module's forward pass this is, from 0. calls: how many there are.
             query: (B, H, L, d). key, value: (B, G, L, d).
             mask: (B, K) booleans, the new tokens last, or None.
             parts: of the module's heads.
             options: scaling, softcap and is_causal of `attention`.
 
         Raises:
-            ConversionError: see `check_past`.
+            ConversionError: see `check_past` and `check_whole`.
         """
         new = key.shape[2]
+        if turn == 0:
+            self.check_whole()
+            if self.inherited is not None and self.seen > self.inherited[0].shape[2]:
+                self.inherited = None  # every stream has read them in the forward pass before
+            if mask is not None:
+                self.check_past(mask, new)
+            self.reading = True
         constant = [part for part in parts if part.feature_map is not None]
         exact = next((part for part in parts if part.feature_map is None), None)
         while len(self.streams) < (turn + 1) * len(constant):
@@ -165,11 +198,6 @@ class DarkCacheLayer(CacheLayerMixin):
                 stream.absorb(part.of_keys(keys), part.of_keys(values), read, part.feature_map, **options)
             if exact is not None:
                 self._store_exact(turn, exact.of_keys(keys), exact.of_keys(values).to(keys.dtype))
-        if turn == 0:
-            if self.inherited is not None and self.seen > self.inherited[0].shape[2]:
-                self.inherited = None  # every stream has read them in the forward pass before
-            if mask is not None:
-                self.check_past(mask, new)
         mask = None if mask is None else mask[:, -new:]
         if turn == 0:
             self._count(new, None if exact is None else mask)
@@ -187,6 +215,7 @@ class DarkCacheLayer(CacheLayerMixin):
             if layer.keys.requires_grad or layer.values.requires_grad:
                 # Gradients stop at the end of a call, as in a state: a graph over all calls would grow with each.
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        self.reading = turn + 1 < calls
         return joined(parts, outputs)
 
     def _store_exact(self, turn: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +263,7 @@ class DarkCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.streams = [Stream(records=self.is_croppable)]
-        self.seen, self.is_initialized = 0, False
+        self.seen, self.is_initialized, self.reading = 0, False, False
         self.inherited = self.exact_mask = None
         for layer in self.exact_layers:
             layer.reset()
@@ -365,11 +394,17 @@ class DarkHybridLayer(DarkCacheLayer, LinearAttentionAndFullAttentionLayer):  # 
         DarkCacheLayer.crop(self, tokens_to_remove)
 
 
-def identity_of(module: Any, feature_map: FeatureMap) -> tuple[str | None, str, DarkConfig]:
-    """What a module's state depends on, comparable across processes: base weights, features, configuration."""
+def identity_of(module: Any, feature_map: FeatureMap, computed: str | None) -> tuple[str | None, str, DarkConfig]:
+    """What a module's state depends on, comparable across processes: base weights, features, configuration.
+
+    Args:
+        computed: see `_computed`; peft's parametrizations exist within a forward pass alone.
+    """
     base = getattr(module.config, "darkformer_base", None) or {}
-    values = feature_map.values(lambda name: read(module, f"dark.{name}"))
-    return base.get("fingerprint"), digest(values), feature_map.config
+    if computed is None:
+        path = next(name for name, x in module.named_modules() if x is feature_map)  # "dark", or inside peft's wrapper
+        computed = digest(feature_map.values(lambda name: read(module, f"{path}.{name}")))
+    return base.get("fingerprint"), computed, feature_map.config
 
 
 def has_all_keys(layer: Any) -> bool:
@@ -434,6 +469,32 @@ def own_layer(call: AttentionCall, module: Any, feature_map: Any) -> DarkCacheLa
             own.inherited, own.seen = keys, keys[0].shape[2]
         cache.layers[slot] = layer = own
     return layer.bind(module, feature_map)
+
+
+def check_even(cache: Cache, layer: DarkCacheLayer, new: int, config: Any) -> None:
+    """Compares the number of tokens that `layer` has read with the other layers'.
+
+    The first converted layer is compared with all that read the same text, the others with the first.
+
+    Args:
+        layer: of this cache, before it reads `new` tokens, which the layers that ran before it have read already.
+        config: of its module; it names the layers that converted modules fill, those included that keep softmax.
+
+    Raises:
+        ConversionError: an interrupted forward pass has left them uneven.
+    """
+    layers: Any = cache.layers
+    first = next(x for x in layers if isinstance(x, DarkCacheLayer))
+    others = [first]
+    if layer is first:
+        slots = {slot for described in config.darkformer_layers for slot in described["slots"]}
+        others = [x for i, x in enumerate(layers) if i in slots or getattr(x, "is_sliding", False)]
+    for other in others:
+        if (seen := other.get_seq_length()) - layer.seen not in (0, new):
+            raise ConversionError(
+                f"layers of past_key_values have read different numbers of tokens ({layer.seen} and {int(seen)}): "
+                f"{_INTERRUPTED}"
+            )
 
 
 def cache_bytes(cache: Cache) -> int:

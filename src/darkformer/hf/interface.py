@@ -22,7 +22,7 @@ from ..errors import ConversionError, NonFiniteError
 from ..features.feature_map import FeatureMap
 from ..ops.attention import attention, check_finite
 from ..ops.exact import softmax_attention
-from .cache import own_layer
+from .cache import check_even, own_layer
 from .calls import AttentionCall, with_call
 from .layers import attachment_of, converted_modules, layer_of
 from .masks import AttentionMask, allowed_keys, check_stays, dark_mask, read_mask
@@ -228,7 +228,8 @@ def _converted(
     """The output (B, H, L, d_v) of a converted layer, within the forward pass of its feature map."""
     received = replace(received, query=query, key=key, value=value)
     observation = _observation(feature_map)
-    parts = parts_of(layer_of(module), feature_map)
+    layer = layer_of(module)
+    parts = parts_of(layer, feature_map)
     if observation is not None and observation.softmax:
         return _observed_softmax(observation.observer, feature_map, received, parts[0])
     if feature_map.config.method == "exact":
@@ -238,8 +239,11 @@ def _converted(
     options: dict[str, Any] = dict(scaling=received.scaling, is_causal=received.is_causal, softcap=received.softcap)
     with _naming(feature_map):
         if call is not None:
-            cache = own_layer(call, module, feature_map)
-            output = cache.extend(call.turn(), query, key, value, mask, parts, **options)
+            turn, own = call.turn(), own_layer(call, module, feature_map)
+            if turn == 0:
+                assert call.cache is not None  # own_layer refuses calls without
+                check_even(call.cache, own, length, module.config)
+            output = own.extend(turn, layer.calls, query, key, value, mask, parts, **options)
         elif key.shape[2] == length:
             outputs = [_of_part(part, query, key, value, mask, documents, **options) for part in parts]
             output = joined(parts, outputs)
@@ -249,9 +253,9 @@ def _converted(
                 "of another layer or another sequence cannot be followed."
             )
     if observation is not None:
-        mask, own = None if mask is None else mask[:, -length:], parts[0]
-        inputs = own.of_queries(query), own.of_keys(key), own.of_keys(value)
-        observation.observer(feature_map, *inputs, mask, received.scaling, own.of_queries(output))
+        mask, part = None if mask is None else mask[:, -length:], parts[0]
+        inputs = part.of_queries(query), part.of_keys(key), part.of_keys(value)
+        observation.observer(feature_map, *inputs, mask, received.scaling, part.of_queries(output))
     return output
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .._version import __version__
 from ..config import DarkConfig
 from ..errors import ConversionError, InputError
-from .added import added_values, set_added
+from .added import DTYPES, added_values, check_finite, set_added
 from .convert import convert_by, dark_layers, plan_conversion, revert
 from .fingerprint import describe_base
 from .layers import config_of
@@ -67,10 +67,14 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file.parent} holds no {LIGHT_FILE}: load_light reads what save_light wrote. "
             "A folder of save_pretrained is loaded by darkformer.load_model."
         )
-    return read_sealed(file, "darkformer", LAYOUT, what="light form", writer="save_light")
+    return read_sealed(
+        file, "darkformer", LAYOUT, fields={"config": dict, "base": dict}, what="light form", writer="save_light"
+    )
 
 
 def _check_base(model: nn.Module, wanted: dict[str, Any]) -> None:
+    if lacking := sorted({"fingerprint", "name", "dtype"} - set(wanted)):
+        raise InputError(f"the light form's header does not say the {', '.join(lacking)} of its base: save it again.")
     base = describe_base(model)
     if base is None:
         raise InputError("the base model has no weights (meta device): load them first.")
@@ -93,6 +97,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     for name, x in added.items():
         if x.shape != tensors[name].shape:
             raise InputError(f"{file}: {name} is {tuple(tensors[name].shape)}, this model needs {tuple(x.shape)}.")
+        if tensors[name].dtype not in DTYPES:
+            raise InputError(f"{file}: {name} has dtype {tensors[name].dtype}, this model needs {x.dtype}.")
+    check_finite(tensors, file)
     set_added(model, tensors)
 
 
@@ -104,7 +111,8 @@ def load_light(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         folder: where `save_light` wrote.
 
     Raises:
-        InputError: the file is missing, damaged or incomplete, or the weights of `model` are others.
+        InputError: the file is missing, damaged or incomplete, or the weights of `model` are others. NonFiniteError: it
+            holds NaN or infinity.
         ConfigError: a newer version wrote it. ConversionError: `model` is converted already.
     """
     file = Path(folder) / LIGHT_FILE
@@ -117,7 +125,7 @@ def load_light(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     convert_by(model, plan, config, header["base"])
     try:
         _fill(model, tensors, file)
-    except InputError:
+    except BaseException:
         revert(model)
         raise
     return model

@@ -7,16 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
 from .._version import __version__
 from ..config import DarkConfig
-from ..errors import ConversionError, InputError
-from ..ops.state import AttentionState
-from .added import added_values
-from .cache import DarkCacheLayer, Stream, has_all_keys
+from ..errors import ConversionError, InputError, NonFiniteError
+from ..features.feature_map import FeatureMap
+from ..ops.state import LARGEST_COUNT, AttentionState, check_state, compute_dtype
+from .added import DTYPES, added_values
+from .cache import DarkCacheLayer, Stream, check_even, has_all_keys
 from .fingerprint import digest, digest_own
 from .layers import config_of, converted_modules, layer_of, map_of
 from .parts import parts_of
@@ -25,6 +34,8 @@ from .sealed import read_sealed, write_sealed
 #: Version of the file's layout. A reader refuses higher ones.
 LAYOUT = 1
 FIELDS = [f.name for f in dataclasses.fields(AttentionState)]
+#: Relative, of a sum.
+_ROUNDING = 1e-3
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
@@ -54,7 +65,8 @@ def cache_of(model: PreTrainedModel, states: Mapping[int, AttentionState], seen:
         if len(parts := parts_of(layer_of(module), map_of(module))) > 1 or parts[0].feature_map is None:
             raise ConversionError(f"layer {slot} has exact heads or heads of several kinds: one state is not enough.")
         own = DarkCacheLayer().bind(module)
-        own.state, own.seen, own.is_initialized = states[slot], seen, True
+        own.streams[0].hold(states[slot])
+        own.seen, own.is_initialized = seen, True
         cache.layers[slot] = own
     return cache
 
@@ -119,13 +131,14 @@ def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
         The file's path.
 
     Raises:
-        ConversionError: the model is not converted, or another one filled the cache.
+        ConversionError: the model is not converted, another one filled the cache, or a forward pass was interrupted.
     """
     for slot, module in _slots(model).items():
         layer = cache.layers[slot] if slot < len(cache.layers) else None
         if not isinstance(layer, DarkCacheLayer):
             raise ConversionError(f"layer {slot} of the cache holds no state: run the model with it first.")
-        layer.bind(module)
+        layer.bind(module).check_whole()
+        check_even(cache, layer, 0, module.config)
     described = [_tensors_of(layer) for layer in cache.layers]
     tensors = {f"layers.{i}.{name}": x for i, (_, of_layer) in enumerate(described) for name, x in of_layer.items()}
     header = {
@@ -139,14 +152,131 @@ def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not file.is_file():
         raise InputError(f"{file}: no such file.")
-    return read_sealed(file, "darkformer_cache", LAYOUT, what="cache", writer="darkformer.save_cache")
+    fields = {"configuration": dict, "features": str, "weights": str, "layers": list}
+    return read_sealed(file, "darkformer_cache", LAYOUT, fields=fields, what="cache", writer="darkformer.save_cache")
+
+
+def _number(described: Any, name: str, default: int | None = None) -> int:
+    """A number of tokens or tensors in a layer's entry of the header."""
+    value = described.get(name, default) if isinstance(described, dict) else None
+    if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
+        raise InputError(f"its header says {name} = {value!r}.")
+    return value
+
+
+def _take(stored: dict[str, Tensor], name: str) -> Tensor:
+    """Removes a tensor from those that nobody has asked for yet."""
+    if name not in stored:
+        raise InputError(f"{name} is missing.")
+    return stored.pop(name)
+
+
+def _state(stored: dict[str, Tensor], prefix: str, fm: FeatureMap, seen: int, batch: int) -> AttentionState:
+    """A state that `fm` can have left behind after `seen` tokens, padding included, of `batch` rows."""
+    state = AttentionState(**{name: _take(stored, f"{prefix}{name}") for name in FIELDS})
+    config, dtype = fm.config, state.recent_key.dtype
+    value_dim = state.recent_value.shape[-1] if state.recent_value.dim() else 0
+    for name, tokens in (("recent", config.window), ("sink", config.sinks)):  # before memory is taken for as many
+        for kind, n in (("key", fm.head_dim), ("value", value_dim)):
+            shape = getattr(state, f"{name}_{kind}").shape
+            if shape != (batch, fm.num_kv_heads, tokens, n):
+                raise InputError(f"{prefix}{name}_{kind} has shape {tuple(shape)}.")
+    if dtype not in DTYPES:
+        raise InputError(f"{prefix}recent_key has dtype {dtype}.")
+    key, value = (state.recent_key.new_empty(batch, fm.num_kv_heads, 0, n) for n in (fm.head_dim, value_dim))
+    expected = AttentionState.expanded(config, key, value, batch=batch, compute=compute_dtype(key))
+    for name in FIELDS:
+        if (x := getattr(state, name)).dtype != getattr(expected, name).dtype:
+            raise InputError(f"{prefix}{name} has dtype {x.dtype}.")
+    check_state(state, expected)
+    far = (state.count - config.window - config.sinks).clamp(min=0)[:, None, None]
+    # No key adds more than 1 to a scaled sum.
+    possible = (state.feature_sum >= 0) & (state.feature_sum <= far * (1 + _ROUNDING))
+    if bool((state.count > seen).any()) or not bool(possible.all()):
+        raise InputError(f"its sums or counts are not those of {seen} tokens.")
+    return state
+
+
+def _kept(stored: dict[str, Tensor], prefix: str, batch: int, least: int, most: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, G, T, d) of softmax attention, T from `least` to `most`."""
+    keys, values = _take(stored, f"{prefix}keys"), _take(stored, f"{prefix}values")
+    for name, x in (("keys", keys), ("values", values)):
+        if x.dim() != 4 or x.shape[0] != batch or not least <= x.shape[2] <= most or x.shape[:3] != keys.shape[:3]:
+            raise InputError(f"{prefix}{name} has shape {tuple(x.shape)}, after {most} tokens of {batch} rows.")
+        if x.dtype not in DTYPES or x.dtype != keys.dtype:
+            raise InputError(f"{prefix}{name} has dtype {x.dtype}.")
+        if not bool(x.isfinite().all()):
+            raise NonFiniteError(f"{prefix}{name} holds NaN or infinity.")
+    return keys, values
+
+
+def _fill(own: DarkCacheLayer, module: Any, described: Any, stored: dict[str, Tensor], batch: int) -> None:
+    """Puts what was read into a new layer of a converted module."""
+    layer, seen = layer_of(module), _number(described, "seen")
+    parts = parts_of(layer, map_of(module)) * layer.calls
+    maps = [part.feature_map for part in parts if part.feature_map is not None]
+    exact = [part for part in parts if part.feature_map is None]
+    if (_number(described, "streams", 1), _number(described, "exact", 0)) != (len(maps), len(exact)):
+        raise InputError(f"it needs {len(maps)} states and {len(exact)} sets of exact heads.")
+    states = [_state(stored, prefix, fm, seen, batch) for prefix, fm in zip(_prefixes(len(maps)), maps, strict=True)]
+    counts = [state.count for state in states]
+    if "real" in stored:
+        own.exact_mask = _take(stored, "real")
+        if own.exact_mask.dtype != torch.bool or own.exact_mask.shape != (batch, seen):
+            raise InputError(f"real is {own.exact_mask.dtype} of shape {tuple(own.exact_mask.shape)}.")
+        counts.append(own.exact_mask.sum(1))
+    if not all(torch.equal(x, counts[0]) for x in counts):
+        raise InputError("its heads have read different numbers of tokens.")
+    own.streams = [Stream() for _ in states]
+    for stream, state in zip(own.streams, states, strict=True):
+        stream.hold(state)
+    for prefix, part in zip(_prefixes(len(exact)), exact, strict=True):
+        keys, values = _kept(stored, prefix, batch, seen, seen)
+        if (keys.shape[1], keys.shape[3]) != (len(part.heads), layer.head_dim):
+            raise InputError(f"{prefix}keys has shape {tuple(keys.shape)}.")
+        own.exact_layers.append(DynamicLayer())
+        own.exact_layers[-1].update(keys, values)
+    own.seen, own.is_initialized = seen, True
+
+
+def _layer(module: Any, empty: Any, described: Any, stored: dict[str, Tensor], batch: int) -> Any:
+    """A layer of the cache with what was stored for it; of `stored` remains what does not belong to it.
+
+    Whoever wrote a file could compute its checksum too, and compiled code will read as much memory as the layer needs:
+    nothing in it is taken as right.
+
+    Args:
+        module: the converted module that fills the layer; None for others.
+        empty: the layer in a new cache.
+    """
+    seen, kind = _number(described, "seen"), described.get("kind")
+    sliding = isinstance(empty, DynamicSlidingWindowLayer)
+    if kind not in (("state",) if module is not None else ("softmax", "sliding") if sliding else ("softmax",)):
+        raise InputError(f"its kind is {kind!r}.")
+    if module is not None:
+        own = DarkCacheLayer().bind(module)
+        if seen:
+            _fill(own, module, described, stored, batch)
+        return own
+    if kind == "softmax" and sliding:
+        empty = DynamicLayer()  # a cache that was made without the model's config keeps all keys
+    if seen:
+        needed = min(seen, empty.sliding_window - 1) if kind == "sliding" else seen
+        keys, values = _kept(stored, "", batch, needed, seen)
+        first = keys.shape[2] - needed  # a recording layer keeps more than its window
+        empty.lazy_initialization(keys, values)
+        empty.keys, empty.values = keys[:, :, first:], values[:, :, first:]
+        if kind == "sliding":
+            empty.cumulative_length = seen
+    return empty
 
 
 def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
     """A cache from `save_cache`, to pass as `past_key_values`.
 
     Raises:
-        InputError: a damaged file, or one of another model, of other draws or of another configuration.
+        InputError: a damaged file, or one of another model, of other draws or of another configuration, or with tensors
+            that this model's layers cannot have left behind. NonFiniteError: it holds NaN or infinity.
         ConfigError: a newer version wrote it. ConversionError: the model is not converted.
     """
     file = Path(file)
@@ -163,28 +293,21 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
     }
     if reasons := [text for name, text in meaning.items() if header[name] != identity[name]]:
         raise InputError(f"{file}: belongs to another model ({'; '.join(reasons)}): compute the prompt again.")
-    device = model.device
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    modules = _slots(model)
-    for i, described in enumerate(header["layers"]):
+    cache, modules = DynamicCache(config=model.config.get_text_config(decoder=True)), _slots(model)
+    described = header["layers"]
+    if not max(modules) < len(described) <= len(cache.layers):
+        raise InputError(f"{file}: holds {len(described)} layers, the model's cache has {len(cache.layers)}.")
+    batch = next((len(x) for name, x in tensors.items() if name.endswith(".count") and x.dim() == 1), 0)
+    for i in range(len(described)):
         prefix = f"layers.{i}."
-        stored = {name.removeprefix(prefix): x.to(device) for name, x in tensors.items() if name.startswith(prefix)}
-        if described["kind"] == "state":
-            own = DarkCacheLayer().bind(modules[i])
-            own.streams = [Stream() for _ in range(described.get("streams", 1))]
-            for prefix, stream in zip(_prefixes(len(own.streams)), own.streams, strict=True):
-                if f"{prefix}count" in stored:
-                    stream.hold(AttentionState(**{name: stored[f"{prefix}{name}"] for name in FIELDS}))
-            for prefix in _prefixes(described.get("exact", 0)):
-                own.exact_layers.append(DynamicLayer())
-                own.exact_layers[-1].update(stored[f"{prefix}keys"], stored[f"{prefix}values"])
-            own.exact_mask = stored.get("real")
-            own.seen, own.is_initialized = described["seen"], own.filled
-            cache.layers[i] = own
-        elif stored:
-            layer: Any = cache.layers[i]
-            layer.lazy_initialization(stored["keys"], stored["values"])
-            layer.keys, layer.values = stored["keys"], stored["values"]
-            if described["kind"] == "sliding":
-                layer.cumulative_length = described["seen"]
+        names = [name for name in tensors if name.startswith(prefix)]
+        stored = {name.removeprefix(prefix): tensors.pop(name).to(model.device) for name in names}
+        try:
+            cache.layers[i] = _layer(modules.get(i), cache.layers[i], described[i], stored, batch)
+            if stored:
+                raise InputError(f"{', '.join(sorted(stored)[:3])} belong to no layer of its kind.")
+        except InputError as error:
+            raise type(error)(f"{file}: layer {i} is not one that save_cache wrote for this model: {error}") from error
+    if tensors:
+        raise InputError(f"{file}: {', '.join(sorted(tensors)[:3])} belong to no layer.")
     return cache

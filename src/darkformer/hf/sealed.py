@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def write_sealed(file: Path, kind: str, header: dict[str, Any], tensors: dict[st
         header: plain values, with the file's `layout` and the `version` of darkformer.
         tensors: of any device; what is written are contiguous copies on the CPU.
     """
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    # A sign that torch keeps beside the memory would not be written.
+    tensors = {name: x.detach().cpu().resolve_neg().contiguous() for name, x in tensors.items()}
     metadata = {"format": "pt", kind: json.dumps(header), "checksum": _checksum(header, tensors)}
     part = file.with_name(file.name + ".part")
     save_file(tensors, part, metadata=metadata)
@@ -36,13 +38,14 @@ def write_sealed(file: Path, kind: str, header: dict[str, Any], tensors: dict[st
 
 
 def read_sealed(
-    file: Path, kind: str, layout: int, *, what: str, writer: str
+    file: Path, kind: str, layout: int, *, fields: Mapping[str, type], what: str, writer: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file that exists.
 
     Args:
         kind: as in `write_sealed`.
         layout: the highest one that the caller reads.
+        fields: what its header has to have, and of which types.
         what, writer: what such a file holds and which function writes it, for messages.
 
     Raises:
@@ -60,13 +63,15 @@ def read_sealed(
     try:
         header = json.loads(metadata[kind])
         newest = int(header["layout"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{damaged} its header cannot be read.") from error
     if newest > layout:
         raise ConfigError(
             f"{file} has layout {newest}, this version reads up to {layout}: it was written by darkformer "
             f"{header.get('version')}; upgrade this installation."
         )
-    if metadata.get("checksum") != _checksum(header, tensors):
+    if metadata.get("format") != "pt" or metadata.get("checksum") != _checksum(header, tensors):
         raise InputError(f"{damaged} its checksum does not fit its content.")
+    if lacking := [name for name, kind in fields.items() if not isinstance(header.get(name), kind)]:
+        raise InputError(f"{damaged} its header lacks {', '.join(lacking)}.")
     return header, tensors
