@@ -10,10 +10,26 @@ import pytest
 import torch
 from hang import HANG_SECONDS
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 import darkformer
-from darkformer import ConfigError, DarkConfig, InputError, convert, dark_layers, load_light, revert, save_light
+from darkformer import (
+    ConfigError,
+    DarkConfig,
+    InputError,
+    NonFiniteError,
+    convert,
+    dark_layers,
+    load_light,
+    revert,
+    save_light,
+)
 from darkformer.hf.load import load_model
 from hf.families import DARK, FAMILIES, PAPER, disturb, left_mask, linear, logits, tiny, tokens
 
@@ -247,6 +263,57 @@ print("as it should")
 
 def test_import_is_light_and_the_finder_removes_itself() -> None:
     assert _run(FINDER) == "as it should\n"
+
+
+class TestInitialization:
+    """What no checkpoint fills is as `convert` would make it, never what the memory held."""
+
+    def test_mismatched_sizes(self, tmp_path: Path) -> None:
+        linear("llama").save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        config.darkformer["num_features"] = 32
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        assert len(info["mismatched_keys"]) == 3
+        new = convert(tiny("llama"), DarkConfig(num_features=32, window=4, sinks=2))
+        saved = linear("llama")
+        for layer, drawn, trained in zip(dark_layers(loaded), dark_layers(new), dark_layers(saved), strict=True):
+            assert torch.equal(layer.projection, drawn.projection)
+            assert torch.equal(layer.learned("geometry"), trained.learned("geometry"))
+
+    @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+    def test_built_without_memory(self, config: DarkConfig) -> None:
+        model = convert(tiny("llama"), config)
+        with torch.device("meta"):
+            empty = type(model)(model.config)
+        empty.to_empty(device="cpu")
+        with torch.no_grad():
+            for x in (*empty.parameters(), *empty.buffers()):
+                x.fill_(77)
+        empty.init_weights()
+        for made, wanted in zip(dark_layers(empty), dark_layers(model), strict=True):
+            for name, x in wanted.state_dict().items():
+                assert torch.equal(made.state_dict()[name], x), name
+
+    def test_what_was_learned_stays(self) -> None:
+        model = linear("llama")
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        model.init_weights()
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["geometry", "far_bias_offset"])
+def test_diverged_maps_are_refused(name: str, tmp_path: Path) -> None:
+    model = linear("llama")
+    with torch.no_grad():
+        getattr(list(dark_layers(model))[1], name).view(-1)[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM.from_pretrained, load_model):
+        with pytest.raises(
+            NonFiniteError, match=rf"1 tensors of feature maps \(model\.layers\.1\.self_attn\.dark\.{name}"
+        ):
+            load(str(tmp_path))
 
 
 class TestSeed:

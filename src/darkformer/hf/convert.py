@@ -78,6 +78,8 @@ def _set_map(module: Any, layer: Layer, config: DarkConfig) -> FeatureMap:
         # A model under construction on the meta device gets its weights, and its device, later.
         building = torch.get_default_device().type == "meta"
         module.dark = feature_map if building else feature_map.to(_device(module))
+        # transformers' mark: `init_weights` leaves alone what has numbers.
+        feature_map._is_hf_initialized = not building  # type: ignore[assignment]
     exact = heads is parts.exact
     attach(module, layer=replace(layer, exact=exact, exact_heads=parts.exact, local_heads=parts.local))
     return feature_map

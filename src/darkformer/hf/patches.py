@@ -4,7 +4,9 @@
   of the Auto classes and of the model's own class load it, and `AutoConfig.register` would need a type of its own. Its
   feature maps must exist before the weights are read; `post_init` runs "at the end of each model initialization".
 - `PreTrainedModel._finalize_model_loading`: refuses a checkpoint that lacks tensors which conversion added.
-  transformers would only warn, and leave them as the memory was.
+  transformers would only warn. And one whose feature maps hold NaN.
+- `PreTrainedModel._initialize_weights`: families' `_init_weights` do not know feature maps, and would leave them as the
+  memory was where a model is built on the meta device, or where a checkpoint has tensors of other sizes.
 - `Cache.activate_past_recording`: remembers the request on the cache. `generate` makes it before the first token, when
   the layers are still standard ones; those of a converted model take their place later. Applied by `hf.cache`.
 
@@ -54,11 +56,26 @@ def _attaching(original: Any) -> Any:
     return post_init
 
 
+def _initializing(original: Any) -> Any:
+    """`_initialize_weights`, of one module, that knows feature maps."""
+
+    def initialize(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(self.config, "darkformer", None) and not getattr(module, "_is_hf_initialized", False):
+            from ..features.feature_map import FeatureMap
+            from .added import initialize_
+
+            if isinstance(module, FeatureMap):
+                initialize_(module)
+        original(self, module, *args, **kwargs)
+
+    return initialize
+
+
 def _checking(original: Any) -> Any:
-    """`_finalize_model_loading` that refuses incomplete checkpoints of converted models."""
+    """`_finalize_model_loading` that refuses incomplete or diverged checkpoints of converted models."""
 
     def finalize(model: Any, load_config: Any, loading_info: Any) -> Any:
-        from .added import feature_maps, left_out, settle_offsets
+        from .added import check_finite, feature_maps, left_out, settle_offsets
         from .plan import refuse_tensor_parallel
 
         if next(feature_maps(model), None) is None:  # the config may have the entry for a part of the model only
@@ -79,6 +96,10 @@ def _checking(original: Any) -> Any:
         finally:
             model._keys_to_ignore_on_load_missing = ignored
         settle_offsets(model, older, offloaded="disk" in (load_config.device_map or {}).values())
+        # Those on the meta device are in files, which accelerate's hooks read later.
+        tensors = {f"{name}.{own}": x for name, fm in feature_maps(model) for own, x in fm.state_dict().items()}
+        present = {name: x for name, x in tensors.items() if not x.is_meta}
+        check_finite(present, load_config.pretrained_model_name_or_path)
         return info
 
     return finalize
@@ -87,6 +108,7 @@ def _checking(original: Any) -> Any:
 def patch_models(modeling_utils: Any) -> None:
     """Patches `PreTrainedModel`, so that saved converted models load."""
     _wrap(modeling_utils.PreTrainedModel, "post_init", _attaching)
+    _wrap(modeling_utils.PreTrainedModel, "_initialize_weights", _initializing)
     _wrap(modeling_utils.PreTrainedModel, "_finalize_model_loading", _checking)
 
 
