@@ -50,12 +50,35 @@ def generation(_: list[str]) -> str:
     return script("generation")["table"](read("generation"))
 
 
+def drift(_: list[str]) -> str:
+    record = read("drift")
+    paths = {"native": "`native`, whole", "step": "single steps", "chunked": "`chunked`, whole"}
+    lines = [
+        f"| {record['tokens']:,} tokens as they are: relative error of the last output | constant stream | random stream |",
+        "|---|---:|---:|",
+        *(
+            f"| {title} | {record['run']['constant'][path]:.1e} | {record['run']['random'][path]:.1e} |"
+            for path, title in paths.items()
+        ),
+        "",
+        f"| {record['simulated_tokens']:,} tokens, one total | rounded to nearest | as it is done |",
+        "|---|---:|---:|",
+    ]
+    errors = {(x["tokens_a_join"], x["constant"], x["dithered"]): x["error"] for x in record["simulated"]}
+    for size, how in ((1, "a token a time"), (64, "a chunk a time")):
+        for constant, stream in ((True, "constant"), (False, "random")):
+            plain, done = (errors[size, constant, dithered] for dithered in (False, True))
+            lines.append(f"| {how}, {stream} | {plain:.1e} | {done:.1e} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[list[str]], str]] = {
     "frontier": partial(frontier, "frontier-smollm2"),
     "frontier-gemma3": partial(frontier, "frontier-gemma3"),
     "diagnosed": diagnosed,
     "untrained": untrained,
     "generation": generation,
+    "drift": drift,
     "bench": lambda _: measurements_markdown(read("bench")),
     "bench-amx": lambda _: measurements_markdown(read("bench-amx")),
     "bench-avx2": lambda _: measurements_markdown(read("bench-avx2")),
