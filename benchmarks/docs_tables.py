@@ -54,14 +54,14 @@ def drift(_: list[str]) -> str:
     record = read("drift")
     paths = {"native": "`native`, whole", "step": "single steps", "chunked": "`chunked`, whole"}
     lines = [
-        f"| {record['tokens']:,} tokens as they are: relative error of the last output | constant stream | random stream |",
+        f"| {record['tokens']:,} tokens: relative error of the last output | constant stream | random stream |",
         "|---|---:|---:|",
         *(
             f"| {title} | {record['run']['constant'][path]:.1e} | {record['run']['random'][path]:.1e} |"
             for path, title in paths.items()
         ),
         "",
-        f"| {record['simulated_tokens']:,} tokens, one total | rounded to nearest | as it is done |",
+        f"| {record['simulated_tokens']:,} tokens, simulated: relative error of a total | rounded to nearest | as it is done |",
         "|---|---:|---:|",
     ]
     errors = {(x["tokens_a_join"], x["constant"], x["dithered"]): x["error"] for x in record["simulated"]}
