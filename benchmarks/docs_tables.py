@@ -61,7 +61,7 @@ def drift(_: list[str]) -> str:
             for path, title in paths.items()
         ),
         "",
-        f"| {record['simulated_tokens']:,} tokens, simulated: relative error of a total | rounded to nearest | as it is done |",
+        f"| {record['simulated_tokens']:,} tokens, simulated: error of a total | rounded to nearest | as it is done |",
         "|---|---:|---:|",
     ]
     errors = {(x["tokens_a_join"], x["constant"], x["dithered"]): x["error"] for x in record["simulated"]}
