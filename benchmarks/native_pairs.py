@@ -27,6 +27,9 @@ import numpy as np
 import torch
 
 HEADS, HEAD_DIM, FEATURES, WINDOW, SINKS = 8, 64, 128, 64, 4
+PASSES = ("forward", "forward+backward", "steps")
+#: Single tokens of one call of `steps`, which go on from a state that has read the row's length.
+STEPS = 32
 CLOCKS = {"cpu": time.thread_time, "wall": time.perf_counter}
 
 
@@ -52,14 +55,32 @@ def commit(source: Path) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def runner(package: ModuleType, inputs: list[torch.Tensor], backward: bool) -> Callable[[], list[torch.Tensor]]:
-    """One call on these tensors; returns the output and, with `backward`, all gradients."""
+def runner(package: ModuleType, inputs: list[torch.Tensor], passes: str) -> Callable[[], list[torch.Tensor]]:
+    """One call on these tensors; returns the output and, with a backward pass, all gradients."""
+    backward = passes == "forward+backward"
     config = package.DarkConfig(num_features=FEATURES, window=WINDOW, sinks=SINKS)
     torch.manual_seed(0)
     feature_map = package.feature_map(config, num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM)
     leaves = [x.detach().requires_grad_(backward) for x in inputs]
     wanted = [*leaves, *(x for x in feature_map.parameters() if x.requires_grad)]
     grad_output = torch.ones_like(inputs[2])
+
+    if passes == "steps":
+        with torch.no_grad():
+            _, read = package.attention(*leaves, feature_map, return_state=True, backend="native")
+        tokens = [[x[:, :, i : i + 1] for x in leaves] for i in range(STEPS)]
+
+        @torch.no_grad()
+        def decode() -> list[torch.Tensor]:
+            state, outputs = read, []
+            for token in tokens:
+                output, state = package.attention(
+                    *token, feature_map, initial_state=state, return_state=True, backend="native"
+                )
+                outputs.append(output)
+            return outputs
+
+        return decode
 
     def run() -> list[torch.Tensor]:
         with torch.set_grad_enabled(backward):
@@ -98,7 +119,7 @@ def take_turns(
 
 
 def measure(
-    versions: list[ModuleType], dtype: str, length: int, backward: bool, options: argparse.Namespace
+    versions: list[ModuleType], dtype: str, length: int, passes: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One row of the record."""
     generator = torch.Generator().manual_seed(length)
@@ -109,7 +130,7 @@ def measure(
             version.ops.native.release()
         shape = (1, HEADS, length, HEAD_DIM)
         inputs = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for _ in range(3)]
-        runs = [runner(version, inputs, backward) for version in versions]
+        runs = [runner(version, inputs, passes) for version in versions]
         results = {which: runs[which]() for which in (first, 1 - first)}
         differs = max(differs, difference(results[0], results[1]))
         start = time.perf_counter()
@@ -125,7 +146,7 @@ def measure(
     return {
         "dtype": dtype,
         "length": length,
-        "pass": "forward+backward" if backward else "forward",
+        "pass": passes,
         "before_seconds": statistics.median(before),
         "after_seconds": statistics.median(after),
         "ratio": statistics.median(ratios),
@@ -144,6 +165,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("after", type=Path, help="Source folder of the later version.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 512, 2048, 8192], help="Tokens L of the rows.")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="Dtypes of the rows.")
+    parser.add_argument(
+        "--passes", nargs="+", choices=PASSES, default=PASSES, help=f"Rows of a length; {STEPS} steps are one call."
+    )
     parser.add_argument("--seconds", type=float, default=10, help="Time of a row, about.")
     parser.add_argument("--rounds", type=int, default=6, help="Rounds of a row, each with new tensors and memory.")
     parser.add_argument("--turns", type=int, default=7, help="Turns of a round, at least.")
@@ -162,8 +186,8 @@ def main() -> None:
     print("    dtype  tokens             pass  before ms  after ms  ratio          IQR  fastest  turns")
     for dtype in options.dtypes:
         for length in options.lengths:
-            for backward in (False, True):
-                row = measure(versions, dtype, length, backward, options)
+            for passes in options.passes:
+                row = measure(versions, dtype, length, passes, options)
                 rows.append(row)
                 low, high = row["ratio_iqr"]
                 print(
