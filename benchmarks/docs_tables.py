@@ -50,6 +50,10 @@ def generation(_: list[str]) -> str:
     return script("generation")["table"](read("generation"))
 
 
+def rankings(_: list[str]) -> str:
+    return script("rankings")["table"](read("rankings"))
+
+
 def drift(_: list[str]) -> str:
     record = read("drift")
     paths = {"native": "`native`, whole", "step": "single steps", "chunked": "`chunked`, whole"}
@@ -78,6 +82,7 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "diagnosed": diagnosed,
     "untrained": untrained,
     "generation": generation,
+    "rankings": rankings,
     "drift": drift,
     "bench": lambda _: measurements_markdown(read("bench")),
     "bench-amx": lambda _: measurements_markdown(read("bench-amx")),

@@ -32,6 +32,7 @@ WINDOW = 256
 #: Texts that heads are chosen on; the second is of a kind that the scores contain as well (other pages of it).
 TEXTS = {"python documentation": ["pydoc"], "source code": [str(Path(os.__file__).parent / "unittest" / "*.py")]}
 Order = list[list[int]]
+TITLES = {"gradient": "slopes halfway"}
 
 
 class OutputError(MixedAttention):
@@ -126,6 +127,38 @@ def gates(
 def shared(first: Sequence[Any], second: Sequence[Any], count: int) -> int:
     """Heads that are among the first `count` of both orders."""
     return len(set(map(tuple, first[:count])) & set(map(tuple, second[:count])))
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as a Markdown table: softmax's share and recalled numbers with the first heads of each order."""
+    softmax, counts = (
+        record["scores"]["softmax"],
+        sorted({int(x) for x in next(iter(record["agreement"].values()))["shared"]}),
+    )
+    distances = sorted(softmax["recall"], key=int)
+
+    def cells(name: str) -> list[str]:
+        found = record["scores"].get(name)
+        if found is None:
+            return ["", ""]
+        recalled = " / ".join(f"{found['recall'][d]['numbers']:.0%}" for d in distances)
+        return [f"{found['accuracy'] / softmax['accuracy']:.1%}", recalled]
+
+    heads = [x for count in counts for x in (f"{count} heads: accuracy", f"numbers at {', '.join(distances)}")]
+    lines = [
+        "| " + " | ".join(["order", "chosen on", "ρ with elimination", *heads]) + " |",
+        "|---" * (3 + len(heads)) + "|",
+    ]
+    for name in record["orders"]:
+        method, text = name.split(", ")
+        with_elimination = " | ".join(sorted((name, f"elimination, {text}")))
+        rank = record["agreement"].get(with_elimination, {"spearman": 1.0})["spearman"]
+        row = [x for count in counts for x in cells(f"{name}, {count} heads")]
+        lines.append("| " + " | ".join([TITLES.get(method, method), text, f"{rank:.2f}", *row]) + " |")
+    for name in ("no head", "softmax"):
+        row = cells(name) * len(counts)
+        lines.append("| " + " | ".join([name, "", "", *row]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
