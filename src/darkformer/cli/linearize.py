@@ -19,8 +19,8 @@ Paper = Annotated[
     bool,
     typer.Option(
         "--paper",
-        help="The paper's exact form: window 0, sinks 0, no change of variables, M from the identity. Of the other "
-        "attention options only --method, --features, --draw, --convert-sliding and --keep-exact count beside it.",
+        help="The paper's exact form: window 0, sinks 0, no change of variables, M from the identity. Beside it "
+        "--method, --features, --draw, --convert-sliding and --keep-exact can be chosen.",
         rich_help_panel="Attention",
     ),
 ]
@@ -74,10 +74,7 @@ def linearize(
     if paper and budget:
         raise ConfigError("--paper with --budget: the paper's form has no exact part that a budget could choose.")
     if paper:
-        config = DarkConfig.paper(
-            config.num_features, method=config.method, draw=config.draw, seed=config.seed,
-            convert_sliding=config.convert_sliding, keep_exact=config.keep_exact,
-        )  # fmt: skip
+        config = _paper(config)
 
     def measure_other_budgets(model: Any, tokenizer: Any, blocks: Any, validation: Any, out: Path) -> dict[str, Any]:
         from ..evaluation.budget import PICTURE, measure_budgets, with_budget
@@ -102,6 +99,19 @@ def linearize(
     )  # fmt: skip
     print_scores(record["scores"], console)
     console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'")
+
+
+def _paper(config: DarkConfig) -> DarkConfig:
+    """The paper's form with what may be chosen in it; refuses what contradicts it."""
+    form = DarkConfig.paper(
+        config.num_features, method=config.method, draw=config.draw, seed=config.seed,
+        convert_sliding=config.convert_sliding, keep_exact=config.keep_exact,
+    )  # fmt: skip
+    usual, asked, papers = DarkConfig().to_dict(), config.to_dict(), form.to_dict()
+    if others := [name for name, value in asked.items() if value not in (usual[name], papers[name])]:
+        said = ", ".join(f"{name}={asked[name]} (the paper's: {papers[name]})" for name in others)
+        raise ConfigError(f"--paper with {said}: leave out either.")
+    return form
 
 
 def recipe_of(record: dict[str, Any]) -> dict[str, Any]:
