@@ -92,7 +92,8 @@ def test_a_folder_of_something_else_is_never_touched(model_folder: Path, text_gl
 def test_overwrite_starts_afresh(model_folder: Path, text_glob: str, tmp_path: Path) -> None:
     words = ["linearize", str(model_folder), "--out", str(tmp_path / "r"), "--data", text_glob, *SMALL]
     run(*words, "--steps", "1", "--train", "none")
-    run(*words, "--steps", "1", "--paper", "--overwrite")
+    output = run(*words, "--steps", "1", "--paper", "--overwrite")
+    assert "Not used beside --paper: window=8 (the paper's: 0)" in " ".join(output.split())
     record = json.loads((tmp_path / "r" / "record.json").read_text())
     assert record["config"] == DarkConfig.paper(16).to_dict()
 

@@ -103,7 +103,6 @@ def test_what_contradicts_a_budget(model_folder: Path, text_glob: str, tmp_path:
     words = ["linearize", str(model_folder), "--data", text_glob, "--context", CONTEXT, "--out", str(tmp_path / "r")]
     for more, message in (
         (["--budget", "10%", "--paper"], "--paper with --budget"),
-        (["--paper", "--window", "128"], r"--paper with window=128 \(the paper's: 0\)"),
         (["--budget", "10%", "--keep-exact", "1.0"], "--keep-exact beside --budget"),
         (["--budget", "ten"], "give a share of the softmax cache"),
         (["--budget", "1%"], "give at least that"),

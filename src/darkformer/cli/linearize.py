@@ -102,7 +102,7 @@ def linearize(
 
 
 def _paper(config: DarkConfig) -> DarkConfig:
-    """The paper's form with what may be chosen in it; refuses what contradicts it."""
+    """The paper's form with what may be chosen in it; says what else was asked for and does not count."""
     form = DarkConfig.paper(
         config.num_features, method=config.method, draw=config.draw, seed=config.seed,
         convert_sliding=config.convert_sliding, keep_exact=config.keep_exact,
@@ -110,7 +110,7 @@ def _paper(config: DarkConfig) -> DarkConfig:
     usual, asked, papers = DarkConfig().to_dict(), config.to_dict(), form.to_dict()
     if others := [name for name, value in asked.items() if value not in (usual[name], papers[name])]:
         said = ", ".join(f"{name}={asked[name]} (the paper's: {papers[name]})" for name in others)
-        raise ConfigError(f"--paper with {said}: leave out either.")
+        console.print(f"Not used beside --paper: {said}.", style="yellow")
     return form
 
 
