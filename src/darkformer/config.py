@@ -347,8 +347,8 @@ class TrainConfig:
     warmup: int = option(5, "Warm-up steps; a fifth of all steps at most.")
     weight_decay: float = option(0.0, "AdamW's weight decay on the model's own matrices.")
     max_grad_norm: float = option(1.0, "Gradient norm above which the gradient is scaled down.")
-    seq_len: int = option(512, "Tokens in one training sequence.")
-    batch_size: int = option(2, "Sequences in one optimizer step.")
+    seq_len: int = option(CONTEXT, "Tokens in one training sequence.")
+    batch_size: int = option(1, "Sequences in one optimizer step.")
     save_every: int = option(100, "Steps between checkpoints; an interrupt writes one as well.")
     dtype: str = option("auto", f"Precision. {_choices(DTYPES)}.")
     distill: float = option(

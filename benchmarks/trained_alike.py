@@ -1,0 +1,127 @@
+"""Models of SmolLM2-135M trained alike: softmax, the exact part alone, features beside it, a budget's exact heads.
+
+python benchmarks/trained_alike.py --steps 60 --work runs/alike --out benchmarks/records/trained-alike.json
+
+Every row is one run of `linearize` on the same text in the same order, with the same steps, rates and distillation, so
+rows differ by their attention alone; rows with features begin with the transfer, which the others have nothing for.
+Scored are texts that nobody trained on, by position, and numbers recalled. A row that is finished is not run again, one
+that was interrupted goes on. Far-field recovery is (loss without features - loss with) / (loss without features - softmax's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from darkformer import DarkConfig, TrainConfig, load_model
+from darkformer.console import RichReporter
+from darkformer.evaluation.recall import RecallTask, recall
+from darkformer.hf.load import demo_model_path, load_tokenizer
+from darkformer.records import environment, read_json, write_json
+from darkformer.train.data import load_documents, token_blocks
+from darkformer.train.evaluate import evaluate
+from darkformer.train.linearize import linearize
+
+RECORDS = Path(__file__).parent / "records"
+CONTEXT = 2048
+TASK = RecallTask(distances=(512, 1024, 1900), trials=40, numbers=8, batch_size=1)
+
+
+def configurations(window: int, features: int) -> dict[str, DarkConfig]:
+    """By the name of the row. The exact heads and windows of the budget are those of the committed frontier."""
+    (budget,) = (row for row in read_json(RECORDS / "frontier-smollm2.json")["rows"] if row["name"] == "budget-10")
+    exact = DarkConfig(method="local", window=window)
+    return {
+        "softmax": DarkConfig(method="exact"),
+        "exact part": exact,
+        "features": DarkConfig(window=window, num_features=features, drop_features=False),
+        "features only": DarkConfig(window=0, sinks=0, num_features=features, drop_features=False),
+        "budget 10%": DarkConfig.from_dict(budget["config"]),
+    }
+
+
+def scored(model: Any, tokenizer: Any, texts: list[Path], blocks: int, dtype: str) -> dict[str, Any]:
+    """Loss and accuracy of each text, by position too, and what is recalled."""
+    scores = {}
+    for text in texts:
+        rows = token_blocks(tokenizer, load_documents([str(text)]), CONTEXT)[:blocks]
+        scores[text.stem] = evaluate(model, rows, dtype=dtype).to_dict()
+    mean = {name: sum(x[name] for x in scores.values()) / len(scores) for name in ("loss", "accuracy")}
+    return {**mean, "texts": scores, "recall": recall(model, tokenizer, TASK, dtype=dtype)}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The rows as a Markdown table; shares are of the softmax model that was trained alike."""
+    rows = record["rows"]
+    softmax, exact = rows["softmax"]["trained"], rows.get("exact part", {}).get("trained")
+    lines = [
+        "| trained alike | loss | of softmax's accuracy | recovery of the far field | recalled at "
+        f"{', '.join(str(x['distance']) for x in softmax['recall'])} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        found, recovery = row["trained"], ""
+        if exact and name not in ("softmax", "exact part"):
+            recovery = f"{(exact['loss'] - found['loss']) / (exact['loss'] - softmax['loss']):.0%}"
+        recalled = " / ".join(f"{x['accuracy']:.0%}" for x in found["recall"])
+        share = found["accuracy"] / softmax["accuracy"]
+        lines.append(f"| {name} | {found['loss']:.3f} | {share:.1%} | {recovery} | {recalled} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=["softmax", "budget 10%", "exact part", "features"], help="Rows.")
+    parser.add_argument("--window", type=int, default=256, help="Window of the rows without a budget.")
+    parser.add_argument("--features", type=int, default=128, help="Features m of a head.")
+    parser.add_argument("--steps", type=int, default=60, help="Steps of 2,048 tokens.")
+    parser.add_argument(
+        "--transfer-steps", type=int, default=60, help="Steps of transfer before, of rows with features."
+    )
+    parser.add_argument("--lr", type=float, default=2e-4, help="Peak learning rate of the model's weights.")
+    parser.add_argument("--distill", type=float, default=0.9, help="Weight of the softmax model's distribution.")
+    parser.add_argument("--window-dropout", type=float, default=0.5, help="Share of steps with narrower windows.")
+    parser.add_argument("--data", nargs="+", default=["python"], help="Text to train on.")
+    parser.add_argument(
+        "--texts", nargs="+", type=Path, default=sorted(Path("runs/text").glob("*.txt")), help="Scored."
+    )
+    parser.add_argument("--blocks", type=int, default=4, help="Sequences of each scored text.")
+    parser.add_argument("--work", type=Path, default=Path("runs/alike"), help="Folder of the runs.")
+    parser.add_argument("--out", type=Path, help="Where to write the record (JSON).")
+    options = parser.parse_args()
+    path, reporter = str(demo_model_path()), RichReporter()
+    tokenizer = load_tokenizer(path)
+    settings = {k: v for k, v in vars(options).items() if k not in ("work", "out", "rows", "texts")}
+    known = configurations(options.window, options.features)
+    rows: dict[str, Any] = {}
+    for name in options.rows:
+        config = known[name]
+        learns = config.method == "dark" and not config.no_features
+        train = TrainConfig(
+            transfer_steps=options.transfer_steps if learns else 0, steps=options.steps, lr=options.lr,
+            distill=options.distill, window_dropout=options.window_dropout if learns else 0.0,
+        )  # fmt: skip
+        folder = options.work / name.replace(" ", "-").replace("%", "")
+        run = linearize(
+            path, folder, data=options.data, held_out=[str(options.texts[0])], config=config, budget=train,
+            context=CONTEXT, resume=True, reporter=reporter,
+        )  # fmt: skip
+        file = folder / "scored.json"
+        if not file.is_file():
+            model = load_model(str(folder / "model"))
+            write_json(file, scored(model, tokenizer, options.texts, options.blocks, train.dtype))
+        rows[name] = {
+            "config": config.to_dict(), "train": asdict(train), "losses": run["losses"], "seconds": run["seconds"],
+            "trained": json.loads(file.read_text()),
+        }  # fmt: skip
+        if options.out and "softmax" in rows:
+            record = {"benchmark": "trained_alike", "settings": settings, "rows": rows, "environment": environment()}
+            write_json(options.out, record)
+            print(table(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
