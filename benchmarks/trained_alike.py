@@ -5,7 +5,8 @@ python benchmarks/trained_alike.py --steps 60 --work runs/alike --out benchmarks
 Every row is one run of `linearize` on the same text in the same order, with the same steps, rates and distillation, so
 rows differ by their attention alone; rows with features begin with the transfer, which the others have nothing for.
 Scored are texts that nobody trained on, by position, and numbers recalled. A row that is finished is not run again, one
-that was interrupted goes on. Far-field recovery is (loss without features - loss with) / (loss without features - softmax's).
+that was interrupted goes on. Recovery of the far field is (exact part's loss - row's loss) / (exact part's loss -
+softmax's loss).
 """
 
 from __future__ import annotations
