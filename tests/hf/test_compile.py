@@ -1,12 +1,12 @@
 """`torch.compile` computes what eager does. The attention function stays outside the graph, one break a layer.
 
 What differs from family to family is how torch traces the model's Python around that function, so every row is traced
-(`backend="eager"`, and the same graphs run as they are). Code generation is torch's own and takes 15 seconds a row:
-`make test` has it for two rows, `DARKFORMER_COMPILE=all` for all.
+(`backend="eager"`, and the same graphs run as they are). Code generation is torch's own and takes 15 seconds a row.
+`make test` has some rows of both, `pytest -m full` all of them.
 """
 
-import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +17,17 @@ from transformers import PreTrainedModel
 from darkformer import dark_layers
 from hf.families import FAMILIES, left_mask, linear, logits, tokens
 
-#: The rows that compile fastest; rotary embeddings take longer.
-GENERATED = sorted(FAMILIES) if os.environ.get("DARKFORMER_COMPILE") == "all" else ["gpt2", "bert"]
+#: One of each kind: mixed heads, sliding layers, learned positions, two norms and soft caps, an encoder.
+TRACED = ["llama-mixed", "gemma3", "gpt2", "gemma2-mixed", "modernbert"]
+#: The row that compiles fastest; rotary embeddings take longer.
+GENERATED = ["gpt2"]
+
+
+def _rows(some: list[str]) -> list[Any]:
+    """Every family, those that are not among `some` in the full form only."""
+    return [name if name in some else pytest.param(name, marks=pytest.mark.full) for name in sorted(FAMILIES)]
+
+
 IDS, MASK = tokens(2, 24), left_mask([0, 5], 24)
 
 
@@ -43,13 +52,13 @@ def _compared(name: str, backend: str) -> float:
     return relative_error(found, wanted)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", _rows(TRACED))
 def test_every_family_is_traced(name: str) -> None:
     assert _compared(name, "eager") <= STREAM
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", _rows(GENERATED))
 def test_generated_code_is_eager(name: str) -> None:
     assert _compared(name, "inductor") <= STREAM
 
