@@ -14,7 +14,7 @@ def reproduce_time(
     out: Path, data: Sequence[str], steps: int, *, resume: bool, overwrite: bool, plot_only: bool, dry_run: bool
 ) -> None:
     """The study in `out`; the options are those of `reproduce`."""
-    from ..research.time.report import study_tables
+    from ..research.time.report import write_study
     from ..research.time.study import TimeStudy, laptop_study
     from .reproduce import print_rows, print_tables
 
@@ -26,5 +26,5 @@ def reproduce_time(
             print_rows(work.plan(), "plan", console)
             return
         work.run(resume=resume, overwrite=overwrite)
-    print_tables(study_tables(out), console)
+    print_tables(write_study(out), console)
     console.print(f"Records: {out / 'records'}   plots: {out / 'plots'}   tables: {out / 'tables'}")

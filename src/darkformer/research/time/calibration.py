@@ -23,7 +23,7 @@ from .copies import FORWARD, Totals, step_operations, totals
 from .fit import FITS, Fit, Timing, fit, fits, roofline
 from .shape import Shape, llama_shape
 
-#: Seconds of repetitions of one step, after a warm-up; three steps at least.
+#: Seconds of repetitions of one step; steps at least and at most.
 SECONDS, LEAST, MOST = 0.6, 3, 15
 #: Version of the file's layout and of the trials.
 LAYOUT = 1
@@ -94,8 +94,8 @@ def model_of(shape: Shape, positions: int, config: DarkConfig | None = None) -> 
     return model
 
 
-def measured(trial: Trial, dtype: str) -> dict[str, Any]:
-    """Seconds of the trial's step and of its forward pass with the loss; medians, in turns."""
+def measured(trial: Trial, dtype: str, seconds: float) -> dict[str, Any]:
+    """Seconds of the trial's step and of its forward pass with the loss; medians, in turns of `seconds` each."""
     torch.manual_seed(0)
     model, autocast = model_of(trial.shape, trial.seq_len, trial.config), dtype == "bfloat16"
     optimizer = adamw(model, 1e-4)
@@ -108,11 +108,11 @@ def measured(trial: Trial, dtype: str) -> dict[str, Any]:
     def step() -> None:
         training_step(model, optimizer, ids, autocast=autocast)
 
-    whole, ahead = measure_in_turns([step, forward], seconds=SECONDS, least=LEAST, most=MOST)
+    whole, alone = measure_in_turns([step, forward], seconds=seconds, least=LEAST, most=MOST)
     return {
         "name": trial.name, "batch": trial.batch, "seq_len": trial.seq_len, "features": trial.features,
         "held_out": trial.held_out, "shape": vars(trial.shape), "dtype": dtype, "seconds": whole["median"],
-        "iqr": whole["iqr"], "forward_seconds": ahead["median"],
+        "iqr": whole["iqr"], "forward_seconds": alone["median"],
     }  # fmt: skip
 
 
@@ -199,6 +199,12 @@ def analysed(record: dict[str, Any]) -> Calibration:
     )
 
 
+def is_calibrated(file: Path) -> bool:
+    """Whether there is a finished calibration of this version."""
+    record = read_json(file) if file.is_file() else {}
+    return record.get("finished", False) and record.get("layout") == LAYOUT
+
+
 def load_calibration(file: Path | None = None) -> Calibration:
     """This machine's calibration.
 
@@ -206,24 +212,24 @@ def load_calibration(file: Path | None = None) -> Calibration:
         InputError: it was never calibrated, or not to the end.
     """
     file = calibration_file() if file is None else file
-    record = read_json(file) if file.is_file() else {}
-    if not record.get("finished") or record.get("layout") != LAYOUT:
-        state = "was never calibrated" if not record else "is not calibrated to the end"
+    if not is_calibrated(file):
+        state = "is not calibrated to the end" if file.is_file() else "was never calibrated"
         raise InputError(
             f"this machine ({machine()['device']}, {machine()['threads']} threads) {state}: `darkformer plan "
             f"calibrate` times training steps of small models for some four minutes and keeps them in {file}."
         )
-    return analysed(record)
+    return analysed(read_json(file))
 
 
 def calibrate_machine(
-    plan: Sequence[Trial], precisions: Sequence[str], file: Path, *, overwrite: bool = False,
+    plan: Sequence[Trial], precisions: Sequence[str], file: Path, *, seconds: float = SECONDS, overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> Calibration:  # fmt: skip
     """Times every trial in every precision; after an interrupt it continues with the next one.
 
     Args:
-        file: of the results. overwrite: measure anew what is there.
+        file: of the results. seconds: of repetitions of one step, after a warm-up; three steps at least.
+        overwrite: measure anew what is there.
 
     Raises:
         RunFolderError: it cannot be written, or read.
@@ -242,11 +248,11 @@ def calibrate_machine(
         for i, (trial, dtype) in enumerate(work):
             if i >= len(record["rows"]):
                 started = time.perf_counter()
-                record["rows"].append(measured(trial, dtype))
+                record["rows"].append(measured(trial, dtype, seconds))
                 record["seconds"] += time.perf_counter() - started
                 write_json(file, record)
             advance(i + 1, len(work))
-    record["limits"] = limits(SECONDS, precisions)
+    record["limits"] = limits(seconds, precisions)
     record |= {"environment": environment(), "finished": True}
     write_json(file, record)
     return analysed(record)

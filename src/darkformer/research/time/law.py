@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ...errors import InputError
 
-#: Starts of the fit: log A, log B, log E, and both exponents. The best of all ends is kept.
-STARTS = ((2.0, 6.0), (2.0, 6.0), (0.0, 1.0), (0.3, 0.6))
+#: Starts of the fit: by how much log E lies below the least log loss, and both exponents. The best end is kept.
+STARTS = tuple(itertools.product((0.05, 0.3, 1.0), (0.3, 0.6)))
+#: Share of the least loss that both reducible terms start with.
+REDUCIBLE = 0.15
 #: Residual of log loss from which on it counts linearly, so that one bad run does not bend the law.
 HUBER = 1e-2
 #: Runs below which five coefficients say nothing.
@@ -79,9 +81,9 @@ def fit_law(runs: Sequence[Observation]) -> LossLaw:
 
     best, least = torch.zeros(5, dtype=torch.float64), math.inf
     level = float(columns[2].min().log())
-    for a, b, e, exponent in itertools.product(*STARTS):
-        # The two reducible terms start as e^-a and e^-b of the loss.
-        start = torch.tensor([level - a / 2, level - b / 2, level - e, exponent, exponent], dtype=torch.float64)
+    for below, exponent in STARTS:
+        part = level + math.log(REDUCIBLE)
+        start = torch.tensor([part, part, level - below, exponent, exponent], dtype=torch.float64)
         x = start.requires_grad_()
         optimizer = torch.optim.LBFGS([x], max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-14,
                                       line_search_fn="strong_wolfe")  # fmt: skip

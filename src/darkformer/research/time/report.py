@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ...plots import COLORS, _save
+from ...records import write_text
 from ..reproduce.session import table_markdown
-from .analysis import Analysis, analyse, best_shapes, errors, verdicts
+from .analysis import Analysis, Lines, analyse, best_shapes, errors, verdicts
 from .calibration import Calibration, explained, timings
 from .estimate import LONGEST, Estimate
 from .fit import FITS, roofline_text
@@ -214,32 +216,42 @@ def pair_rows(found: Analysis) -> list[list[str]]:
     return rows
 
 
-def study_tables(out: Path) -> dict[str, list[list[str]]]:
-    """Draws the picture and writes the tables of the study in `out`, from its records alone; name → rows.
+def study_tables(lines: Lines, calibration: Calibration) -> dict[str, list[list[str]]]:
+    """The tables of a study, name → rows.
+
+    Raises:
+        InputError: too few runs for a law.
+    """
+    found = analyse(lines)
+    step = lines[0]["batch_size"], lines[0]["seq_len"]
+    claims = {dtype: speed_verdicts(x) for dtype, x in calibration.steps.items()}
+    speed = {dtype: fit_rows(calibration, dtype) for dtype in calibration.steps}
+    return {
+        "time-speed": _joined("precision", speed),
+        "time-law": law_rows(found),
+        "time-predictions": prediction_rows(found),
+        "time-pairs": pair_rows(found),
+        "time-best": best_shapes(found.law, calibration, step, lines[0]["vocabulary"]),
+        "time-claims": [*_joined("of", claims), *(["runs", *row] for row in verdicts(found)[1:])],
+    }
+
+
+def _joined(name: str, tables: Mapping[str, list[list[str]]]) -> list[list[str]]:
+    """Tables of one header as one, with a first column that tells them apart."""
+    header = next(iter(tables.values()))[0]
+    return [[name, *header], *([key, *row] for key, rows in tables.items() for row in rows[1:])]
+
+
+def write_study(out: Path) -> dict[str, list[list[str]]]:
+    """Draws the pictures and writes the tables of the study in `out`, from its records alone; the tables.
 
     Raises:
         InputError: no records, or too few runs for a law.
     """
     lines, calibration = read_study(out)
-    found = analyse(lines)
-    draw_study(found, out / "plots" / "time.png")
+    tables = study_tables(lines, calibration)
+    draw_study(analyse(lines), out / "plots" / "time.png")
     draw_calibration(calibration, out / "plots" / "time-calibration.png")
-    step = lines[0]["batch_size"], lines[0]["seq_len"]
-    tables = {
-        **{f"time-speed-{dtype}": fit_rows(calibration, dtype) for dtype in calibration.steps},
-        "time-law": law_rows(found),
-        "time-predictions": prediction_rows(found),
-        "time-pairs": pair_rows(found),
-        "time-best": best_shapes(found.law, calibration, step, lines[0]["vocabulary"]),
-    }
-    claims = [speed_verdicts(x) for x in calibration.steps.values()]
-    rows = [
-        [f"{row[0]}, {dtype}", *row[1:]]
-        for dtype, table in zip(calibration.steps, claims, strict=True)
-        for row in table[1:]
-    ]
-    tables["time-claims"] = [claims[0][0], *rows, *verdicts(found)[1:]]
-    for name, table in tables.items():
-        (out / "tables").mkdir(parents=True, exist_ok=True)
-        (out / "tables" / f"{name}.md").write_text(table_markdown(table), encoding="utf-8")
+    for name, rows in tables.items():
+        write_text(out / "tables" / f"{name}.md", table_markdown(rows))
     return tables

@@ -24,12 +24,13 @@ from ..reproduce.plan import Base, Scale
 from ..reproduce.records import read_lines, write_lines
 from .calibration import (
     Calibration,
-    Trial,
     adamw,
     analysed,
     calibrate_machine,
     calibration_file,
     dtypes,
+    is_calibrated,
+    load_calibration,
     machine,
     model_of,
     training_step,
@@ -40,8 +41,8 @@ from .shape import Shape, llama_shape
 
 #: Runs of the law, runs that test it, and runs that compare a wide with a deep model of equal size and equal time.
 FITTED, HELD_OUT, PAIR = "fit", "held out", "pair"
-#: Rate at a width of `RATE_WIDTH`; it falls with the root of the width. Warm-up, a share of the steps; cosine to zero.
-RATE, RATE_WIDTH, WARMUP = 3e-3, 128, 0.05
+#: Width at which a run's rate is the study's; it falls with the root of the width. Warm-up, a share of the steps.
+RATE_WIDTH, WARMUP = 128, 0.05
 HEAD_DIM = 32
 DTYPE = "float32"
 
@@ -81,10 +82,17 @@ class Study:
     batch_size: int = 4
     eval_tokens: int = 32_768
     least_text: int = 5_000_000
+    peak_rate: float = 3e-3
 
     def shape(self, run: Run) -> Shape:
         """The shape of a run's model."""
         return llama_shape(run.layers, run.hidden, vocabulary=self.vocabulary, head_dim=HEAD_DIM)
+
+    def rate(self, run: Run, step: int, steps: int) -> float:
+        """The learning rate of a step: linear warm-up, cosine decay to zero, lower for wider models."""
+        peak = self.peak_rate * math.sqrt(RATE_WIDTH / run.hidden)
+        warm = max(1, round(WARMUP * steps))
+        return peak * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
     @property
     def step_tokens(self) -> int:
@@ -131,13 +139,6 @@ def laptop_study() -> Study:
     return Study((*fitted, *held_out, *pairs))
 
 
-def rate(step: int, steps: int, hidden: int) -> float:
-    """The learning rate of a step: linear warm-up, cosine decay, lower for wider models."""
-    peak = RATE * math.sqrt(RATE_WIDTH / hidden)
-    warm = max(1, round(WARMUP * steps))
-    return peak * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 class Speed:
     """Predicted seconds of the study's steps."""
 
@@ -168,14 +169,14 @@ def trained(run: Run, study: Study, steps: int, train: Tensor, held_out: Tensor,
     torch.manual_seed(run.seed)
     shape = study.shape(run)
     model = model_of(shape, study.seq_len)
-    optimizer = adamw(model, RATE)
+    optimizer = adamw(model, study.peak_rate)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
     order = order.repeat(-(-steps * study.batch_size // len(order)))
     times, last = [], math.nan
     for step in range(steps):
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, run.hidden)
+            group["lr"] = study.rate(run, step, steps)
         ids = train[order[step * study.batch_size : (step + 1) * study.batch_size]]
         last = float(training_step(model, optimizer, ids))
         times.append(time.perf_counter() - started)
@@ -218,24 +219,22 @@ def read_study(out: Path) -> tuple[list[dict[str, Any]], Calibration]:
 
 
 class TimeStudy:
-    """The study in one folder: each finished run is a line of `records/time.jsonl`.
+    """The study in one folder: each finished run is a line of `records/time.jsonl`."""
 
-    Args:
-        calibrating: what is timed first where this machine was never calibrated.
-    """
-
-    def __init__(
-        self, study: Study, out: Path, reporter: RichReporter, calibrating: Sequence[Trial] | None = None
-    ) -> None:
+    def __init__(self, study: Study, out: Path, reporter: RichReporter) -> None:
         self.study, self.out, self.reporter = study, out, reporter
-        self.calibrating = trials() if calibrating is None else calibrating
 
     def _calibration(self, *, anew: bool = False) -> Calibration:
-        """That of the folder, which fixes how long pairs train; else, or for a study begun anew, this machine's."""
-        file = self.out / "records" / "calibration.json"
-        if file.is_file() and not anew:
-            return analysed(read_json(file))
-        return calibrate_machine(self.calibrating, dtypes(), calibration_file(), reporter=self.reporter)
+        """That of the folder, which fixes how long pairs train; else, or for a study begun anew, this machine's.
+
+        A machine that was never calibrated is calibrated first.
+        """
+        own, file = self.out / "records" / "calibration.json", calibration_file()
+        if own.is_file() and not anew:
+            return analysed(read_json(own))
+        if is_calibrated(file):
+            return load_calibration(file)
+        return calibrate_machine(trials(), dtypes(), file, reporter=self.reporter)
 
     def plan(self) -> list[list[str]]:
         """The plan as a table: runs, those left, steps and predicted hours by role. Calibrates, does nothing else."""
