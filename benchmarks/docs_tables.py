@@ -18,6 +18,7 @@ from darkformer.diagnostics.report import comparison
 from darkformer.evaluation.frontier_report import frontier_markdown, frontier_notes
 from darkformer.research.bench_targets import measurements_markdown
 from darkformer.research.reproduce.session import table_markdown
+from darkformer.research.time.analysis import analyse
 from darkformer.research.time.report import study_tables
 from darkformer.research.time.study import read_study
 
@@ -76,7 +77,8 @@ def drift(_: list[str]) -> str:
 
 
 def study(name: str, _: list[str]) -> str:
-    return table_markdown(study_tables(*read_study(STUDY))[name])
+    lines, calibration = read_study(STUDY)
+    return table_markdown(study_tables(analyse(lines), lines, calibration)[name])
 
 
 TABLES: dict[str, Callable[[list[str]], str]] = {

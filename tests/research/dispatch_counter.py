@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
 #: Overwrite what they are given without reading it.
 OVERWRITE = {"copy_", "fill_", "zero_"}
+#: Take a tensor for its kind alone.
+FILL = {"new_zeros", "new_full", "new_ones", "zeros_like", "ones_like", "full_like"}
 #: Read a few rows or numbers of a large input.
 GATHER = {"embedding": 0, "nll_loss_forward": 0, "nll_loss_backward": 1}
 #: Marked as written in AdamW's schema for scaled losses alone.
@@ -49,6 +51,8 @@ class DispatchCounter(TorchDispatchMode):
         given = dict(zip((x.name for x in schema.arguments), args, strict=False)) | kwargs
         changed = {x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write}
         read = [value for key, value in given.items() if not (key in changed and name in OVERWRITE)]
+        if name in FILL:
+            read = []
         if name in GATHER:
             del read[GATHER[name]]
             read.append(result if name == "embedding" else [])

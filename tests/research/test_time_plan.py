@@ -237,10 +237,14 @@ def test_bad_input_is_one_line(
     assert "configuration cannot be loaded" in refused("plan", str(tmp_path / "nothing-here"))
     copy = shutil.copytree(model_folder, tmp_path / "model")
     settings = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 0}))
-    assert "num_attention_heads=0" in refused("plan", str(copy))
-    (copy / "config.json").write_text(json.dumps(settings | {"head_dim": -8}))
-    assert "no decoder can be built" in refused("plan", str(copy))
+    for values, said in (
+        ({"num_attention_heads": 0}, "configuration cannot be loaded"),
+        ({"head_dim": -8}, "no decoder can be built"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"model_type": "mamba"}, "num_attention_heads=None"),
+    ):
+        (copy / "config.json").write_text(json.dumps(settings | values))
+        assert said in refused("plan", str(copy))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     assert "never calibrated" in refused("plan", model) and not (tmp_path / "empty").exists()
 

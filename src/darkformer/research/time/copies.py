@@ -21,6 +21,8 @@ from .shape import Shape
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 #: Kinds of work that run at different speeds.
 PRODUCT, SOFTMAX, LINEAR, ELEMENTWISE = "product", "softmax", "linear", "elementwise"
+#: Kernels that make a layer's maps from what was learned, small as they are.
+MAPS_FORWARD, MAPS_BACKWARD = 50, 40
 #: What a fused attention kernel writes and reads in its own buffers: an exponential's argument and its value, once
 #: each way; backward there are the gradients of both as well.
 INSIDE_FORWARD, INSIDE_BACKWARD = 4, 8
@@ -96,13 +98,16 @@ def rms_norm(size: float) -> list[Operation]:
     Forward: x²; its mean; x·r; ·weight. Backward: of the weight, a product and its sum; of x·r, two products and a sum;
     of the mean, one spread over the row; of x², three products; the two gradients of x added up.
     """
-    return _elementwise("norm", size, (4, 3, 6), (14, 9, 16))
+    return _elementwise("norm", size, (4, 3, 6), (14, 9, 14))
 
 
 def rotary(size: float) -> list[Operation]:
-    """x·cos + rotate(x)·sin. Forward: a product; a negation of one half, joined to the other; a product; their sum.
-    Backward: two products, a negation, each half put into zeros of the whole size, three sums."""
-    return _elementwise("rotary", size, (5.5, 4.5, 5), (8.5, 7.5, 8))
+    """x·cos + rotate(x)·sin of queries and of keys, `size` numbers together.
+
+    Forward: a product; a negation of one half, joined to the other; a product; their sum. Backward: two products, a
+    negation, each half put into zeros of the whole size, three sums.
+    """
+    return _elementwise("rotary", size, (5.5, 4.5, 10), (8.5, 7.5, 16))
 
 
 def activation(size: float, gated: bool) -> list[Operation]:
@@ -140,7 +145,7 @@ def loss(n: float, shape: Shape) -> list[Operation]:
     """Logits, and their cross-entropy: log-softmax; backward one number a token in zeros, then softmax's gradient."""
     return [
         *product("logits", n, shape.hidden, shape.vocabulary),
-        *_elementwise("loss", n * shape.vocabulary, (1, 1, 2), (3, 2, 2)),
+        *_elementwise("loss", n * shape.vocabulary, (1, 1, 2), (2, 2, 2)),
     ]
 
 
@@ -200,29 +205,33 @@ def attention(shape: Shape, batch: int, seq_len: int, config: DarkConfig | None,
     Args:
         config: of a converted model; None: softmax everywhere. layer: its number.
     """
-    group = shape.heads // shape.kv_heads
-    n, d = batch * seq_len, shape.head_dim
+    group, n, d = shape.heads // shape.kv_heads, batch * seq_len, shape.head_dim
+    if config is None or (layer in shape.sliding and not config.convert_sliding):
+        config = DarkConfig(method="exact")
+    heads = config.parts_of(layer, shape.kv_heads)
+    window = config.window_of(layer) + config.sinks
     rows: list[Operation] = []
-    stays = config is None or (layer in shape.sliding and not config.convert_sliding)
-    parts = DarkConfig(method="exact") if config is None or stays else config
-    heads = parts.parts_of(layer, shape.kv_heads)
-    groups = {SOFTMAX: len(heads.exact), "window": len(heads.local), LINEAR: len(heads.features)}
-    for name, kv_heads in groups.items():
-        if not kv_heads:
+    for name, part, features in (
+        ("softmax", heads.exact, None),
+        ("window", heads.local, 0),
+        ("features", heads.features, config.feature_count),
+    ):
+        if not part:
             continue
-        sizes = {"batch": batch, "num_heads": group * kv_heads, "num_kv_heads": kv_heads, "head_dim": d}
-        if name == SOFTMAX:
-            work = partial(softmax_attention_work, seq_len, **sizes)
-        else:
-            work = partial(
-                linear_attention_work, seq_len, **sizes, window=parts.window_of(layer) + parts.sinks,
-                num_features=parts.feature_count if name == LINEAR else 0,
-            )  # fmt: skip
-        rows += _fused(
-            f"attention, {name}", SOFTMAX if name == SOFTMAX else LINEAR, n * group * kv_heads * d, n * kv_heads * d,
-            (work(), work(backward=True)),
-        )  # fmt: skip
-    if sum(map(bool, groups.values())) > 1:
+        query, key = n * group * len(part) * d, n * len(part) * d
+        sizes = {"batch": batch, "num_heads": group * len(part), "num_kv_heads": len(part), "head_dim": d}
+        if features is None:
+            works = [softmax_attention_work(seq_len, **sizes, backward=backward) for backward in (False, True)]
+            rows += _fused(f"attention, {name}", SOFTMAX, query, key, works)
+            continue
+        works = [
+            linear_attention_work(seq_len, **sizes, num_features=features, window=window, backward=backward)
+            for backward in (False, True)
+        ]
+        rows += _fused(f"attention, {name}", LINEAR, query, key, works)
+        rows += _elementwise("attention, layout", query, (1, 1, 1), (1, 1, 1))
+        rows += _elementwise("attention, maps", 0, (0, 0, MAPS_FORWARD), (0, 0, MAPS_BACKWARD))
+    if sum(map(bool, (heads.exact, heads.local, heads.features))) > 1:
         rows += _elementwise("attention, joined", n * shape.heads * d, (2, 2, 2), (2, 2, 2))
     return rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import InputError
 
 #: Starts of the fit: by how much log E lies below the least log loss, and both exponents. The best end is kept.
-STARTS = tuple(itertools.product((0.05, 0.3, 1.0), (0.3, 0.6)))
+STARTS = tuple(itertools.product((0.05, 0.5), (0.3, 0.6)))
 #: Share of the least loss that both reducible terms start with.
 REDUCIBLE = 0.15
 #: Residual of log loss from which on it counts linearly, so that one bad run does not bend the law.
@@ -58,6 +58,23 @@ class LossLaw:
         return asdict(self)
 
 
+def _minimised(function: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Where L-BFGS ends from a start."""
+    x = start.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        value = function(x)
+        value.backward()
+        return float(value.detach())
+
+    optimizer.step(closure)
+    return x.detach()
+
+
 def fit_law(runs: Sequence[Observation]) -> LossLaw:
     """Coefficients by Huber's loss on log losses, L-BFGS from a grid of starts, as Hoffmann et al. fit theirs.
 
@@ -79,25 +96,13 @@ def fit_law(runs: Sequence[Observation]) -> LossLaw:
         terms = [log_a - alpha * sizes, log_b - beta * lengths, log_e.expand_as(target)]
         return torch.nn.functional.huber_loss(torch.stack(terms).logsumexp(0), target, delta=HUBER)
 
-    best, least = torch.zeros(5, dtype=torch.float64), math.inf
     level = float(columns[2].min().log())
+    part = level + math.log(REDUCIBLE)
+    ends = []
     for below, exponent in STARTS:
-        part = level + math.log(REDUCIBLE)
         start = torch.tensor([part, part, level - below, exponent, exponent], dtype=torch.float64)
-        x = start.requires_grad_()
-        optimizer = torch.optim.LBFGS([x], max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-14,
-                                      line_search_fn="strong_wolfe")  # fmt: skip
-
-        def closure() -> float:
-            optimizer.zero_grad()  # noqa: B023 - called within this turn of the loop
-            value = residual(x)  # noqa: B023
-            value.backward()
-            return float(value.detach())
-
-        optimizer.step(closure)
-        value = float(residual(x.detach()))
-        if value < least:
-            best, least = x.detach().clone(), value
+        ends.append(_minimised(residual, start))
+    best = min(ends, key=lambda x: float(residual(x)))
     log_a, log_b, log_e, alpha, beta = best.tolist()
     return LossLaw(
         math.exp(log_e), math.exp(log_a + alpha * float(centers[0])), math.exp(log_b + beta * float(centers[1])),

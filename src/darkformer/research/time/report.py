@@ -216,13 +216,8 @@ def pair_rows(found: Analysis) -> list[list[str]]:
     return rows
 
 
-def study_tables(lines: Lines, calibration: Calibration) -> dict[str, list[list[str]]]:
-    """The tables of a study, name → rows.
-
-    Raises:
-        InputError: too few runs for a law.
-    """
-    found = analyse(lines)
+def study_tables(found: Analysis, lines: Lines, calibration: Calibration) -> dict[str, list[list[str]]]:
+    """The tables of a study, name → rows."""
     step = lines[0]["batch_size"], lines[0]["seq_len"]
     claims = {dtype: speed_verdicts(x) for dtype, x in calibration.steps.items()}
     speed = {dtype: fit_rows(calibration, dtype) for dtype in calibration.steps}
@@ -249,8 +244,9 @@ def write_study(out: Path) -> dict[str, list[list[str]]]:
         InputError: no records, or too few runs for a law.
     """
     lines, calibration = read_study(out)
-    tables = study_tables(lines, calibration)
-    draw_study(analyse(lines), out / "plots" / "time.png")
+    found = analyse(lines)
+    tables = study_tables(found, lines, calibration)
+    draw_study(found, out / "plots" / "time.png")
     draw_calibration(calibration, out / "plots" / "time-calibration.png")
     for name, rows in tables.items():
         write_text(out / "tables" / f"{name}.md", table_markdown(rows))

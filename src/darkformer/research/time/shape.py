@@ -122,7 +122,7 @@ def shape_of(config: Any, name: str) -> Shape:
         head_dim=getattr(settings, "head_dim", None) or hidden // heads,
         vocabulary=settings.vocab_size,
         tied=tied,
-        norms=sum(w.numel() == hidden for w in norms) // settings.num_hidden_layers,
+        norms=(sum(w.numel() == hidden for w in norms) - 1) // settings.num_hidden_layers,  # but for the last one
         head_norms=any(w.numel() != hidden for w in norms),
         sliding=tuple(i for i, kind in enumerate(kinds) if kind != "full_attention"),
     )  # fmt: skip
