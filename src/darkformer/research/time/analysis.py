@@ -80,12 +80,16 @@ def _pair(pair: str, lines: Lines, law: LossLaw) -> PairResult | None:
         return statistics.fmean(row[field] for row in rows)
 
     expected = [law.loss(rows[0]["parameters"], rows[0]["steps"] * rows[0]["step_tokens"]) for rows in (deep, wide)]
-    names = [f"{rows[0]['hidden']} × {rows[0]['layers']}" for rows in (wide, deep)]
+    sizes = [f"{rows[0]['hidden']} × {rows[0]['layers']}" for rows in (wide, deep)]
     return PairResult(
-        pair, *names, expected[0] - expected[1], mean(deep, "loss") - mean(wide, "loss"),
-        mean(wide, "seconds") / mean(deep, "seconds"),
-        deep[0]["predicted_step_seconds"] / wide[0]["predicted_step_seconds"],
-    )  # fmt: skip
+        pair=pair,
+        wide=sizes[0],
+        deep=sizes[1],
+        predicted=expected[0] - expected[1],
+        reached=mean(deep, "loss") - mean(wide, "loss"),
+        seconds=mean(wide, "seconds") / mean(deep, "seconds"),
+        predicted_speed=deep[0]["predicted_step_seconds"] / wide[0]["predicted_step_seconds"],
+    )
 
 
 def analyse(lines: Lines) -> Analysis:

@@ -68,8 +68,17 @@ class Totals(NamedTuple):
 def totals(operations: Iterable[Operation]) -> Totals:
     """What operations come to together."""
     rows = list(operations)
-    flops = {kind: sum(row.flops for row in rows if row.kind == kind) for kind in (PRODUCT, SOFTMAX, LINEAR)}
-    return Totals(sum(row.copies for row in rows), *flops.values(), sum(row.kernels for row in rows))
+
+    def flops(kind: str) -> float:
+        return sum(row.flops for row in rows if row.kind == kind)
+
+    return Totals(
+        copies=sum(row.copies for row in rows),
+        product=flops(PRODUCT),
+        softmax=flops(SOFTMAX),
+        linear=flops(LINEAR),
+        kernels=sum(row.kernels for row in rows),
+    )
 
 
 def _elementwise(

@@ -90,16 +90,16 @@ def _r2(measured: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float
 
 def fit(columns: Sequence[str], rows: Sequence[Timing]) -> Fit:
     """Fits the rows that are not held out and scores the others."""
-    coefficients = least_relative_squares(columns, [row for row in rows if not row.held_out])
-    r2 = []
-    errors: list[float] = []
-    for held_out in (False, True):
-        part = [row for row in rows if row.held_out == held_out]
+    fitted, held_out = ([row for row in rows if row.held_out == flag] for flag in (False, True))
+    coefficients = least_relative_squares(columns, fitted)
+
+    def both(part: Sequence[Timing]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         measured = np.array([row.seconds for row in part])
-        expected = np.array([predicted(coefficients, row.totals) for row in part])
-        r2.append(_r2(measured, expected))
-        errors = np.abs(expected / measured - 1).tolist()
-    return Fit(coefficients, *r2, statistics.median(errors), max(errors))
+        return measured, np.array([predicted(coefficients, row.totals) for row in part])
+
+    measured, expected = both(held_out)
+    errors = np.abs(expected / measured - 1).tolist()
+    return Fit(coefficients, _r2(*both(fitted)), _r2(measured, expected), statistics.median(errors), max(errors))
 
 
 def fits(rows: Sequence[Timing]) -> dict[str, Fit]:

@@ -163,9 +163,9 @@ def draw_study(found: Analysis, path: Path) -> Path:
         )
         speed = statistics.median(x.tokens / x.seconds for x in rows)
         seconds = np.geomspace(rows[0].seconds / 2, rows[-1].seconds * 2, 40)
-        color = plt.get_cmap("viridis")(i / max(1, len(sizes) - 1))
-        curves.plot(seconds, [found.law.loss_in_time(size, t, speed) for t in seconds], color=color, linewidth=1)
-        curves.scatter([x.seconds for x in rows], [x.reached for x in rows], s=18, color=color,
+        shade = plt.get_cmap("viridis")(i / max(1, len(sizes) - 1))
+        curves.plot(seconds, [found.law.loss_in_time(size, t, speed) for t in seconds], color=shade, linewidth=1)
+        curves.scatter([x.seconds for x in rows], [x.reached for x in rows], s=18, color=shade,
                        label=f"{size / 1e6:.1f}M")  # fmt: skip
     curves.set_xscale("log")
     curves.set_xlabel("seconds of training")
