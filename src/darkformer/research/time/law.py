@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...errors import InputError
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
 #: Starts of the fit: by how much log E lies below the least log loss, and both exponents. The best end is kept.
-STARTS = tuple(itertools.product((0.05, 0.5), (0.3, 0.6)))
+STARTS = tuple(itertools.product((0.05, 0.3, 1.0), (0.2, 0.4, 0.8)))
 #: Share of the least loss that both reducible terms start with.
 REDUCIBLE = 0.15
 #: Residual of log loss from which on it counts linearly, so that one bad run does not bend the law.
 HUBER = 1e-2
+ITERATIONS = 500
 #: Runs below which five coefficients say nothing.
 FEWEST = 6
 
@@ -58,25 +59,41 @@ class LossLaw:
         return asdict(self)
 
 
-def _minimised(function: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """Where L-BFGS ends from a start."""
-    x = start.requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [x], max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
+def _terms(x: Array, runs: Array) -> Array:
+    """(3, runs): A·N^-α, B·D^-β and E at x = (log A, log B, log E, α, β), N and D in units of their geometric means."""
+    return np.exp([x[0] - x[3] * runs[0], x[1] - x[4] * runs[1], np.full(runs.shape[1], x[2])])
 
-    def closure() -> float:
-        optimizer.zero_grad()
-        value = function(x)
-        value.backward()
-        return float(value.detach())
 
-    optimizer.step(closure)
-    return x.detach()
+def _cost(x: Array, runs: Array) -> float:
+    """Huber's loss of the log losses' residuals."""
+    size = np.abs(np.log(_terms(x, runs).sum(0)) - runs[2])
+    return float(np.where(size <= HUBER, 0.5 * size**2, HUBER * (size - 0.5 * HUBER)).sum())
+
+
+def _minimised(x: Array, runs: Array) -> Array:
+    """Levenberg's method from a start, with Huber's weights."""
+    damping, cost = 1e-2, _cost(x, runs)
+    for _ in range(ITERATIONS):
+        terms = _terms(x, runs)
+        total = terms.sum(0)
+        residual = np.log(total) - runs[2]
+        weights = np.minimum(1.0, HUBER / np.maximum(np.abs(residual), 1e-300))
+        slopes = np.array([*terms, -runs[0] * terms[0], -runs[1] * terms[1]]) / total
+        normal = slopes * weights @ slopes.T
+        step = np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-12), slopes * weights @ residual)
+        with np.errstate(over="ignore"):
+            trial = _cost(x - step, runs)
+        if trial < cost:
+            x, cost, damping = x - step, trial, damping / 3
+        else:
+            damping *= 4
+            if damping > 1e12:
+                break
+    return x
 
 
 def fit_law(runs: Sequence[Observation]) -> LossLaw:
-    """Coefficients by Huber's loss on log losses, L-BFGS from a grid of starts, as Hoffmann et al. fit theirs.
+    """Coefficients by Huber's loss on log losses from a grid of starts, as Hoffmann et al. fit theirs.
 
     Raises:
         InputError: too few runs, or all of one size or one length.
@@ -85,26 +102,18 @@ def fit_law(runs: Sequence[Observation]) -> LossLaw:
         raise InputError(
             f"{len(runs)} runs for a law with five coefficients: give at least {FEWEST}, of two sizes and two lengths."
         )
-    columns = torch.tensor(runs, dtype=torch.float64).T
-    # Exponents and scales are then of order one: N^-α is fitted in units of the geometric means.
-    centers = columns[:2].log().mean(1)
-    sizes, lengths = (columns[:2].log() - centers[:, None]).unbind()
-    target = columns[2].log()
-
-    def residual(x: Tensor) -> Tensor:
-        log_a, log_b, log_e, alpha, beta = x.unbind()
-        terms = [log_a - alpha * sizes, log_b - beta * lengths, log_e.expand_as(target)]
-        return torch.nn.functional.huber_loss(torch.stack(terms).logsumexp(0), target, delta=HUBER)
-
-    level = float(columns[2].min().log())
-    part = level + math.log(REDUCIBLE)
-    ends = []
-    for below, exponent in STARTS:
-        start = torch.tensor([part, part, level - below, exponent, exponent], dtype=torch.float64)
-        ends.append(_minimised(residual, start))
-    best = min(ends, key=lambda x: float(residual(x)))
-    log_a, log_b, log_e, alpha, beta = best.tolist()
+    logs = np.log(np.array(runs, dtype=np.float64)).T
+    centers = logs.mean(1)
+    logs[:2] -= centers[:2, None]
+    least = float(logs[2].min())
+    part = least + math.log(REDUCIBLE)
+    starts = [np.array([part, part, least - below, exponent, exponent]) for below, exponent in STARTS]
+    ends = [_minimised(start, logs) for start in starts]
+    log_a, log_b, log_e, alpha, beta = min(ends, key=lambda x: _cost(x, logs)).tolist()
     return LossLaw(
-        math.exp(log_e), math.exp(log_a + alpha * float(centers[0])), math.exp(log_b + beta * float(centers[1])),
-        alpha, beta,
-    )  # fmt: skip
+        irreducible=math.exp(log_e),
+        parameter_scale=math.exp(log_a + alpha * centers[0]),
+        token_scale=math.exp(log_b + beta * centers[1]),
+        alpha=alpha,
+        beta=beta,
+    )
