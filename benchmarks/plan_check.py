@@ -2,7 +2,7 @@
 
     python benchmarks/plan_check.py --out runs/plan-check
 
-Each run is made in a folder of its own and not made again; the record is benchmarks/records/plan-check.json. The
+Each run has a folder of its own and is not repeated; the record is benchmarks/records/plan-check.json. The
 machine has to be calibrated: `darkformer plan calibrate`.
 """
 
@@ -54,7 +54,7 @@ def checked(name: str, task: PlanTask, folder: Path) -> dict[str, Any]:
     """One run's stages, planned and measured."""
     model = str(demo_model_path())
     config = load_config(model)
-    found = estimate(
+    planned_run = estimate(
         shape_of(config, MODEL), task, DarkConfig(), load_calibration(), positions=config.max_position_embeddings,
         name=MODEL,
     )  # fmt: skip
@@ -67,10 +67,10 @@ def checked(name: str, task: PlanTask, folder: Path) -> dict[str, Any]:
         ),
         overwrite=True, reporter=clock,
     )  # fmt: skip
-    planned = {stage.title: stage.seconds for stage in found.stages}
+    planned = {stage.title: stage.seconds for stage in planned_run.stages}
     return {
         "name": name, "task": vars(task), "planned": planned, "measured": {x: clock.seconds[x] for x in planned},
-        "planned_memory": found.memory, "environment": environment(),
+        "planned_memory": planned_run.memory, "environment": environment(),
     }  # fmt: skip
 
 

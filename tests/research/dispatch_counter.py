@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 #: Give memory out, or another view of it, although their schemas do not say so.
 FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
-#: Overwrite what they are given without reading it.
+#: Overwrite their argument without reading it.
 OVERWRITE = {"copy_", "fill_", "zero_"}
 #: Take a tensor for its kind alone.
 FILL = {"new_zeros", "new_full", "new_ones", "zeros_like", "ones_like", "full_like"}
@@ -48,16 +48,16 @@ class DispatchCounter(TorchDispatchMode):
         views = any(x.alias_info is not None and not x.alias_info.is_write for x in schema.returns)
         if views or name in FREE:
             return result
-        given = dict(zip((x.name for x in schema.arguments), args, strict=False)) | kwargs
+        arguments = dict(zip((x.name for x in schema.arguments), args, strict=False)) | kwargs
         changed = {x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write}
-        read = [value for key, value in given.items() if not (key in changed and name in OVERWRITE)]
+        read = [value for key, value in arguments.items() if not (key in changed and name in OVERWRITE)]
         if name in FILL:
             read = []
         if name in GATHER:
             del read[GATHER[name]]
             read.append(result if name == "embedding" else [])
         self.read[name] += numbers(read)
-        self.written[name] += numbers([given.get(key) for key in changed - NOT_WRITTEN] if changed else result)
+        self.written[name] += numbers([arguments.get(key) for key in changed - NOT_WRITTEN] if changed else result)
         self.calls[name] += 1
         return result
 

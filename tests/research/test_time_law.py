@@ -1,4 +1,4 @@
-"""Fits recover what they are given: time as a linear function, the loss law, its form in seconds; verdicts by rule."""
+"""Fits recover the numbers behind them: time as a linear function, the loss law in tokens and in seconds; verdicts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def timed(by_copies: float, by_flops: float) -> list[Timing]:
     rows = []
     for hidden in (64, 96, 128, 192, 512, 640, 768):
         for layers, size in ((2, (1, 512)), (5, (2, 128))):
-            found = totals(step_operations(llama_shape(layers, hidden, vocabulary=512, head_dim=32), *size))
-            rows.append(Timing(found, by_copies * found.copies + by_flops * found.flops + 1e-3, hidden > 500, True))
+            result = totals(step_operations(llama_shape(layers, hidden, vocabulary=512, head_dim=32), *size))
+            rows.append(Timing(result, by_copies * result.copies + by_flops * result.flops + 1e-3, hidden > 500, True))
     return rows
 
 
@@ -48,15 +48,15 @@ def test_fits_recover_the_machine() -> None:
 
 def test_no_cause_saves_time() -> None:
     rows = [Timing(Totals(x, y, 0, 0, 0), x - 0.01 * y, False, True) for x, y in ((1, 9), (2, 8), (3, 1), (4, 9))]
-    found = fit(FITS["both"], [*rows, rows[0]._replace(held_out=True)])
-    assert min(found.coefficients.values()) >= 0 and found.coefficients["flops"] == 0
+    result = fit(FITS["both"], [*rows, rows[0]._replace(held_out=True)])
+    assert min(result.coefficients.values()) >= 0 and result.coefficients["flops"] == 0
 
 
 def test_the_roofline_says_which_side() -> None:
     rows = timed(2e-9, 3e-11)
-    found = roofline(rows, flops_per_second=1e11, numbers_per_second=1e9)
-    assert found["balance"] == 100 and 0 < found["copy_share"] < 1 and 0 < found["product_share"] < 1
-    assert "limited by copies" in roofline_text(found)
+    result = roofline(rows, flops_per_second=1e11, numbers_per_second=1e9)
+    assert result["balance"] == 100 and 0 < result["copy_share"] < 1 and 0 < result["product_share"] < 1
+    assert "limited by copies" in roofline_text(result)
     assert "limited by products" in roofline_text(roofline(rows, 1e9, 1e11))
 
 
@@ -70,10 +70,10 @@ def observations(noise: float = 0.0) -> list[Observation]:
 
 
 def test_the_law_is_recovered() -> None:
-    found = fit_law(observations())
+    result = fit_law(observations())
     for n, d in ((4e5, 3e5), (2e7, 1e7)):  # inside, and far outside
-        assert found.loss(n, d) == pytest.approx(LAW.loss(n, d), rel=2e-3)
-    assert found.alpha == pytest.approx(LAW.alpha, abs=0.02) and found.beta == pytest.approx(LAW.beta, abs=0.02)
+        assert result.loss(n, d) == pytest.approx(LAW.loss(n, d), rel=2e-3)
+    assert result.alpha == pytest.approx(LAW.alpha, abs=0.02) and result.beta == pytest.approx(LAW.beta, abs=0.02)
     noisy = fit_law(observations(0.003))
     assert noisy.loss(1e6, 1e6) == pytest.approx(LAW.loss(1e6, 1e6), rel=5e-3)
     # One bad run does not bend it.
@@ -114,9 +114,9 @@ def lines(wide_gain: float, slower: float = 1.0) -> list[dict]:
 
 
 def test_verdicts_of_the_study() -> None:
-    found = analyse(lines(0.05))
-    assert len(found.pairs) == 3 and all(pair.reached == pytest.approx(0.05, abs=0.02) for pair in found.pairs)
-    assert verdicts(found)[1][1] == verdicts(found)[3][1] == "holds"
+    result = analyse(lines(0.05))
+    assert len(result.pairs) == 3 and all(pair.reached == pytest.approx(0.05, abs=0.02) for pair in result.pairs)
+    assert verdicts(result)[1][1] == verdicts(result)[3][1] == "holds"
     assert verdicts(analyse(lines(-0.05)))[3][1] == "does not hold"
     # Runs that take three times what was predicted have their loss predicted from too many tokens.
     assert verdicts(analyse(lines(0.05, slower=3.0)))[1][1] == "does not hold"
@@ -126,9 +126,9 @@ def test_runs_that_are_missing_or_diverged_are_left_out() -> None:
     rows = lines(0.05)
     rows[0]["loss"] = None
     partial = [row for row in rows if row["role"] == FITTED]
-    found = analyse(partial)
-    assert found.diverged == [rows[0]["run"]] and len(found.predictions) == len(partial) - 1
-    assert not found.pairs and len(verdicts(found)) == 1  # nothing to judge yet
+    result = analyse(partial)
+    assert result.diverged == [rows[0]["run"]] and len(result.predictions) == len(partial) - 1
+    assert not result.pairs and len(verdicts(result)) == 1  # nothing to judge yet
 
 
 def test_a_machine_that_only_copies_prefers_what_copies_least() -> None:

@@ -91,8 +91,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 def known() -> Calibration:
     """A machine of known speeds: 1 GB/s, 10 GFLOP/s, and a microsecond a kernel."""
     coefficients = {"copies": 4e-9, "product": 1e-10, "softmax": 2e-10, "linear": 3e-10, "kernels": 1e-6, "constant": 0}
-    found = Fit(coefficients, 1.0, 1.0, 0.0, 0.0)
-    return Calibration({}, {"float32": {"plan": found}}, {"float32": found})
+    speed = Fit(coefficients, 1.0, 1.0, 0.0, 0.0)
+    return Calibration({}, {"float32": {"plan": speed}}, {"float32": speed})
 
 
 def shown(*words: str) -> str:
@@ -158,12 +158,12 @@ def estimated(known: Calibration, shape: Shape = SMOL, **options: Any) -> Estima
 
 
 def test_stages_are_those_of_linearize(known: Calibration) -> None:
-    found = estimated(known, context="8k", tokens="2M", budget="10%", transfer_steps=40)
-    assert [stage.title for stage in found.stages] == [
+    planned = estimated(known, context="8k", tokens="2M", budget="10%", transfer_steps=40)
+    assert [stage.title for stage in planned.stages] == [
         "softmax: evaluate", "which heads need softmax", "heads and windows for the budget", "dark: calibrate",
         "converted: evaluate", "dark: transfer", "transferred: evaluate", "dark: finetune", "finetuned: evaluate",
     ]  # fmt: skip
-    assert all(stage.seconds > 0 for stage in found.stages) and found.task.steps == 245
+    assert all(stage.seconds > 0 for stage in planned.stages) and planned.task.steps == 245
     titles = [stage.title for stage in estimated(known, tokens="0").stages]
     assert titles == ["softmax: evaluate", "dark: calibrate", "converted: evaluate"]
 
@@ -209,8 +209,8 @@ def test_the_command_line_plans(model_folder: Path, calibrated: Calibration, kno
     options = get_command(app).commands["linearize"]
     flags = {flag for p in options.params for flag in (*p.opts, *p.secondary_opts)}
     assert {word for word in command if word.startswith("--")} <= flags  # it is one that runs
-    found = estimated(known, context="4k", transfer_steps=7)
-    assert "--seq-len 4096" in command_of(found, "m") and "--transfer-steps 7" in command_of(found, "m")
+    planned = estimated(known, context="4k", transfer_steps=7)
+    assert "--seq-len 4096" in command_of(planned, "m") and "--transfer-steps 7" in command_of(planned, "m")
 
 
 @pytest.mark.parametrize(

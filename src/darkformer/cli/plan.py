@@ -58,9 +58,9 @@ def plan(
     shape = shape_of(settings, model)
     check_context(SimpleNamespace(config=settings), task.sequence)
     positions = getattr(settings.get_text_config(decoder=True), "max_position_embeddings", None)
-    found = estimate(shape, task, config, load_calibration(), positions=positions, name=model)
-    print_rows(stage_rows(found), f"linearize {model}: {task.sequence:,} tokens a step, {task.precision}", console)
-    for line in estimate_lines(found, model):
+    planned = estimate(shape, task, config, load_calibration(), positions=positions, name=model)
+    print_rows(stage_rows(planned), f"linearize {model}: {task.sequence:,} tokens a step, {task.precision}", console)
+    for line in estimate_lines(planned, model):
         console.print(line, soft_wrap=True)
 
 
@@ -72,13 +72,13 @@ def _calibrate(out: Path | None, overwrite: bool) -> None:
     if out is not None:
         check_folder(out)
     file = calibration_file()
-    found = calibrate_machine(trials(), dtypes(), file, overwrite=overwrite, reporter=RichReporter())
-    tables: dict[str, Any] = calibration_tables(found)
+    calibration = calibrate_machine(trials(), dtypes(), file, overwrite=overwrite, reporter=RichReporter())
+    tables: dict[str, Any] = calibration_tables(calibration)
     for name, rows in tables.items():
         print_rows(rows, name, console)
-    for line in roofline_lines(found):
+    for line in roofline_lines(calibration):
         console.print(line, soft_wrap=True)
     if out is not None:
-        write_json(out / "calibration.json", found.record)
-        draw_calibration(found, out / "calibration.png")
+        write_json(out / "calibration.json", calibration.record)
+        draw_calibration(calibration, out / "calibration.png")
     console.print(f"Calibration: {file if out is None else out / 'calibration.json'}")

@@ -17,7 +17,7 @@ Lines = Sequence[Mapping[str, Any]]
 ACCURATE, WORST = 0.02, 0.05
 #: Nats of loss that two seeds of one model differ by: closer losses are equal.
 NOISE = 0.01
-#: Widths and depths that a model for a given time is chosen from, and those times in seconds.
+#: Widths and depths that the best model for a time is chosen from, and those times in seconds.
 WIDTHS, DEPTHS, TIMES = (64, 96, 128, 192, 256, 320, 384, 512), (2, 3, 4, 6, 8, 12, 16), (60, 300, 1800, 7200)
 
 
@@ -116,10 +116,10 @@ def errors(predictions: Sequence[Prediction], field: str, role: str = HELD_OUT) 
     return [abs(getattr(x, field) / x.reached - 1) for x in rows]
 
 
-def verdicts(found: Analysis) -> list[list[str]]:
+def verdicts(analysis: Analysis) -> list[list[str]]:
     """Header and one row a claim of "Time Matters" that rests on the loss law, judged by rule."""
     rows = []
-    by_time, by_tokens = (errors(found.predictions, field) for field in ("by_time", "by_tokens"))
+    by_time, by_tokens = (errors(analysis.predictions, field) for field in ("by_time", "by_tokens"))
     if by_time:
         median = statistics.median(by_time)
         holds = median <= ACCURATE and max(by_time) <= WORST
@@ -128,12 +128,12 @@ def verdicts(found: Analysis) -> list[list[str]]:
             f"(from tokens {statistics.median(by_tokens):.1%})"
         )
         rows.append(("hyper-parameters and time alone give the final loss", holds, numbers))
-    if found.pairs:
-        expected = [pair.predicted > 0 for pair in found.pairs]
-        reached = [pair.reached > NOISE for pair in found.pairs]
+    if analysis.pairs:
+        expected = [pair.predicted > 0 for pair in analysis.pairs]
+        reached = [pair.reached > NOISE for pair in analysis.pairs]
         numbers = "; ".join(
             f"{x.wide} against {x.deep}: {x.predicted:+.3f} nats expected, {x.reached:+.3f} reached"
-            for x in found.pairs
+            for x in analysis.pairs
         )
         rows.append(("analysis predicts that wider is better than deeper", all(expected), numbers))
         rows.append(("wider is better than deeper in the same time", all(reached), numbers))

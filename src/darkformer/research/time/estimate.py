@@ -59,7 +59,7 @@ class Estimate:
         stages: in order. step, softmax_step: seconds of an optimizer step converted, and as softmax.
         memory: bytes that training holds at its peak. available: those of the machine; None where it does not say.
         crossover: tokens of a sequence from which a converted step is faster; None: not up to `LONGEST`.
-        fitting: tokens that fit into the task's hours; None where none were given.
+        fitting: tokens that fit into the task's hours; None where the task has none.
     """
 
     task: PlanTask

@@ -108,9 +108,9 @@ def fits(rows: Sequence[Timing]) -> dict[str, Fit]:
     return {name: fit(columns, rows if name == "plan" else softmax) for name, columns in FITS.items()}
 
 
-def verdicts(found: Mapping[str, Fit]) -> list[list[str]]:
+def verdicts(by_name: Mapping[str, Fit]) -> list[list[str]]:
     """Header and one row a claim of the paper's abstract, judged by the held-out shapes."""
-    copies, flops = found["copies"], found["flops"]
+    copies, flops = by_name["copies"], by_name["flops"]
     numbers = f"median error {flops.median_error:.0%} by FLOPs, {copies.median_error:.0%} by copies"
     rows = [
         ("FLOPs are a poor estimate of training time", flops.median_error > POOR, numbers),
@@ -150,12 +150,12 @@ def roofline(rows: Sequence[Timing], flops_per_second: float, numbers_per_second
     }
 
 
-def roofline_text(found: Mapping[str, float]) -> str:
+def roofline_text(roof: Mapping[str, float]) -> str:
     """The explanation in two sentences."""
-    above = found["intensity"] > found["balance"]
+    above = roof["intensity"] > roof["balance"]
     return (
-        f"The median step does {found['intensity']:.0f} FLOPs for every number it moves; this machine multiplies "
-        f"{found['balance']:.0f} times for every number its memory moves, so a perfect program would be limited by "
-        f"{'products' if above else 'copies'}. Of the measured time products explain {found['product_share']:.0%} at "
-        f"the speed of the best matrix product, copies {found['copy_share']:.0%} at the bandwidth of the memory."
+        f"The median step does {roof['intensity']:.0f} FLOPs for every number it moves; this machine multiplies "
+        f"{roof['balance']:.0f} times for every number its memory moves, so a perfect program would be limited by "
+        f"{'products' if above else 'copies'}. Of the measured time products explain {roof['product_share']:.0%} at "
+        f"the speed of the best matrix product, copies {roof['copy_share']:.0%} at the bandwidth of the memory."
     )

@@ -108,9 +108,11 @@ def shape_of(config: Any, name: str) -> Shape:
     total = sum(p.numel() for p in model.parameters())
     if tied and output is not None and output.weight is not embedding.weight:  # not tied yet on the meta device
         total -= output.weight.numel()
-    apart = [x.weight for x in (embedding, output) if x is not None]
-    apart += [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    inside = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and not any(p is x for x in apart))
+    embeddings_and_logits = [x.weight for x in (embedding, output) if x is not None]
+    embeddings_and_logits += [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    inside = sum(
+        p.numel() for p in model.parameters() if p.dim() >= 2 and not any(p is x for x in embeddings_and_logits)
+    )
     norms = [m.weight for m in model.modules() if "norm" in type(m).__name__.lower() and hasattr(m, "weight")]
     kinds = getattr(settings, "layer_types", None) or []
     shape = Shape(
@@ -127,9 +129,9 @@ def shape_of(config: Any, name: str) -> Shape:
         sliding=tuple(i for i, kind in enumerate(kinds) if kind != "full_attention"),
     )  # fmt: skip
     for matrices in (3, 2):
-        found = Shape(**{**vars(shape), "mlp_matrices": matrices})
-        if found.layers * found.layer_weights == inside:
-            return Shape(**{**vars(found), "vectors": total - found.parameters})
+        candidate = Shape(**{**vars(shape), "mlp_matrices": matrices})
+        if candidate.layers * candidate.layer_weights == inside:
+            return Shape(**{**vars(candidate), "vectors": total - candidate.parameters})
     raise InputError(
         f"{name} ({type(model).__name__}): {inside:,} numbers in the matrices of its layers, where a dense decoder of "
         f"this width, depth and heads has {shape.layers * shape.layer_weights:,}. `plan` counts attention and one MLP "
