@@ -3,11 +3,12 @@ kills, bad input."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from darkformer import ConfigError, DarkConfig, InputError, RunFolderError
+from darkformer import ConfigError, DarkConfig, InputError, RunFolderError, TrainConfig
 from darkformer.cli import app, main
 from darkformer.console import RichReporter
+from darkformer.hf.load import load_config
 from darkformer.ops.native.build import cache_folder
+from darkformer.reporting import Silent
 from darkformer.research.time import study as study_module
 from darkformer.research.time.analysis import analyse
 from darkformer.research.time.calibration import (
@@ -36,8 +39,9 @@ from darkformer.research.time.estimate import Estimate, budget_config, crossover
 from darkformer.research.time.fit import Fit
 from darkformer.research.time.report import command_of, study_tables, write_study
 from darkformer.research.time.settings import PlanTask, count
-from darkformer.research.time.shape import Shape, llama_shape
+from darkformer.research.time.shape import Shape, llama_shape, shape_of
 from darkformer.research.time.study import FITTED, HELD_OUT, PAIR, Run, Study, TimeStudy, read_study, record_file
+from darkformer.train.linearize import linearize
 
 SMOL = Shape(30, 576, 1536, 9, 3, 64, 49152, vectors=576 * 61)
 Refused = Callable[..., str]
@@ -166,6 +170,33 @@ def test_stages_are_those_of_linearize(known: Calibration) -> None:
     assert all(stage.seconds > 0 for stage in planned.stages) and planned.task.steps == 245
     titles = [stage.title for stage in estimated(known, tokens="0").stages]
     assert titles == ["softmax: evaluate", "dark: calibrate", "converted: evaluate"]
+
+
+class Titles(Silent):
+    """A reporter that keeps the titles of the stages."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Any]:
+        self.titles.append(title)
+        with super().stage(title, total) as advance:
+            yield advance
+
+
+def test_linearize_has_these_stages(known: Calibration, model_folder: Path, text_glob: str, tmp_path: Path) -> None:
+    task = PlanTask(context="600", tokens="600", budget="80%", transfer_steps=1, dtype="float32")
+    shape, config = shape_of(load_config(str(model_folder)), "tiny"), DarkConfig(num_features=8)
+    planned = estimate(shape, task, config, known, positions=2048, name="tiny")
+    reporter = Titles()
+    linearize(
+        str(model_folder), tmp_path / "run", data=[text_glob], config=config, context=600, memory=task.budget,
+        budget=TrainConfig(steps=task.steps, transfer_steps=1, seq_len=600, batch_size=1, dtype="float32"),
+        reporter=reporter,
+    )  # fmt: skip
+    not_planned = ("load the model", "tokenize the text", "save the model")
+    assert [title for title in reporter.titles if title not in not_planned] == [x.title for x in planned.stages]
 
 
 def test_time_follows_the_task(known: Calibration) -> None:

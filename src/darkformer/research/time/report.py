@@ -56,9 +56,10 @@ def estimate_lines(planned: Estimate, model: str) -> list[str]:
     """What stands below the table."""
     task = planned.task
     available = "" if planned.available is None else f" of {planned.available / 1e9:.0f} GB"
+    ratio, parameters = planned.softmax_step / planned.step, planned.shape.parameters
     lines = [
         f"A step takes {planned.step:.3g} s converted and {planned.softmax_step:.3g} s as softmax "
-        f"({planned.softmax_step / planned.step:.2g} times as fast); {planned.shape.parameters / 1e6:,.1f}M parameters.",
+        f"({ratio:.2g} times as fast); {parameters / 1e6:,.1f}M parameters.",
         f"Memory while training: {planned.memory / 1e9:.1f} GB{available}.",
     ]
     if planned.available is not None and planned.memory > planned.available:
@@ -69,8 +70,8 @@ def estimate_lines(planned: Estimate, model: str) -> list[str]:
         lines.append(f"A converted step is faster than softmax from {planned.crossover:,} tokens a sequence on.")
     if task.budget:
         lines.append(
-            f"The budget is counted as window {planned.config.window} and {len(planned.config.keep_exact)} exact heads; "
-            "`linearize` chooses both by measuring."
+            f"The budget is counted as window {planned.config.window} and {len(planned.config.keep_exact)} exact "
+            "heads; `linearize` chooses both by measuring."
         )
     if planned.fitting is not None:
         rest = _duration(planned.seconds - task.steps * planned.step)
