@@ -253,7 +253,7 @@ def test_counts(text: str, kilo: int, tokens: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0", "2 M", "1e6", "8kb"])
 def test_what_is_no_count(text: str) -> None:
-    with pytest.raises(ConfigError, match="give a number of tokens above 0"):
+    with pytest.raises(ConfigError, match="give a number of tokens from 1 on"):
         count(text, "--context", 1024)
 
 
@@ -262,7 +262,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     model = str(model_folder)
     assert "--context x" in refused("plan", model, "--context", "x")
-    assert "two tokens" in refused("plan", model, "--context", "1")
+    assert "from 2 on" in refused("plan", model, "--context", "1")
     assert "--hours -1" in refused("plan", model, "--hours", "-1")
     assert "dtype='int8'" in refused("plan", model, "--dtype", "int8")
     assert "budget='7'" in refused("plan", model, "--budget", "7", "--dtype", "float32")

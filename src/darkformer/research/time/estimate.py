@@ -89,19 +89,21 @@ def budget_config(shape: Shape, config: DarkConfig, text: str, length: int, dtyp
         ConfigError: no budget, or one that the windows alone exceed.
     """
     budget = Budget.parse(text, length)
-    sizes: dict[str, Any] = {
-        "num_kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "element_bytes": 2 if dtype == "bfloat16" else 4
-    }  # fmt: skip
+    element_bytes = 2 if dtype == "bfloat16" else 4
+    sizes: dict[str, Any] = dict(num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=element_bytes)
     layers = [i for i in range(shape.layers) if i not in shape.sliding or config.convert_sliding]
     names = [f"{layer}.{head}" for head in range(shape.kv_heads) for layer in layers]
-    softmax = len(layers) * kv_cache_bytes(length, **sizes)
+    # Layers that stay as they are keep the keys of their window, whatever is chosen.
+    others = shape.layers - len(layers)
+    rest = others * kv_cache_bytes(min(length, shape.sliding_window or length), **sizes)
+    softmax = len(layers) * kv_cache_bytes(length, **sizes) + rest
     base = dataclasses.replace(config, window=CONSTANT_WINDOW)
     if budget.share == 0.0:
         return base
 
     def kept(count: int) -> int:
         candidate = dataclasses.replace(base, keep_exact=tuple(names[:count]))
-        return sum(layer_bytes(candidate, layer, length, **sizes) for layer in layers)
+        return sum(layer_bytes(candidate, layer, length, **sizes) for layer in layers) + rest
 
     size = budget.bytes_of(softmax)
     if size >= softmax:

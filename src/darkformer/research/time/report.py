@@ -44,12 +44,15 @@ def command_of(planned: Estimate, model: str) -> str:
     """The run that was planned, as a command line."""
     task, config = planned.task, planned.config
     words = ["darkformer", "linearize", model, "--context", str(task.sequence), "--seq-len", str(task.sequence)]
-    words += ["--batch-size", "1", "--steps", str(task.steps), "--dtype", task.precision]
+    words += ["--batch-size", "1", "--steps", str(task.steps), "--dtype", task.precision, "--method", config.method]
+    words += ["--features", str(config.num_features), "--sinks", str(config.sinks)]
+    words += ["--convert-sliding"] if config.convert_sliding else []
     words += ["--transfer-steps", str(task.transfer_steps)] if task.transfer_steps else []
-    words += ["--budget", task.budget, "--no-frontier"] if task.budget else ["--window", str(config.window)]
-    return shlex.join(
-        [*words, "--features", str(config.num_features), "--sinks", str(config.sinks), "--out", "runs/planned"]
-    )
+    if task.budget:
+        words += ["--budget", task.budget, "--no-frontier"]
+    else:
+        words += ["--window", str(config.window), *(f"--keep-exact={name}" for name in config.keep_exact)]
+    return shlex.join([*words, "--out", "runs/planned"])
 
 
 def estimate_lines(planned: Estimate, model: str) -> list[str]:

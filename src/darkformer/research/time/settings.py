@@ -13,22 +13,22 @@ CALIBRATE = "calibrate"
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKMG]?)")
 
 
-def count(text: str, name: str, kilo: int) -> int:
+def count(text: str, name: str, kilo: int, least: int = 1) -> int:
     """A number of tokens such as 8192, 8k or 2M.
 
     Args:
-        name: of the option, for the message. kilo: what a k stands for.
+        name: of the option, for the message. kilo: what a k stands for. least: the smallest one.
 
     Raises:
-        ConfigError: it is none, or less than one.
+        ConfigError: it is none, or smaller.
 
     >>> count("8k", "--context", 1024), count("1.5M", "--tokens", 1000)
     (8192, 1500000)
     """
     match = _COUNT.fullmatch(text.strip().replace(",", ""))
-    number = round(float(match[1]) * kilo ** " KMG".index(match[2].upper() or " ")) if match else 0
-    if number < 1:
-        raise ConfigError(f"{name} {text}: give a number of tokens above 0, such as 8192, 8k or 2M.")
+    number = round(float(match[1]) * kilo ** " KMG".index(match[2].upper() or " ")) if match else -1
+    if number < least:
+        raise ConfigError(f"{name} {text}: give a number of tokens from {least} on, such as 8192, 8k or 2M.")
     return number
 
 
@@ -50,11 +50,11 @@ class PlanTask:
     dtype: str = option("auto", field_help(TrainConfig, "dtype"))
 
     def __post_init__(self) -> None:
-        if self.sequence < 2:
-            raise ConfigError(f"--context {self.context}: a sequence needs two tokens at least.")
+        count(self.context, "--context", 1024, least=2)
         if not 0 <= self.hours < float("inf"):
             raise ConfigError(f"--hours {self.hours:g}: give a number of hours above 0, or 0 for none.")
-        _ = self.steps, self.precision  # their own checks
+        count(self.tokens, "--tokens", 1000, least=0)
+        TrainConfig(dtype=self.dtype)  # checks it
 
     @property
     def sequence(self) -> int:
@@ -64,8 +64,7 @@ class PlanTask:
     @property
     def steps(self) -> int:
         """Optimizer steps of one sequence each."""
-        tokens = 0 if self.tokens.strip() == "0" else count(self.tokens, "--tokens", 1000)
-        return -(-tokens // self.sequence)
+        return -(-count(self.tokens, "--tokens", 1000, least=0) // self.sequence)
 
     @property
     def precision(self) -> str:

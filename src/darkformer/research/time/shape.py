@@ -25,7 +25,7 @@ class Shape:
         tied: one matrix embeds tokens and gives logits.
         norms: over the hidden size, in a layer. head_norms: whether queries and keys are normalised too.
         vectors: numbers in norms, biases and learned positions.
-        sliding: numbers of the layers that attend through a sliding window already.
+        sliding: numbers of the layers that attend through a sliding window already. sliding_window: its tokens.
     """
 
     layers: int
@@ -41,6 +41,7 @@ class Shape:
     head_norms: bool = False
     vectors: int = 0
     sliding: tuple[int, ...] = ()
+    sliding_window: int | None = None
 
     @property
     def layer_weights(self) -> int:
@@ -127,6 +128,7 @@ def shape_of(config: Any, name: str) -> Shape:
         norms=(sum(w.numel() == hidden for w in norms) - 1) // settings.num_hidden_layers,  # but for the last one
         head_norms=any(w.numel() != hidden for w in norms),
         sliding=tuple(i for i, kind in enumerate(kinds) if kind != "full_attention"),
+        sliding_window=getattr(settings, "sliding_window", None) if kinds else None,
     )  # fmt: skip
     for matrices in (3, 2):
         candidate = Shape(**{**vars(shape), "mlp_matrices": matrices})
