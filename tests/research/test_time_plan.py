@@ -232,6 +232,18 @@ def test_a_budget_buys_what_it_says() -> None:
         budget_config(SMOL, DarkConfig(), "1%", 8192, "float32")
 
 
+def test_a_budget_counts_the_layers_that_stay() -> None:
+    """Gemma 3 270M at 32,768 tokens: as many exact heads as its record of budgets has."""
+    gemma = Shape(
+        18, 640, 2048, 4, 1, 256, 262144, sliding=(*range(5), *range(6, 11), *range(12, 17)), sliding_window=512
+    )
+    heads = {
+        text: len(budget_config(gemma, DarkConfig(), text, 32768, "bfloat16").keep_exact)
+        for text in ("10%", "40%", "70%")
+    }
+    assert heads == {"10%": 0, "40%": 1, "70%": 2}
+
+
 def test_the_command_line_plans(model_folder: Path, calibrated: Calibration, known: Calibration) -> None:
     text = shown("plan", str(model_folder), "--context", "128", "--tokens", "10k", "--budget", "80%", "--hours", "1",
                  "--dtype", "float32")  # fmt: skip

@@ -255,7 +255,10 @@ def estimate(
     if task.budget:
         config = budget_config(shape, config, task.budget, positions or USUAL_LENGTH, dtype)
     if config.method == "exact":
-        raise ConfigError(f"--budget {task.budget}: softmax everywhere, so {name} has nothing to convert. Give less.")
+        raise ConfigError(
+            f"{name}: --method exact, or a budget of the whole cache, leaves softmax everywhere and nothing to convert. "
+            "Give another method or a smaller budget."
+        )
     clock = _Clock(calibration, shape, task.sequence, dtype)
 
     def faster(length: int) -> bool:
