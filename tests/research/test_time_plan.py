@@ -278,7 +278,7 @@ def test_bad_input_is_one_line(
     assert "--hours -1" in refused("plan", model, "--hours", "-1")
     assert "dtype='int8'" in refused("plan", model, "--dtype", "int8")
     assert "budget='7'" in refused("plan", model, "--budget", "7", "--dtype", "float32")
-    assert "nothing to convert" in refused("plan", model, "--budget", "100%", "--dtype", "float32")
+    assert "softmax everywhere" in refused("plan", model, "--budget", "100%", "--dtype", "float32")
     assert "--keep-exact" in refused("plan", model, "--budget", "50%", "--keep-exact", "1")
     assert "calibrated in float32" in refused("plan", model, "--dtype", "bfloat16")
     assert "configuration cannot be loaded" in refused("plan", str(tmp_path / "nothing-here"))

@@ -256,8 +256,8 @@ def estimate(
         config = budget_config(shape, config, task.budget, positions or USUAL_LENGTH, dtype)
     if config.method == "exact":
         raise ConfigError(
-            f"{name}: --method exact, or a budget of the whole cache, leaves softmax everywhere and nothing to convert. "
-            "Give another method or a smaller budget."
+            f"{name}: --method exact, or a budget of the whole cache, leaves softmax everywhere. There is nothing "
+            "to convert: give another method or a smaller budget."
         )
     clock = _Clock(calibration, shape, task.sequence, dtype)
 
