@@ -36,7 +36,6 @@ from darkformer.research.time.calibration import (
     trials,
 )
 from darkformer.research.time.estimate import Estimate, budget_config, crossover, estimate
-from darkformer.research.time.fit import Fit
 from darkformer.research.time.report import command_of, study_tables, write_study
 from darkformer.research.time.settings import PlanTask, count
 from darkformer.research.time.shape import Shape, llama_shape, shape_of
@@ -94,9 +93,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 @pytest.fixture
 def known() -> Calibration:
     """A machine of known speeds: 1 GB/s, 10 GFLOP/s, and a microsecond a kernel."""
-    coefficients = {"copies": 4e-9, "product": 1e-10, "softmax": 2e-10, "linear": 3e-10, "kernels": 1e-6, "constant": 0}
-    speed = Fit(coefficients, 1.0, 1.0, 0.0, 0.0)
-    return Calibration({}, {"float32": {"plan": speed}}, {"float32": speed})
+    speed = {"moved": 4e-9, "product": 1e-10, "softmax": 2e-10, "linear": 3e-10, "kernels": 1e-6, "constant": 0.0}
+    return Calibration({}, {}, {"float32": speed}, {"float32": speed})
 
 
 def shown(*words: str) -> str:

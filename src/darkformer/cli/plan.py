@@ -59,7 +59,7 @@ def plan(
     check_context(SimpleNamespace(config=settings), task.sequence)
     positions = getattr(settings.get_text_config(decoder=True), "max_position_embeddings", None)
     planned = estimate(shape, task, config, load_calibration(), positions=positions, name=model)
-    print_rows(stage_rows(planned), f"linearize {model}: {task.sequence:,} tokens a step, {task.precision}", console)
+    print_rows(stage_rows(planned), f"linearize, {task.sequence:,} tokens a step, {task.precision}", console)
     for line in estimate_lines(planned, model):
         console.print(line, soft_wrap=True)
 

@@ -20,7 +20,7 @@ from ...records import check_folder, environment, read_json, write_json
 from ...reporting import Reporter, Silent
 from ..bench_machine import limits, measure_in_turns
 from .copies import FORWARD, Totals, step_operations, totals
-from .fit import FITS, Fit, Timing, fit, fits, roofline
+from .fit import FITS, Fit, Timing, coefficients_of, fits, predicted, roofline
 from .shape import Shape, llama_shape
 
 #: Seconds of repetitions of one step; steps at least and at most.
@@ -173,29 +173,34 @@ class Calibration(NamedTuple):
     """What this machine's times say.
 
     Attributes:
-        record: as stored. steps: fits by precision and name. forwards: the fit of `plan` for forward passes alone.
+        record: as stored. steps: fits by precision and name, tested on the shapes held out.
+        step_speed, forward_speed: by precision, the coefficients of `plan` from every shape, those held out included:
+            a long sequence says most of attention.
     """
 
     record: dict[str, Any]
     steps: dict[str, dict[str, Fit]]
-    forwards: dict[str, Fit]
+    step_speed: dict[str, dict[str, float]]
+    forward_speed: dict[str, dict[str, float]]
 
     def seconds(self, dtype: str, totals: Totals) -> float:
         """Of a training step with these totals."""
-        return self.steps[dtype]["plan"].seconds(totals)
+        return predicted(self.step_speed[dtype], totals)
 
     def forward_seconds(self, dtype: str, totals: Totals) -> float:
         """Of a forward pass with these totals."""
-        return self.forwards[dtype].seconds(totals)
+        return predicted(self.forward_speed[dtype], totals)
 
 
 def analysed(record: dict[str, Any]) -> Calibration:
     """Fits a finished record."""
-    rows = record["rows"]
+    steps = {dtype: timings(record["rows"], dtype) for dtype in record["dtypes"]}
+    forwards = {dtype: forward_timings(record["rows"], dtype) for dtype in record["dtypes"]}
     return Calibration(
         record,
-        {dtype: fits(timings(rows, dtype)) for dtype in record["dtypes"]},
-        {dtype: fit(FITS["plan"], forward_timings(rows, dtype)) for dtype in record["dtypes"]},
+        {dtype: fits(rows) for dtype, rows in steps.items()},
+        {dtype: coefficients_of(FITS["plan"], rows) for dtype, rows in steps.items()},
+        {dtype: coefficients_of(FITS["plan"], rows) for dtype, rows in forwards.items()},
     )
 
 

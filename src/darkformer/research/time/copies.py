@@ -44,20 +44,21 @@ class Operation(NamedTuple):
         """The operation, done `count` times."""
         return Operation(*self[:3], *(count * x for x in self[3:]))
 
-    @property
-    def copies(self) -> float:
-        """All numbers moved."""
-        return self.read + self.written + self.inside
-
 
 class Totals(NamedTuple):
-    """Sums over operations: numbers moved, FLOPs by kind, kernels launched."""
+    """Sums over operations: numbers that cross kernels, and that stay inside fused ones; FLOPs by kind; launches."""
 
-    copies: float
+    moved: float
+    inside: float
     product: float
     softmax: float
     linear: float
     kernels: float
+
+    @property
+    def copies(self) -> float:
+        """All numbers read and written."""
+        return self.moved + self.inside
 
     @property
     def flops(self) -> float:
@@ -73,7 +74,8 @@ def totals(operations: Iterable[Operation]) -> Totals:
         return sum(row.flops for row in rows if row.kind == kind)
 
     return Totals(
-        copies=sum(row.copies for row in rows),
+        moved=sum(row.read + row.written for row in rows),
+        inside=sum(row.inside for row in rows),
         product=flops(PRODUCT),
         softmax=flops(SOFTMAX),
         linear=flops(LINEAR),

@@ -28,6 +28,7 @@ from .copies import (
     totals,
     training_bytes,
 )
+from .fit import CONSTANT, predicted
 from .settings import PlanTask
 from .shape import Shape
 
@@ -159,10 +160,8 @@ class _Clock:
 
     def transfer(self, config: DarkConfig) -> float:
         """A step of transfer: a pass of the softmax model, then attention alone, forward and backward."""
-        coefficients = self.calibration.steps[self.dtype]["plan"].coefficients
-        inner = totals(self.attentions(config))
-        layers = sum(x * getattr(inner, name) for name, x in coefficients.items() if name != "constant")
-        return self.observed(self.dtype) + layers
+        inner = self.calibration.step_speed[self.dtype] | {CONSTANT: 0.0}
+        return self.observed(self.dtype) + predicted(inner, totals(self.attentions(config)))
 
     def search(self, config: DarkConfig) -> float:
         """The search for scale and bias: at each scale the features of all keys, and a few queries against them."""
@@ -173,9 +172,8 @@ class _Clock:
             "search", BACKWARD, PRODUCT, SEARCH_COPIES / 2 * weights, SEARCH_COPIES / 2 * weights,
             features + 2 * weights * (m + d), kernels=20,
         )  # fmt: skip
-        coefficients = self.calibration.forwards["float32"].coefficients
-        inner = totals([line.times(len(SCALES) * shape.layers)])
-        return sum(x * getattr(inner, name) for name, x in coefficients.items() if name != "constant")
+        inner = self.calibration.forward_speed["float32"] | {CONSTANT: 0.0}
+        return predicted(inner, totals([line.times(len(SCALES) * shape.layers)]))
 
 
 def _choice_stages(clock: _Clock, heads: int) -> list[Stage]:
@@ -247,9 +245,9 @@ def estimate(
         ConfigError: a budget too small. InputError: the machine was not calibrated in the task's precision.
     """
     dtype = task.precision
-    if dtype not in calibration.steps:
+    if dtype not in calibration.step_speed:
         raise InputError(
-            f"--dtype {dtype}: this machine is calibrated in {', '.join(calibration.steps)}, which it multiplies "
+            f"--dtype {dtype}: this machine is calibrated in {', '.join(calibration.step_speed)}, which it multiplies "
             "natively. Give one of them."
         )
     if task.budget:

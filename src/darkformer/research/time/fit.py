@@ -11,15 +11,18 @@ import numpy as np
 
 from .copies import Totals
 
-#: What time is explained by, beside a constant: the three that the claim compares, and the one `plan` predicts with,
-#: in which each kind of product has a speed of its own and every kernel costs its launch.
+#: What time is explained by, beside a constant: the three that the claim compares, and the one `plan` predicts with.
+#: There each kind of product has a speed of its own, in which what a fused kernel moves in its buffers is contained,
+#: and every kernel costs its launch.
 FITS: dict[str, tuple[str, ...]] = {
     "copies": ("copies",),
     "flops": ("flops",),
     "both": ("copies", "flops"),
-    "plan": ("copies", "product", "softmax", "linear", "kernels"),
+    "plan": ("moved", "product", "softmax", "linear", "kernels"),
 }
 CONSTANT = "constant"
+#: Relative error from which on it counts linearly; rounds of weighted least squares.
+HUBER, ROUNDS = 0.05, 60
 #: A median error on held-out shapes above which an estimate is poor, and up to which it is accurate.
 POOR, ACCURATE = 0.25, 0.15
 
@@ -63,24 +66,35 @@ def predicted(coefficients: Mapping[str, float], totals: Totals) -> float:
     return sum(x * (1.0 if name == CONSTANT else getattr(totals, name)) for name, x in coefficients.items())
 
 
-def least_relative_squares(columns: Sequence[str], rows: Sequence[Timing]) -> dict[str, float]:
-    """Coefficients that minimise the squared relative error, none of them below zero.
+def coefficients_of(columns: Sequence[str], rows: Sequence[Timing]) -> dict[str, float]:
+    """Coefficients, none of them below zero, that minimise Huber's loss of the relative errors.
 
-    Relative, because a constant fraction is what matters from milliseconds to minutes. A cause that comes out below
-    zero saves no time: it is left out and the others are fitted again.
+    Relative, because a constant fraction is what matters from milliseconds to minutes; Huber's, because whatever else a
+    machine does now and then makes a step take several times as long. A cause that comes out below zero saves no time:
+    it is left out and the others are fitted again.
     """
     seconds = np.array([row.seconds for row in rows])
     left = [*columns, CONSTANT]
     while True:
         matrix = np.array([[1.0 if name == CONSTANT else getattr(row.totals, name) for name in left] for row in rows])
-        weighted = matrix / seconds[:, None]
-        scale = np.linalg.norm(weighted, axis=0)
+        relative = matrix / seconds[:, None]
+        scale = np.linalg.norm(relative, axis=0)
         scale[scale == 0] = 1.0
-        solution = np.linalg.lstsq(weighted / scale, np.ones(len(rows)), rcond=None)[0]
+        solution = _huber_solution(relative / scale)
         if solution.min() >= 0 or len(left) == 1:
             kept = dict(zip(left, (solution / scale).tolist(), strict=True))
             return {name: kept.get(name, 0.0) for name in (*columns, CONSTANT)}
         left.pop(int(solution.argmin()))
+
+
+def _huber_solution(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """x of least Huber loss of matrix·x - 1, by weighted least squares again and again."""
+    weights = np.ones(len(matrix))
+    for _ in range(ROUNDS):
+        root = np.sqrt(weights)
+        solution = np.linalg.lstsq(matrix * root[:, None], root, rcond=None)[0]
+        weights = HUBER / np.maximum(np.abs(matrix @ solution - 1), HUBER)
+    return solution
 
 
 def _r2(measured: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
@@ -91,7 +105,7 @@ def _r2(measured: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float
 def fit(columns: Sequence[str], rows: Sequence[Timing]) -> Fit:
     """Fits the rows that are not held out and scores the others."""
     fitted, held_out = ([row for row in rows if row.held_out == flag] for flag in (False, True))
-    coefficients = least_relative_squares(columns, fitted)
+    coefficients = coefficients_of(columns, fitted)
 
     def both(part: Sequence[Timing]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         measured = np.array([row.seconds for row in part])

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter
 
 from ...plots import COLORS, _save
 from ...records import write_text
@@ -27,6 +28,7 @@ TITLES = {
     "copies": "copies", "flops": "FLOPs", "both": "copies and FLOPs",
     "plan": "copies, FLOPs by kind, kernels (`plan`)",
 }  # fmt: skip
+PANELS = {**TITLES, "plan": "copies, kernels, FLOPs by kind"}
 
 
 def _duration(seconds: float) -> str:
@@ -121,7 +123,7 @@ def draw_calibration(calibration: Calibration, path: Path) -> Path:
                     [point.seconds for point in part], [x.seconds(point.totals) for point in part], s=14, color=color,
                     label=label,
                 )  # fmt: skip
-            _diagonal(axes, f"{dtype}: {TITLES[name].split(',')[0]}", "measured s a step", "predicted", log=True)
+            _diagonal(axes, f"{dtype}: {PANELS[name]}", "measured s a step", "predicted", log=True)
     grid.flat[0].legend(frameon=False, fontsize=8)
     return _save(figure, path)
 
@@ -129,8 +131,10 @@ def draw_calibration(calibration: Calibration, path: Path) -> Path:
 def _diagonal(axes: Any, title: str, x_label: str, y_label: str, *, log: bool) -> None:
     """Equal axes with the line on which a prediction is right."""
     if log:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.loglog()
+        for axis in (axes.xaxis, axes.yaxis):  # 0.2 and not 2 × 10⁻¹; labels between powers of ten where few of those
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     low = min(axes.get_xlim()[0], axes.get_ylim()[0])
     high = max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color="#999999", linewidth=1, zorder=0)

@@ -108,12 +108,12 @@ class Study:
         )  # fmt: skip
 
     def shortened(self, steps: int) -> Study:
-        """At most `steps` steps a run: of four lengths in all, so that there is a law to fit."""
+        """At most `steps` steps a run, of as many lengths as before, so that there is a law to fit; less text will do."""
         lengths = sorted({run.tokens for run in self.runs})
         most = {tokens: max(1, steps * (i + 1) // len(lengths)) for i, tokens in enumerate(lengths)}
         return replace(
             self, runs=tuple(replace(run, tokens=most[run.tokens] * self.step_tokens) for run in self.runs),
-            eval_tokens=min(self.eval_tokens, 2048),
+            eval_tokens=min(self.eval_tokens, 2048), least_text=min(self.least_text, 100_000),
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
