@@ -19,7 +19,7 @@ Model = Annotated[
     str,
     typer.Argument(
         help="Hub id, folder, or .gguf file of a decoder; only its configuration is read. Or the word calibrate: times "
-        "training steps of small models on this machine, which every plan rests on (about four minutes, once).",
+        "training steps of small models on this machine, which every plan rests on (a few minutes, once).",
         metavar="MODEL|calibrate",
     ),
 ]

@@ -221,7 +221,7 @@ def load_calibration(file: Path | None = None) -> Calibration:
         state = "is not calibrated to the end" if file.is_file() else "was never calibrated"
         raise InputError(
             f"this machine ({machine()['device']}, {machine()['threads']} threads) {state}: `darkformer plan "
-            f"calibrate` times training steps of small models for some four minutes and keeps them in {file}."
+            f"calibrate` times training steps of small models for a few minutes and keeps them in {file}."
         )
     return analysed(read_json(file))
 

@@ -108,7 +108,7 @@ class Study:
         )  # fmt: skip
 
     def shortened(self, steps: int) -> Study:
-        """At most `steps` steps a run, of as many lengths as before, so that there is a law to fit; less text will do."""
+        """At most `steps` steps a run, in as many lengths as before, so that there is a law to fit, from less text."""
         lengths = sorted({run.tokens for run in self.runs})
         most = {tokens: max(1, steps * (i + 1) // len(lengths)) for i, tokens in enumerate(lengths)}
         return replace(
@@ -122,7 +122,7 @@ class Study:
 
 
 def laptop_study() -> Study:
-    """39 runs of 0.3 to 6.3 million parameters, some two hours of two cores."""
+    """39 runs of 0.3 to 6.3 million parameters, meant for less than three hours of two cores."""
     sizes = ((64, 5), (96, 4), (128, 4), (160, 5), (192, 6), (256, 5), (288, 5))
     fitted = [Run(h, n, tokens, FITTED) for tokens in (200_000, 500_000, 1_250_000) for h, n in sizes]
     others = ((128, 8, 500_000), (224, 4, 800_000), (320, 4, 1_250_000), (96, 6, 2_000_000), (192, 6, 2_000_000),
