@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import FuncFormatter
 
 from ...plots import COLORS, _save
 from ...records import write_text
@@ -132,9 +132,9 @@ def _diagonal(axes: Any, title: str, x_label: str, y_label: str, *, log: bool) -
     """Equal axes with the line on which a prediction is right."""
     if log:
         axes.loglog()
-        for axis in (axes.xaxis, axes.yaxis):  # 0.2 and not 2 × 10⁻¹; labels between powers of ten where few of those
+        for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else ""))
     low = min(axes.get_xlim()[0], axes.get_ylim()[0])
     high = max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color="#999999", linewidth=1, zorder=0)
@@ -168,6 +168,7 @@ def draw_study(analysis: Analysis, path: Path) -> Path:
         curves.scatter([x.seconds for x in rows], [x.reached for x in rows], s=18, color=shade,
                        label=f"{size / 1e6:.1f}M")  # fmt: skip
     curves.set_xscale("log")
+    curves.xaxis.set_major_formatter("{x:g}")
     curves.set_xlabel("seconds of training")
     curves.set_ylabel("nats a token")
     curves.set_title("loss in time: runs and the law", fontsize=10)
