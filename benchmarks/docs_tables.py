@@ -17,6 +17,10 @@ from typing import Any
 from darkformer.diagnostics.report import comparison
 from darkformer.evaluation.frontier_report import frontier_markdown, frontier_notes
 from darkformer.research.bench_targets import measurements_markdown
+from darkformer.research.reproduce.session import table_markdown
+from darkformer.research.time.analysis import analyse
+from darkformer.research.time.report import study_tables
+from darkformer.research.time.study import read_study
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,6 +80,11 @@ def drift(_: list[str]) -> str:
     return "\n".join(lines)
 
 
+def study(name: str, _: list[str]) -> str:
+    lines, calibration = read_study(STUDY)
+    return table_markdown(study_tables(analyse(lines), lines, calibration)[name])
+
+
 TABLES: dict[str, Callable[[list[str]], str]] = {
     "frontier": partial(frontier, "frontier-smollm2"),
     "frontier-gemma3": partial(frontier, "frontier-gemma3"),
@@ -88,6 +97,15 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "bench-amx": lambda _: measurements_markdown(read("bench-amx")),
     "bench-avx2": lambda _: measurements_markdown(read("bench-avx2")),
 }
+#: Tables of records that take a quiet machine hours: pages have their places, filled once the records are committed.
+STUDY, PLANS = ROOT / "docs" / "reproduction" / "time", ROOT / "benchmarks" / "records" / "plan-check.json"
+if (STUDY / "records" / "time.jsonl").is_file():
+    TABLES |= {
+        f"time-{name}": partial(study, f"time-{name}")
+        for name in ("claims", "speed", "law", "predictions", "pairs", "best")
+    }
+if PLANS.is_file():
+    TABLES["plan-check"] = lambda _: script("plan_check")["table"](read("plan-check"))
 SECTION = re.compile(rf"<!-- ({'|'.join(TABLES)})(?:: ([^>]*?))? -->\n(?:.*?\n)??<!-- \1 -->", flags=re.S)
 
 

@@ -143,3 +143,9 @@ def test_offloaded_weights_are_read_where_accelerate_keeps_them(where: str, tmp_
 
 def test_weights_that_are_nowhere_have_no_fingerprint() -> None:
     assert describe_base(tiny("llama").to("meta")) is None
+
+
+def test_a_single_number_with_a_stride() -> None:
+    """The bias of one head, seen as a column, was refused; transfer's checkpoints hold such tensors."""
+    column = torch.full((1, 8), 2.0)[:, 0]
+    assert column.stride() == (8,) and digest({"x": column}) == digest({"x": torch.tensor([2.0])})

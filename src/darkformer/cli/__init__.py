@@ -20,7 +20,7 @@ except Exception as error:  # pragma: no cover - exercised in a bare environment
         raise problem from error
     raise
 
-from . import bench, budget, demo, diagnose, evaluate, generate, linearize, native, push, reproduce
+from . import bench, budget, demo, diagnose, evaluate, generate, linearize, native, plan, push, reproduce
 from .options import command
 
 
@@ -74,6 +74,7 @@ for verb in (
     command(bench.bench),
     command(budget.budget, budget.recipe_of),
     command(diagnose.diagnose),
+    command(plan.plan),
     command(reproduce.reproduce),
 ):
     app.command()(verb)

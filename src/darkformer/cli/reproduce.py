@@ -14,11 +14,16 @@ from ..config import TrainConfig, field_help
 from ..console import RichReporter
 from ..errors import ConfigError
 from ..evaluation.settings import BudgetTask
+from .reproduce_time import reproduce_time
 from .terminal import console
 
 Figure = Annotated[
     str,
-    typer.Argument(help="1, 2-top, 2-bottom, 2 (both), 3, 4, 5 or all; or one experiment: 3.grown.", metavar="FIGURE"),
+    typer.Argument(
+        help="1, 2-top, 2-bottom, 2 (both), 3, 4, 5 or all; one experiment: 3.grown; or time: the loss law in seconds, "
+        "in OUT/time.",
+        metavar="FIGURE",
+    ),
 ]
 ScaleName = Annotated[
     str, typer.Option("--scale", help="laptop: two cores, hours. full: the paper's size, under `accelerate launch`.")
@@ -56,6 +61,13 @@ def reproduce(
     from ..research.reproduce.scales import SCALES
     from ..research.reproduce.session import Reproduction, chosen_figures, draw
 
+    if figure == "time":
+        if scale != "laptop" or dtype:
+            raise ConfigError("reproduce time: it has no --scale and no --dtype, one machine's float32 is its subject.")
+        reproduce_time(
+            out / figure, data, steps, resume=resume, overwrite=overwrite, plot_only=plot_only, dry_run=dry_run
+        )
+        return
     figures = chosen_figures(figure)
     if scale not in SCALES:
         raise ConfigError(f"--scale {scale}: unknown; choose one of {', '.join(SCALES)}.")

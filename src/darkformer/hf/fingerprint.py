@@ -75,7 +75,8 @@ def digest(entries: Mapping[str, Any], *, values: bool = False) -> str:
             total.update(f"{name} {kind} {tuple(tensor.shape)}\n".encode())
             for piece in tensor.contiguous().flatten().split(_CHUNK):
                 piece = piece.float() if kind == "float" else piece
-                total.update(piece.cpu().view(torch.uint8).numpy())
+                # A single number counts as contiguous whatever its stride, and `view` asks for 1.
+                total.update(piece.cpu().as_strided(piece.shape, (1,)).view(torch.uint8).numpy())
     return total.hexdigest()
 
 

@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from ..errors import DarkformerError, InputError, MissingExtraError
@@ -138,6 +138,21 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
         _forget_quantization(loaded)
         loaded.config.name_or_path = Path(model).name
     return loaded.eval()
+
+
+def load_config(model: str) -> Any:
+    """The configuration of `model` (the same three kinds of source); no weights are read.
+
+    Raises:
+        InputError: there is none.
+    """
+    source, extra = _source(model)
+    try:
+        return AutoConfig.from_pretrained(source, **extra)
+    except (DarkformerError, ImportError):
+        raise
+    except Exception as error:  # as above
+        raise InputError(f"{model}: its configuration cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

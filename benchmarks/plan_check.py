@@ -1,0 +1,111 @@
+"""What `darkformer plan` says of three runs of SmolLM2-135M beside the time that they take.
+
+    python benchmarks/plan_check.py --out runs/plan-check
+
+Each run has a folder of its own and is not repeated; the record is benchmarks/records/plan-check.json. The
+machine has to be calibrated: `darkformer plan calibrate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from darkformer.config import DarkConfig, TrainConfig
+from darkformer.console import RichReporter
+from darkformer.hf.load import demo_model_path, load_config
+from darkformer.records import environment, read_json, write_json
+from darkformer.research.time.calibration import load_calibration
+from darkformer.research.time.estimate import estimate
+from darkformer.research.time.settings import PlanTask
+from darkformer.research.time.shape import shape_of
+from darkformer.train.linearize import linearize
+
+RECORD = Path(__file__).parent / "records" / "plan-check.json"
+#: Short and long sequences, with and without a choice of heads, with and without transfer.
+TASKS = {
+    "short": PlanTask(context="512", tokens="30k"),
+    "long": PlanTask(context="4k", tokens="80k", transfer_steps=8),
+    "budget": PlanTask(context="2k", tokens="20k", budget="10%"),
+}
+MODEL = "SmolLM2-135M"
+
+
+class StageClock(RichReporter):
+    """A reporter that keeps the seconds of each stage by its title."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Any]:
+        started = time.perf_counter()
+        with super().stage(title, total) as advance:
+            yield advance
+        self.seconds[title] = time.perf_counter() - started
+
+
+def checked(name: str, task: PlanTask, folder: Path) -> dict[str, Any]:
+    """One run's stages, planned and measured."""
+    model = str(demo_model_path())
+    config = load_config(model)
+    planned_run = estimate(
+        shape_of(config, MODEL), task, DarkConfig(), load_calibration(), positions=config.max_position_embeddings,
+        name=MODEL,
+    )  # fmt: skip
+    clock = StageClock()
+    linearize(
+        model, folder, data=["python"], config=DarkConfig(), context=task.sequence, memory=task.budget or None,
+        budget=TrainConfig(
+            steps=task.steps, seq_len=task.sequence, batch_size=1, dtype=task.precision,
+            transfer_steps=task.transfer_steps,
+        ),
+        overwrite=True, reporter=clock,
+    )  # fmt: skip
+    planned = {stage.title: stage.seconds for stage in planned_run.stages}
+    return {
+        "name": name, "task": vars(task), "planned": planned, "measured": {x: clock.seconds[x] for x in planned},
+        "planned_memory": planned_run.memory, "environment": environment(),
+    }  # fmt: skip
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: a row a run, its training and all of its stages, planned and measured."""
+    lines = [
+        "| run | training, planned | measured | all stages, planned | measured | off by |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["runs"]:
+        task, cells = row["task"], []
+        for part in ("finetune", ""):
+            both = [sum(s for title, s in row[of].items() if part in title) for of in ("planned", "measured")]
+            cells += [f"{x:.0f} s" for x in both]
+        extra = f", budget {task['budget']}" if task["budget"] else ""
+        extra += f", {task['transfer_steps']} steps of transfer" if task["transfer_steps"] else ""
+        what = f"{task['context']} context, {task['tokens']} tokens{extra}"
+        lines.append(f"| {what} | {' | '.join(cells)} | {both[0] / both[1] - 1:+.0%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/plan-check"), help="Folder of the runs.")
+    out = parser.parse_args().out
+    rows = []
+    for name, task in TASKS.items():
+        file = out / f"{name}.json"
+        if not file.is_file():
+            write_json(file, checked(name, task, out / name))
+        rows.append(read_json(file))
+    record = {"model": MODEL, "runs": rows, "environment": environment()}
+    write_json(RECORD, record)
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()

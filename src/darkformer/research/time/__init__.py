@@ -1,0 +1,1 @@
+"""What training costs in time: accounting from a configuration, calibration of a machine, a loss law in seconds."""
