@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from darkformer import ConversionError, InputError, load_cache, save_cache
 from darkformer.hf import prompt as prompts
@@ -88,16 +88,16 @@ class TestTokens:
 
     @pytest.mark.parametrize("more", ["", "x", " x", "\n\n x", "Why is it used? " * 5])
     def test_plain_text(self, more: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        model, prompt = linear("llama"), prompt_of(tokenizer, self.TEXT)
+        prompt = prompt_of(tokenizer, self.TEXT)
         whole = text_ids(tokenizer, self.TEXT)
         assert prompt.tokens.equal(whole[0, : whole.shape[1] - OPEN_END])
-        ids = StoredPrompt(prompt, read_prompt(model, prompt).cache).continued(tokenizer, more)
+        ids = StoredPrompt(prompt, DynamicCache()).continued(tokenizer, more)
         assert ids.equal(text_ids(tokenizer, self.TEXT + more))
 
     @pytest.mark.parametrize("role", ["system", "user"])
     def test_a_chats_first_message(self, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
         prompt = prompt_of(tokenizer, self.TEXT, role)
-        stored = StoredPrompt(prompt, read_prompt(linear("llama"), prompt).cache)
+        stored = StoredPrompt(prompt, DynamicCache())
         for question in ("Why?", "When is it used, and by whom?"):
             messages = [{"role": role, "content": self.TEXT}, {"role": "user", "content": question}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -107,7 +107,7 @@ class TestTokens:
 
     def test_what_does_not_continue(self, tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> None:
         prompt = prompt_of(tokenizer, self.TEXT)
-        stored = StoredPrompt(prompt, read_prompt(linear("llama"), prompt).cache)
+        stored = StoredPrompt(prompt, DynamicCache())
         assert not stored.begins(prompt.tokens[None])  # nothing is left to read
         assert not stored.begins(prompt.tokens[None, 1:])
         other = AutoTokenizer.from_pretrained(model_folder)
