@@ -182,7 +182,7 @@ def load_with_tokenizer(
         raise ConfigError(f"device={device!r}: torch cannot use it here ({error}). On the CPU: cpu.") from error
     tokenizer = load_tokenizer(base or model)
     # A light form belongs to the weights as they were converted, whose dtype it checks.
-    network = load_light(load_model(base), model) if base else load_model(model, WEIGHTS[dtype])
+    network: Any = load_light(load_model(base), model) if base else load_model(model, WEIGHTS[dtype])
     return network.to(device=device, dtype=WEIGHTS[dtype]), tokenizer
 
 

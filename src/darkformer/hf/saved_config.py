@@ -65,7 +65,7 @@ def register(configuration_auto: Any) -> None:
     if MODEL_TYPE in configuration_auto.CONFIG_MAPPING:
         return
 
-    class DarkformerConfig(configuration_auto.PreTrainedConfig):  # type: ignore[misc]
+    class DarkformerConfig(configuration_auto.PreTrainedConfig):
         model_type = MODEL_TYPE
 
         @classmethod

@@ -32,10 +32,10 @@ from .saved_cache import Prompt
 _log = logging.getLogger("darkformer")
 
 
-class OneModel(ModelManager):  # type: ignore[misc]
+class OneModel(ModelManager):
     """A model that is loaded already, under one name; requests for others are refused, and it stays loaded."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
         super().__init__()
         self.force_model = name
         self.model, self.tokenizer, self.since = model, tokenizer, int(time.time())
@@ -47,13 +47,13 @@ class OneModel(ModelManager):  # type: ignore[misc]
 
     def load_model_and_processor(
         self, model_id_and_revision: str, *_: Any, gguf_file: str | None = None, **__: Any
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    ) -> tuple[PreTrainedModel, Any]:
         name = model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}"
         if name != self.force_model:
             raise InputError(f"this server has {self.force_model} and no other model; asked for {name}.")
         return self.model, self.tokenizer
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
         return [{"id": self.force_model, "object": "model", "owned_by": "darkformer", "created": self.since}]
 
     def shutdown(self) -> None:
@@ -113,21 +113,23 @@ def _has_one_row(settings: Any) -> bool:
     return rows == 1 and settings.cache_implementation is None and settings.use_cache is not False
 
 
-class Generation(GenerateManager):  # type: ignore[misc]
+class Generation(GenerateManager):
     """transformers' thread that generates, which goes on from states of prompts."""
 
     def __init__(self, states: PromptStates) -> None:
         super().__init__()
         self.states = states
 
-    def generate_streaming(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return super().generate_streaming(Continuing(model, self.states), *args, **kwargs)
+    def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        model = Continuing(model, self.states)
+        return super().generate_streaming(model, *args, **kwargs)
 
-    async def generate_non_streaming(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return await super().generate_non_streaming(Continuing(model, self.states), *args, **kwargs)
+    async def generate_non_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        model = Continuing(model, self.states)
+        return await super().generate_non_streaming(model, *args, **kwargs)
 
 
-class OneGeneration(GenerationState):  # type: ignore[misc]
+class OneGeneration(GenerationState):
     """One generating thread for all requests."""
 
     def __init__(self, states: PromptStates) -> None:
