@@ -19,13 +19,15 @@ from hang import HANG_SECONDS
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import darkformer
-from darkformer import DarkConfig, load_model
+from darkformer import DarkConfig, load_light, load_model, save_light
 from darkformer.hf.load import load_tokenizer, save_model
 from darkformer.hf.prompt import prompt_of, read_prompt
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
+from darkformer.cli import app
 from darkformer.hf.server import build_app
 
 TEXT = "The with statement is used to wrap the execution of a block with methods.\n" * 12
@@ -202,6 +204,45 @@ def test_beams_and_other_caches_are_generated_as_they_are(
             assert _complete(client, TEXT, **more) == text, settings
 
 
+class TestModels:
+    """What `darkformer serve` takes, up to the moment at which the server would listen."""
+
+    @staticmethod
+    def _served(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[TestClient, str]:
+        """A client of what the command would serve, and what it printed."""
+        apps: list[Any] = []
+        monkeypatch.setattr("uvicorn.run", lambda app, **options: apps.append(app))
+        result = CliRunner().invoke(app, ["serve", *words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return TestClient(apps[0]), result.output
+
+    def test_a_light_form_with_its_base(
+        self, model_folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        save_light(model, tmp_path)
+        wanted = _generated(load_light(load_model(str(model_folder)), tmp_path), tokenizer, TEXT)
+        client, said = self._served(monkeypatch, str(tmp_path), "--base", str(model_folder), "--name", NAME)
+        with client:
+            assert _complete(client, TEXT) == wanted != ""
+        assert f"Requests call the model '{NAME}'" in said
+
+    @pytest.mark.slow
+    def test_a_softmax_model_within_a_budget(
+        self, model_folder: Path, text_glob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        words = [str(model_folder), "--budget", "60%", "--budget-at", "512", "--context", "320", "--data", text_glob,
+                 "--out", str(tmp_path / "run"), "--name", NAME]  # fmt: skip
+        client, _ = self._served(monkeypatch, *words)
+        made = (tmp_path / "run" / "record.json").read_bytes()
+        assert json.loads(made)["memory"] == "60%"
+        again, said = self._served(monkeypatch, *words)
+        assert "nothing left to do" in said and (tmp_path / "run" / "record.json").read_bytes() == made
+        with client, again:
+            answers = [_complete(one, TEXT) for one in (client, again)]
+        assert answers[0] == answers[1] != ""
+
+
 class TestCommand:
     """`darkformer serve` as a process of its own."""
 
@@ -234,10 +275,6 @@ class TestCommand:
     def test_from_a_folder_to_an_answer(
         self, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
-        from typer.testing import CliRunner
-
-        from darkformer.cli import app
-
         (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
         state = tmp_path / "book.safetensors"
         words = ["cache", str(folder), "--prompt", str(tmp_path / "book.txt"), "--out", str(state)]

@@ -65,7 +65,5 @@ def cache(
     with reporter.stage("read the prompt", len(wanted.tokens)) as advance:
         stored = read_prompt(network, wanted, begin=begin, progress=advance, save=save)
     save(stored)
-    console.print(
-        f"{out}: {len(wanted.tokens):,} tokens, a state of {cache_bytes(stored.cache) / 1e6:.2f} MB. "
-        f"darkformer generate {model} --cache {out} --prompt '…'"
-    )
+    console.print(f"{out}: {len(wanted.tokens):,} tokens, a state of {cache_bytes(stored.cache) / 1e6:.2f} MB.")
+    console.print(f"Go on from it: darkformer generate {model} --cache {out} --prompt '…'")

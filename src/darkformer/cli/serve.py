@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import DarkConfig, TrainConfig
+from ..config import CONTEXT, DarkConfig, TrainConfig
 from ..console import RichReporter
 from ..errors import MissingExtraError
 from .linearize import BudgetAt, MemoryBudget
-from .options import Base, Data, Device, Model, Weights, model_folder
+from .options import Base, Context, Data, Device, Model, Weights, model_folder
 from .terminal import console
 
 
@@ -49,6 +49,7 @@ def serve(
     budget: MemoryBudget = "",
     budget_at: BudgetAt = 0,
     data: Data = ["pydoc"],  # noqa: B006
+    context: Context = CONTEXT,
     out: Annotated[
         Path, typer.Option("--out", help="With --budget: run folder of the conversion, which is done once.")
     ] = Path("runs/serve"),
@@ -76,8 +77,8 @@ def serve(
         from ..train.linearize import linearize
 
         linearize(
-            model, out, data=data, config=DarkConfig(), budget=replace(TrainConfig(), steps=0), memory=budget,
-            memory_at=budget_at or None, resume=True, reporter=reporter,
+            model, out, data=data, config=DarkConfig(), budget=replace(TrainConfig(), steps=0), context=context,
+            memory=budget, memory_at=budget_at or None, resume=True, reporter=reporter,
         )  # fmt: skip
         folder = model_folder(str(out))
     with reporter.stage("load the model", 1):
