@@ -103,6 +103,17 @@ def test_a_longer_prompt_goes_on_from_a_shorter_one(
     assert len(answers) == 1
 
 
+def test_a_prompt_that_ends_otherwise_has_the_same_state(folder: Path, book: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    words = ["cache", str(folder), "--prompt", str(book), "--out", str(state)]
+    run(*words)
+    other = TEXT[:-1] + "!"  # in place of the last line's end, which is not kept
+    book.write_text(other, encoding="utf-8")
+    assert "nothing left to do" not in run(*words)
+    whole = _answer(str(folder), "--prompt", other + " Then")
+    assert whole == other + " Then" + _answer(str(folder), "--prompt", " Then", "--cache", str(state))
+
+
 def test_another_prompt_is_not_replaced_unasked(folder: Path, book: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     words = ["cache", str(folder), "--prompt", str(book), "--out", str(state)]

@@ -29,6 +29,7 @@ import darkformer
 from darkformer import InputError, load_model, revert, save_light
 from darkformer.hf.saved_config import MODEL_TYPE, NEEDS, OWN_MODEL_TYPE, as_loaded, as_saved, is_converted
 from hf.families import linear, logits, tiny, tokens
+from hf.tiny_models import MODEL_TYPES, pair, tiny_config
 
 IDS = tokens(2, 24)
 ARTIFACTS = Path(__file__).parents[1] / "artifacts" / "0.1.0"
@@ -113,6 +114,28 @@ def test_the_models_own_entries_are_recoverable(family: str, tmp_path: Path) -> 
     assert saved["architectures"] == [f"Darkformer{name}" for name in own["architectures"]]  # type: ignore[attr-defined]
     ours = {"darkformer", "darkformer_layers", "darkformer_base"}
     assert {key: x for key, x in as_loaded(saved).items() if key not in ours} == own
+
+
+@pytest.mark.slow
+def test_every_familys_config_comes_back(tmp_path: Path) -> None:
+    """Without a model: what AutoConfig and the class itself read is what they read of the softmax model's folder."""
+    wrong = []
+    for model_type in MODEL_TYPES:
+        config = tiny_config(pair(model_type)[0])
+        softmax, converted = tmp_path / model_type / "softmax", tmp_path / model_type / "converted"
+        config.save_pretrained(softmax)
+        config.darkformer = {"method": "dark"}
+        config.save_pretrained(converted)
+        for reader in (AutoConfig, type(config)):
+            wanted, found = reader.from_pretrained(softmax), reader.from_pretrained(converted)
+            same = {**found.to_dict(), "_name_or_path": ""} == {
+                **wanted.to_dict(), "_name_or_path": "", "darkformer": config.darkformer
+            }  # fmt: skip
+            if type(found) is not type(wanted) or not same:
+                wrong.append((model_type, reader.__name__))
+        if _config(converted)["model_type"] != MODEL_TYPE:
+            wrong.append((model_type, "file"))
+    assert len(MODEL_TYPES) > 100 and not wrong
 
 
 def test_configs_in_memory_are_the_models_own(family: str, tmp_path: Path) -> None:

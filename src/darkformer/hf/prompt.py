@@ -29,7 +29,7 @@ OPEN_END = 8
 CHUNK, SAVED_EVERY = 1024, 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredPrompt:
     """A prompt and the cache of a model that has read it.
 
@@ -135,9 +135,10 @@ def read_prompt(
     last: dict[str, Any] = (
         {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     )
-    for number, piece in enumerate(prompt.tokens[done:].split(CHUNK), 1):
-        cache = model(piece[None].to(model.device), past_key_values=cache, use_cache=True, **last).past_key_values
-        done += len(piece)
+    for number, start in enumerate(range(done, total, CHUNK), 1):
+        done = min(start + CHUNK, total)
+        piece = prompt.tokens[None, start:done].to(model.device)
+        cache = model(piece, past_key_values=cache, use_cache=True, **last).past_key_values
         if progress is not None:
             progress(done, total)
         if save is not None and number % SAVED_EVERY == 0 and done < total:

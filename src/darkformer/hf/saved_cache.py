@@ -120,7 +120,7 @@ def _prefixes(streams: int) -> list[str]:
     return ["", *(f"stream{i}." for i in range(1, streams))][:streams]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # two tensors are not simply equal or not
 class Prompt:
     """What a cache has read, where its file says so.
 
