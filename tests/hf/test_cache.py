@@ -430,9 +430,9 @@ class TestFiles:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        header = json.loads(metadata["darkformer_cache"]) | {"layout": 2, "version": "9.0"}
+        header = json.loads(metadata["darkformer_cache"]) | {"layout": 3, "version": "9.0"}
         save_file(tensors, file, metadata=metadata | {"darkformer_cache": json.dumps(header)})
-        with pytest.raises(ConfigError, match=r"layout 2.*darkformer 9\.0; upgrade"):
+        with pytest.raises(ConfigError, match=r"layout 3.*darkformer 9\.0; upgrade"):
             load_cache(file, model)
 
 

@@ -249,19 +249,23 @@ import sys
 import darkformer
 assert not [name for name in sys.modules if name.split(".")[0] in ("transformers", "accelerate", "datasets")]
 ours = [finder for finder in sys.meta_path if type(finder).__module__ == "darkformer.hf.patches"]
-assert len(ours) == 1, ours
+assert len(ours) == 3, ours
 import transformers.modeling_utils as target
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 ours = [finder for finder in sys.meta_path if type(finder).__module__ == "darkformer.hf.patches"]
 assert not ours, ours
 assert target.PreTrainedModel.post_init.by_darkformer
-wrapped = target.PreTrainedModel.post_init
+assert PreTrainedConfig.get_config_dict.by_darkformer and "darkformer" in CONFIG_MAPPING
+wrapped = target.PreTrainedModel.post_init, vars(PreTrainedConfig)["get_config_dict"], CONFIG_MAPPING["darkformer"]
 darkformer.hf.patches.install()
-assert target.PreTrainedModel.post_init is wrapped, "wrapped twice"
+again = target.PreTrainedModel.post_init, vars(PreTrainedConfig)["get_config_dict"], CONFIG_MAPPING["darkformer"]
+assert all(x is y for x, y in zip(again, wrapped, strict=True)), "wrapped twice"
 print("as it should")
 """
 
 
-def test_import_is_light_and_the_finder_removes_itself() -> None:
+def test_import_is_light_and_the_finders_remove_themselves() -> None:
     assert _run(FINDER) == "as it should\n"
 
 

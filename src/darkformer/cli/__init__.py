@@ -20,7 +20,7 @@ except Exception as error:  # pragma: no cover - exercised in a bare environment
         raise problem from error
     raise
 
-from . import bench, budget, demo, diagnose, evaluate, generate, linearize, native, plan, push, reproduce
+from . import bench, budget, cache, demo, diagnose, evaluate, generate, linearize, native, plan, push, reproduce, serve
 from .options import command
 
 
@@ -69,6 +69,8 @@ for verb in (
     command(linearize.linearize, linearize.recipe_of),
     command(evaluate.evaluate),
     command(generate.generate),
+    command(cache.cache),
+    command(serve.serve),
     command(push.push),
     command(demo.demo, demo.recipe_of),
     command(bench.bench),

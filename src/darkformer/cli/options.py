@@ -29,6 +29,11 @@ PANELS = {"DarkConfig": "Attention", "TrainConfig": "Finetuning", "RecallTask": 
 # What several verbs ask for.
 Decoder = Annotated[str, typer.Argument(help="Hub id, folder, or .gguf file of a decoder.", metavar="MODEL")]
 Model = Annotated[str, typer.Argument(help="Folder of a run or model, hub id, or .gguf file.", metavar="DIR")]
+Base = Annotated[
+    str, typer.Option("--base", help="DIR holds the light form: the softmax model that it belongs to.", metavar="MODEL")
+]
+Weights = Annotated[str, typer.Option("--dtype", help="Of the weights: float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="Where the model computes: cpu, cuda, cuda:1, …")]
 Data = Annotated[list[str], typer.Option("--data", help=field_help(BudgetTask, "data"))]
 HeldOut = Annotated[list[str], typer.Option("--held-out", help=field_help(BudgetTask, "held_out"))]
 Context = Annotated[int, typer.Option("--context", help=field_help(BudgetTask, "context"), min=2)]

@@ -10,6 +10,7 @@ from transformers import TextStreamer
 
 from ..errors import InputError
 from ..hf.cache import cache_bytes
+from ..hf.prompt import StoredPrompt
 from ..reporting import printable
 
 
@@ -37,20 +38,29 @@ def prompt_inputs(tokenizer: Any, prompt: str) -> Any:
 
 
 @torch.no_grad()
-def generate_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **options: Any) -> dict[str, Any]:
+def generate_text(
+    model: Any, tokenizer: Any, prompt: str, new_tokens: int, *, stored: StoredPrompt | None = None, **options: Any
+) -> dict[str, Any]:
     """Greedy continuation of `prompt` (unless `options` say otherwise), with speed and cache size.
 
     Args:
+        stored: what stands before the prompt, from whose state the model goes on.
         options: passed to transformers' `generate` (a streamer, sampling).
 
     Returns:
         text, tokens, seconds, tokens_per_second, cache_bytes (after the last token).
 
     Raises:
-        InputError: the prompt has no tokens.
+        InputError: the prompt has no tokens, or does not continue the stored one.
     """
-    inputs = prompt_inputs(tokenizer, prompt).to(next(model.parameters()).device)
     settings: dict[str, Any] = {"do_sample": False, **options}
+    device = next(model.parameters()).device
+    if stored is None:
+        inputs = dict(prompt_inputs(tokenizer, prompt).to(device))
+    else:
+        ids = stored.continued(tokenizer, prompt).to(device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        settings["past_key_values"] = stored.state()
     started = time.perf_counter()
     result = model.generate(
         **inputs,
@@ -60,7 +70,7 @@ def generate_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **op
         **settings,
     )
     seconds = time.perf_counter() - started
-    new = result.sequences[0, inputs.input_ids.shape[1] :]
+    new = result.sequences[0, inputs["input_ids"].shape[1] :]
     return {
         "prompt": prompt,
         "text": tokenizer.decode(new, skip_special_tokens=True),

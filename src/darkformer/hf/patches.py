@@ -1,12 +1,17 @@
 """Everything that darkformer changes in transformers, and why no documented hook does instead.
 
-- `PreTrainedModel.post_init`: a saved converted model keeps its own model type (`llama`, …), so that `from_pretrained`
-  of the Auto classes and of the model's own class load it, and `AutoConfig.register` would need a type of its own. Its
-  feature maps must exist before the weights are read; `post_init` runs "at the end of each model initialization".
+- `PreTrainedModel.post_init`: a converted model is of its own class (`LlamaForCausalLM`, …), so that everything that
+  transformers and others do by class or model type goes on to work. Its feature maps must exist before the weights are
+  read; `post_init` runs "at the end of each model initialization".
 - `PreTrainedModel._finalize_model_loading`: refuses a checkpoint that lacks tensors which conversion added.
   transformers would only warn. And one whose feature maps hold NaN.
 - `PreTrainedModel._initialize_weights`: families' `_init_weights` do not know feature maps, and would leave them as the
   memory was where a model is built on the meta device, or where a checkpoint has tensors of other sizes.
+- `PreTrainedConfig.to_json_file`: the file says that the model needs darkformer, see `hf.saved_config`.
+  `model.save_pretrained`, `push_to_hub` and `Trainer` end there, and none of them has a hook.
+- `PreTrainedConfig.get_config_dict`: takes that back for classes that are called directly
+  (`LlamaForCausalLM.from_pretrained`). The Auto classes need no patch: the file's model type is registered with
+  `AutoConfig`.
 - `Cache.activate_past_recording`: remembers the request on the cache. `generate` makes it before the first token, when
   the layers are still standard ones; those of a converted model take their place later. Applied by `hf.cache`.
 
@@ -19,25 +24,31 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import InputError
-
-_TARGET = "transformers.modeling_utils"
+from .saved_config import as_loaded, as_saved, is_converted, register
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Replaces a method of a class by `make(method)`, unless that was done before or there is no such method."""
-    original = getattr(owner, name, None)
+    """Replaces a method of a class by `make(method)`, unless that was done before or there is no such method.
+
+    `make` gets the plain function, of a class method too.
+    """
+    method = vars(owner).get(name)
+    kind = type(method) if isinstance(method, staticmethod | classmethod) else None
+    original: Any = method.__func__ if isinstance(method, staticmethod | classmethod) else method
     if original is None or getattr(original, "by_darkformer", False):
         return
     wrapper: Any = functools.wraps(original)(make(original))
     wrapper.by_darkformer = True
-    setattr(owner, name, staticmethod(wrapper) if isinstance(vars(owner)[name], staticmethod) else wrapper)
+    setattr(owner, name, wrapper if kind is None else kind(wrapper))
 
 
 def _attaching(original: Any) -> Any:
@@ -112,6 +123,36 @@ def patch_models(modeling_utils: Any) -> None:
     _wrap(modeling_utils.PreTrainedModel, "_finalize_model_loading", _checking)
 
 
+def _writing(original: Any) -> Any:
+    """`to_json_file` that writes a converted model's config so that programs without darkformer refuse it."""
+
+    def to_json_file(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
+        config = json.loads(self.to_json_string(use_diff=use_diff))
+        if not is_converted(config):
+            original(self, json_file_path, use_diff=use_diff)
+            return
+        text = json.dumps(as_saved(config), indent=2, sort_keys=True)  # as transformers writes it
+        Path(json_file_path).write_text(f"{text}\n", encoding="utf-8")
+
+    return to_json_file
+
+
+def patch_configs(configuration_utils: Any) -> None:
+    """Patches `PreTrainedConfig`, so that folders of converted models load with darkformer and not without."""
+    base = configuration_utils.PreTrainedConfig
+
+    def reading(original: Any) -> Any:
+        def get_config_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            config, rest = original(cls, *args, **kwargs)
+            # `AutoConfig` asks the base class, and looks up the model type that the file has.
+            return (config if cls is base else as_loaded(config)), rest
+
+        return get_config_dict
+
+    _wrap(base, "to_json_file", _writing)
+    _wrap(base, "get_config_dict", reading)
+
+
 def patch_caches(cache_utils: Any) -> None:
     """Patches `Cache`, so that `asked_to_record` can answer."""
 
@@ -130,13 +171,24 @@ def asked_to_record(cache: Any) -> bool:
     return getattr(cache, "record_past", False)
 
 
+#: What is done to each module of transformers that is imported.
+_TARGETS: dict[str, Callable[[Any], None]] = {
+    "transformers.modeling_utils": patch_models,
+    "transformers.configuration_utils": patch_configs,
+    "transformers.models.auto.configuration_auto": register,
+}
+
+
 class _Finder(importlib.abc.MetaPathFinder):
-    """Patches `transformers.modeling_utils` right after its import, and is removed then."""
+    """Patches one module right after its import, and is removed then."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _TARGET:
+        if name != self.target:
             return None
         others = (getattr(x, "find_spec", None) for x in sys.meta_path if not isinstance(x, _Finder))
         spec = next((spec for find in others if find and (spec := find(name, path, target)) is not None), None)
@@ -145,16 +197,18 @@ class _Finder(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                patch_models(module)
-                sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+                _TARGETS[name](module)
+                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
             spec.loader.exec_module = exec_module
         return spec
 
 
 def install() -> None:
-    """Patches models now if transformers is imported, else once it is: `import darkformer` need not import it."""
-    if _TARGET in sys.modules:
-        patch_models(sys.modules[_TARGET])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Patches what of transformers is imported now, and the rest once it is: `import darkformer` need not import it."""
+    waiting = {finder.target for finder in sys.meta_path if isinstance(finder, _Finder)}
+    for name, patch in _TARGETS.items():
+        if name in sys.modules:
+            patch(sys.modules[name])
+        elif name not in waiting:
+            sys.meta_path.insert(0, _Finder(name))

@@ -31,8 +31,8 @@ from .layers import config_of, converted_modules, layer_of, map_of
 from .parts import parts_of
 from .sealed import read_sealed, write_sealed
 
-#: Version of the file's layout. A reader refuses higher ones.
-LAYOUT = 1
+#: Version of the file's layout. A reader refuses higher ones. Files with a prompt have the second, others the first.
+LAYOUT = 2
 FIELDS = [f.name for f in dataclasses.fields(AttentionState)]
 #: Relative, of a sum.
 _ROUNDING = 1e-3
@@ -120,12 +120,28 @@ def _prefixes(streams: int) -> list[str]:
     return ["", *(f"stream{i}." for i in range(1, streams))][:streams]
 
 
-def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
+@dataclasses.dataclass(frozen=True, eq=False)  # two tensors are not simply equal or not
+class Prompt:
+    """What a cache has read, where its file says so.
+
+    Attributes:
+        tokens: (L,) int64, the ids that it has read.
+        text: that they are the beginning of.
+        role: of the chat message that the text is; empty for plain text.
+    """
+
+    tokens: Tensor
+    text: str
+    role: str = ""
+
+
+def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path, *, prompt: Prompt | None = None) -> Path:
     """Saves what the model has read: states of converted layers, keys and values of the others (safetensors).
 
     Args:
         cache: `past_key_values` of the model's output or of `generate(..., return_dict_in_generate=True)`.
         model: the converted model that filled it; its fingerprint goes into the file.
+        prompt: what it has read, if the file is to say so.
 
     Returns:
         The file's path.
@@ -142,8 +158,11 @@ def save_cache(cache: Cache, model: PreTrainedModel, file: str | Path) -> Path:
     described = [_tensors_of(layer) for layer in cache.layers]
     tensors = {f"layers.{i}.{name}": x for i, (_, of_layer) in enumerate(described) for name, x in of_layer.items()}
     header = {
-        "layout": LAYOUT, "version": __version__, "layers": [kind for kind, _ in described], **_identity(model),
+        "layout": 1, "version": __version__, "layers": [kind for kind, _ in described], **_identity(model),
     }  # fmt: skip
+    if prompt is not None:
+        header |= {"layout": LAYOUT, "text": prompt.text, "role": prompt.role}
+        tensors["tokens"] = prompt.tokens
     file = Path(file)
     write_sealed(file, "darkformer_cache", header, tensors)
     return file
@@ -271,8 +290,33 @@ def _layer(module: Any, empty: Any, described: Any, stored: dict[str, Tensor], b
     return empty
 
 
+def _prompt(header: dict[str, Any], tensors: dict[str, Tensor], seen: int, batch: int) -> Prompt | None:
+    """Removes the prompt from what was read of a file, if it has one: the `seen` tokens of its only row."""
+    if "tokens" not in tensors:
+        return None
+    tokens = tensors.pop("tokens")
+    if tokens.dtype != torch.int64 or tokens.shape != (seen,) or batch != 1:
+        raise InputError(
+            f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}, after {seen} tokens of {batch} rows."
+        )
+    if not isinstance(header.get("text"), str) or not isinstance(header.get("role"), str):
+        raise InputError("its header lacks the text of its tokens.")
+    return Prompt(tokens, header["text"], header["role"])
+
+
 def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
     """A cache from `save_cache`, to pass as `past_key_values`.
+
+    Raises:
+        InputError: a damaged file, or one of another model, of other draws or of another configuration, or with tensors
+            that this model's layers cannot have left behind. NonFiniteError: it holds NaN or infinity.
+        ConfigError: a newer version wrote it. ConversionError: the model is not converted.
+    """
+    return load_with_prompt(file, model)[0]
+
+
+def load_with_prompt(file: str | Path, model: PreTrainedModel) -> tuple[DynamicCache, Prompt | None]:
+    """`load_cache`, and what the cache has read if the file says so.
 
     Raises:
         InputError: a damaged file, or one of another model, of other draws or of another configuration, or with tensors
@@ -308,6 +352,10 @@ def load_cache(file: str | Path, model: PreTrainedModel) -> DynamicCache:
                 raise InputError(f"{', '.join(sorted(stored)[:3])} belong to no layer of its kind.")
         except InputError as error:
             raise type(error)(f"{file}: layer {i} is not one that save_cache wrote for this model: {error}") from error
+    try:
+        prompt = _prompt(header, tensors, _number(described[min(modules)], "seen"), batch)
+    except InputError as error:
+        raise InputError(f"{file}: its prompt is not one that save_cache wrote: {error}") from error
     if tensors:
         raise InputError(f"{file}: {', '.join(sorted(tensors)[:3])} belong to no layer.")
-    return cache
+    return cache, prompt

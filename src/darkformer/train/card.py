@@ -74,7 +74,7 @@ _TEXT = """
 [darkformer](https://arxiv.org/abs/2603.04127) {version}. {memory}
 
 ```python
-import darkformer  # before loading: without it transformers computes plain softmax attention with these weights
+import darkformer  # before loading: without it transformers refuses these weights, which are not those of softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo}")
