@@ -55,6 +55,9 @@ class StateMetadataBuilder(AttentionMetadataBuilder[StateMetadata]):
     reorder_batch_threshold = 1
     _cudagraph_support = AttentionCGSupport.NEVER
 
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # which is abstract
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> StateMetadata:

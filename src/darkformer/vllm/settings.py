@@ -30,7 +30,7 @@ def layout_for(vllm_config: VllmConfig) -> Layout:
 def parsing_converted(parser: type) -> type:
     """vLLM's reader of config.json, a subclass of `parser`, that sends converted models to our architecture."""
 
-    class ConvertedConfigParser(parser):  # type: ignore[misc]
+    class ConvertedConfigParser(parser):
         def parse(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
             values, config = super().parse(*args, **kwargs)
             text = config.get_text_config()
