@@ -8,12 +8,21 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
+from hang import HANG_SECONDS
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: a third of the start-up
@@ -27,19 +36,49 @@ NAMES = ("llama", "llama-heads", "qwen3-layer", "gemma3")
 #: Prompts are read in pieces, beside requests that decode, four at a time.
 MIXED: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 48}
 PAGES = 64 << 20
+#: New tokens of the answers in `expected.json`.
+NEW = 24
+#: Less than eight requests of 224 tokens take.
+PREEMPTING = 1 << 20
+
+
+@dataclass
+class Served:
+    """The only reference to an engine: one that lives on takes the next one's process groups along when it ends."""
+
+    llm: Any
+
+    @property
+    def engine(self) -> Any:
+        return self.llm.llm_engine
+
+    @property
+    def scheduler(self) -> Any:
+        return self.engine.engine_core.engine_core.scheduler
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def greedy(self, prompts: list[list[int]], new: int, **options: Any) -> list[Any]:
+        settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, **options)
+        return self.llm.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
+
+    def tokens(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        return tokens(self.greedy(prompts, new))
 
 
 @contextmanager
-def engine(name: str, **options: Any) -> Iterator[LLM]:
+def engine(name: str, **options: Any) -> Iterator[Served]:
     settings = {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": PAGES,
         "enable_prefix_caching": False,
     }  # fmt: skip
-    llm = LLM(model=str(MODELS / name), **{**settings, **options})
+    served = Served(LLM(model=str(MODELS / name), **{**settings, **options}))
     try:
-        yield llm
+        yield served
     finally:
-        del llm
+        served.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
 
@@ -48,25 +87,127 @@ def expected(name: str) -> dict[str, Any]:
     return json.loads((MODELS / name / "expected.json").read_text())
 
 
-def greedy(llm: LLM, prompts: list[list[int]], new: int) -> list[Any]:
-    settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-    return llm.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
-
-
 def tokens(outputs: list[Any]) -> list[list[int]]:
     return [list(x.outputs[0].token_ids) for x in outputs]
-
-
-def free_blocks(llm: LLM) -> int:
-    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_are_those_of_generate(name: str) -> None:
     want = expected(name)
     assert want["tokens"] != want["softmax"], "the conversion changes nothing, so this test would show nothing"
-    with engine(name, **MIXED) as llm:
-        before = free_blocks(llm)
+    with engine(name, **MIXED) as served:
+        before = served.free_blocks
         for _ in range(2):  # the second time in slots that hold other requests' numbers
-            assert tokens(greedy(llm, want["prompts"], len(want["tokens"][0]))) == want["tokens"]
-        assert free_blocks(llm) == before
+            assert served.tokens(want["prompts"], NEW) == want["tokens"]
+        assert served.free_blocks == before
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-heads"])
+def test_a_prefix_that_was_read_before_is_not_read_again(name: str) -> None:
+    """States are copied at the ends of blocks; requests that share a prefix go on from a copy each."""
+    want = expected(name)
+    longest = max(want["prompts"], key=len)
+    answer = want["tokens"][want["prompts"].index(longest)]
+    other = [*longest[:-1], longest[-1] ^ 1]  # must not find the state after the whole prompt
+    with engine(name, **MIXED, enable_prefix_caching=True) as served:
+        (alone,) = served.tokens([other], 4)
+        assert served.tokens(want["prompts"], NEW) == want["tokens"]
+        again = served.greedy([*want["prompts"], longest, longest], NEW)
+        assert tokens(again) == [*want["tokens"], answer, answer]
+        assert again[-1].num_cached_tokens > 0
+        assert served.tokens([other], 4) == [alone]
+
+
+def test_requests_that_are_thrown_out_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few blocks for all: vLLM takes a request's blocks away while it decodes, and later reads it again."""
+    want, thrown = expected("qwen3-layer"), []
+    with engine("qwen3-layer", max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory_bytes=PREEMPTING) as served:
+        preempt = served.scheduler._preempt_request
+
+        def counting(request: Any, *args: Any, **options: Any) -> None:
+            thrown.append(request.request_id)
+            preempt(request, *args, **options)
+
+        monkeypatch.setattr(served.scheduler, "_preempt_request", counting)
+        assert served.tokens(want["prompts"], NEW) == want["tokens"]
+        monkeypatch.undo()
+    assert thrown, "no request was thrown out: this showed nothing"
+
+
+def test_aborted_requests_leave_nothing_behind() -> None:
+    want = expected("llama-heads")
+    settings = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    with engine("llama-heads", **MIXED) as served:
+        before, to_abort = served.free_blocks, ["1", "3", "5", "6"]
+        kept = {str(i): x for i, x in enumerate(want["tokens"]) if str(i) not in to_abort}
+        answers = {}
+        for i, p in enumerate(want["prompts"]):
+            served.engine.add_request(str(i), {"prompt_token_ids": p}, settings)
+        step = 0
+        while served.engine.has_unfinished_requests():
+            for output in served.engine.step():
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+            step += 1
+            if step % 2 == 0 and to_abort:
+                served.engine.abort_request([to_abort.pop(0)])
+        assert {i: answers[i] for i in kept} == kept
+        assert served.free_blocks == before
+
+
+def test_bfloat16_is_near_float32() -> None:
+    """Of random weights a token may change; the distribution of the next one may not, by much."""
+    want, found = expected("llama-heads"), {}
+    for dtype in ("float32", "bfloat16"):
+        with engine("llama-heads", **MIXED, dtype=dtype) as served:
+            outputs = served.greedy(want["prompts"], 1, logprobs=5)
+        found[dtype] = [{k: x.logprob for k, x in out.outputs[0].logprobs[0].items()} for out in outputs]
+    for exact, rounded in zip(found["float32"], found["bfloat16"], strict=True):
+        both = set(exact) & set(rounded)
+        assert len(both) >= 3 and max(abs(exact[k] - rounded[k]) for k in both) < 0.25
+
+
+def test_models_of_others_are_left_alone() -> None:
+    want = expected("llama")
+    with engine("softmax", **MIXED) as served:
+        assert served.engine.model_config.architecture == "LlamaForCausalLM"
+        assert served.tokens(want["prompts"], NEW) == want["softmax"]
+
+
+def test_what_states_do_not_follow_is_refused() -> None:
+    with pytest.raises(Exception, match="tensor_parallel_size=2: the heads of a converted layer"):
+        LLM(model=str(MODELS / "llama"), tensor_parallel_size=2, enforce_eager=True)
+
+
+def test_the_server_answers(tmp_path: Path) -> None:
+    """`vllm serve FOLDER` with no option about darkformer, and a request as curl sends it."""
+    want = expected("qwen3-layer")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODELS / "qwen3-layer")]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "512", "--kv-cache-memory-bytes", str(PAGES), "--served-model-name", "small"]
+    environment = {k: x for k, x in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        body = {"model": "small", "prompt": want["prompts"][1], "max_tokens": NEW, "temperature": 0, "ignore_eos": True,
+                "return_token_ids": True}  # fmt: skip
+        request = Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        answer = None
+        for _ in range(HANG_SECONDS):
+            assert server.poll() is None, log.read_text()[-3000:]
+            try:
+                with urlopen(request, timeout=HANG_SECONDS) as response:
+                    answer = json.load(response)
+                break
+            except URLError:
+                time.sleep(1)
+        assert answer is not None, log.read_text()[-3000:]
+        assert answer["choices"][0]["token_ids"] == want["tokens"][1]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(HANG_SECONDS)
