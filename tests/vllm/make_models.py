@@ -1,12 +1,16 @@
 """Small converted models and what `generate` answers with them: `python make_models.py FOLDER`.
 
-Runs in the environment with transformers as darkformer wants it; the tests of the plugin run in vLLM's.
+With `--real N` it also writes SmolLM2-135M, converted, and its answers to N prompts of 1 to 3,000 tokens (two seconds
+each), for `pytest -m full tests/vllm`. Runs in the environment with transformers as darkformer wants it; the tests of
+the plugin run in vLLM's.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from transformers import (
 
 import darkformer
 from darkformer import DarkConfig, dark_layers
+from darkformer.hf.load import demo_model_path, load_tokenizer
 
 #: Tokens of the prompts, below and above window, sinks, chunks and blocks; and of the answers.
 LENGTHS, NEW = (3, 120, 17, 1, 64, 65, 33, 200), 24
@@ -70,9 +75,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_prompts() -> list[list[int]]:
+def make_prompts(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS]
+    return [torch.randint(2, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
 def answer(model: Any, prompts: list[list[int]]) -> list[list[int]]:
@@ -93,7 +98,7 @@ def move(model: Any) -> None:
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
-    tokenizer, prompts = make_tokenizer(), make_prompts()
+    tokenizer, prompts = make_tokenizer(), make_prompts(LENGTHS, VOCABULARY)
     for name, (model_class, config_class, changes, form) in MODELS.items():
         torch.manual_seed(0)
         model = model_class(config_class(**{**SHAPE, **changes})).eval()
@@ -111,5 +116,28 @@ def main(root: Path) -> None:
         (root / name / "expected.json").write_text(json.dumps(expected))
 
 
+def make_real(root: Path, count: int) -> None:
+    """SmolLM2-135M in float32, with exact heads and random prompts, every tenth of at most 20 tokens."""
+    source, name = str(demo_model_path()), "smollm2"
+    model = darkformer.load_model(source)
+    darkformer.convert(model, DarkConfig(keep_exact=("7.2", "8.0", "17.1", "18.2", "20.2", "23.0")))
+    chance = random.Random(0)
+    lengths = [chance.randint(1, 3000 if i % 10 else 20) for i in range(count)]
+    prompts = make_prompts(lengths, model.config.vocab_size)
+    answers = []
+    for i, prompt in enumerate(prompts, 1):
+        answers += answer(model, [prompt])
+        print(f"{name}: {i} of {count} answers", flush=True)
+    model.save_pretrained(root / name)
+    load_tokenizer(source).save_pretrained(root / name)
+    (root / name / "expected.json").write_text(json.dumps({"prompts": prompts, "tokens": answers}))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--real", type=int, default=0, help="Prompts for SmolLM2-135M.")
+    options = parser.parse_args()
+    main(options.folder)
+    if options.real:
+        make_real(options.folder, options.real)

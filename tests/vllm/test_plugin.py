@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -211,3 +212,61 @@ def test_the_server_answers(tmp_path: Path) -> None:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(HANG_SECONDS)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not (MODELS / "smollm2").is_dir(), reason="make_models.py --real 200 was not run")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 16, "max_num_batched_tokens": 512},
+        {"max_num_seqs": 4, "max_num_batched_tokens": 2048, "enable_prefix_caching": True},
+    ],
+    ids=["mixed", "prefixes"],
+)
+def test_a_real_model_answers_as_generate_does(options: dict[str, Any]) -> None:
+    want = expected("smollm2")
+    with engine("smollm2", **options, max_model_len=4096, kv_cache_memory_bytes=4 << 30) as served:
+        found = served.tokens(want["prompts"], NEW)
+    wrong = [len(p) for p, a, b in zip(want["prompts"], found, want["tokens"], strict=True) if a != b]
+    assert not wrong, f"{len(wrong)} of {len(found)} answers differ, after prompts of {wrong} tokens"
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.full
+def test_ten_thousand_requests_leave_no_trace() -> None:
+    """Random lengths, every tenth aborted at some time: blocks and memory as before, and 100 answers are right."""
+    chance, total = random.Random(0), int(os.environ.get("REQUESTS", "10000"))
+    sampled: dict[str, tuple[list[int], int]] = {}
+    answers: dict[str, list[int]] = {}
+    with engine("llama-heads", max_num_seqs=32, max_num_batched_tokens=256) as served:
+        free, started, running = served.free_blocks, 0, set()
+        after_a_tenth = 0
+        while started < total or running:
+            while started < total and len(running) < 40:
+                prompt, new = [chance.randint(2, 383) for _ in range(chance.randint(1, 150))], chance.randint(1, 16)
+                settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+                served.engine.add_request(str(started), {"prompt_token_ids": prompt}, settings)
+                running.add(str(started))
+                if started % max(1, total // 100) == 0:
+                    sampled[str(started)] = prompt, new
+                started += 1
+                if started == total // 10:
+                    after_a_tenth = resident()
+            if chance.random() < 0.01 * len(running) and (others := sorted(running - set(sampled))):
+                name = chance.choice(others)
+                served.engine.abort_request([name])
+                running.discard(name)
+            for output in served.engine.step():
+                if output.finished:
+                    running.discard(output.request_id)
+                    answers[output.request_id] = list(output.outputs[0].token_ids)
+        assert served.free_blocks == free
+        assert resident() - after_a_tenth < 32 << 20
+        for name, (prompt, new) in sampled.items():
+            assert [answers[name]] == served.tokens([prompt], new)

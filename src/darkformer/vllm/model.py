@@ -44,8 +44,8 @@ class DarkformerForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
 
     def _patch_config(self) -> None:
         """transformers' model gets a config of its own, with the layer types that it was saved with."""
-        self.config = copy.deepcopy(self.config)
-        self.text_config = self.config.get_text_config()
+        config: Any = copy.deepcopy(self.vllm_config.model_config.hf_config)
+        self.config, self.text_config = config, config.get_text_config()
         if kinds := getattr(self.text_config, "darkformer_layer_types", None):
             self.text_config.layer_types = kinds
         super()._patch_config()
