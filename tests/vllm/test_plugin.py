@@ -40,7 +40,7 @@ MIXED: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 48}
 PAGES = 64 << 20
 #: New tokens of the answers in `expected.json`.
 NEW = 24
-#: Blocks of 64 tokens, or a state of a layer: enough for eight requests' prompts of 64 and 120 tokens with their states, and
+#: Blocks, of 64 tokens or one state: enough for the prompts of eight requests, of 64 and 120 tokens, and their states, and
 #: for two of the eight more that their answers need.
 PREEMPTING = (1 + 4 * (3 + 4) + 2) * 32768
 
