@@ -40,8 +40,8 @@ MIXED: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 48}
 PAGES = 64 << 20
 #: New tokens of the answers in `expected.json`.
 NEW = 24
-#: Blocks, of 64 tokens or one state: enough for the prompts of eight requests, of 64 and 120 tokens, and their states, and
-#: for two of the eight more that their answers need.
+#: Blocks, of 64 tokens or one state: enough for eight requests with prompts of 64 and 120 tokens and their states, and
+#: for two of the eight more that the answers need.
 PREEMPTING = (1 + 4 * (3 + 4) + 2) * 32768
 
 
