@@ -84,7 +84,7 @@ class Engine:
             enforce_eager=eager, disable_log_stats=True,
         ).llm_engine  # fmt: skip
         self.scheduler = self.engine.engine_core.engine_core.scheduler
-        self.names = 0
+        self.names, self.memory = 0, memory
 
     def add(self, tokens: list[int], new: int) -> str:
         from vllm import SamplingParams
@@ -101,7 +101,7 @@ class Engine:
     def bytes_in_use(self) -> int:
         config = self.scheduler.kv_cache_config
         pool = self.scheduler.kv_cache_manager.block_pool
-        block = sum(x.size for x in config.kv_cache_tensors) // config.num_blocks
+        block = self.memory // config.num_blocks  # layers of several kinds share tensors, whose sizes do not add up
         return (config.num_blocks - 1 - pool.get_num_free_blocks()) * block  # one block is vLLM's own
 
 
