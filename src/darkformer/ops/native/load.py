@@ -55,11 +55,11 @@ class StepCall(ctypes.Structure):
     """`StepCall` of csrc/call.h."""
 
     _fields_ = _fields(
-        "B G R d d_v m r window sinks bf16 threads head",
+        "B G R d d_v m r window sinks bf16 threads head slot_bytes",
         {"q_strides": 2, "k_strides": 2, "v_strides": 2},
         "scaling softcap",
         "omp_parallel q k v map_q offset_q map_k offset_k feature_values feature_sum log_scale "
-        "recent_k recent_v sink_k sink_v counts out",
+        "recent_k recent_v sink_k sink_v counts out slots",
     )
 
 

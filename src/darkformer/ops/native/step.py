@@ -30,6 +30,42 @@ _MAPS = ("map_q", "offset_q", "map_k", "offset_k")
 THREADED = 1 << 18
 
 
+def _prepared(
+    feature_map: FeatureMap, dtype: torch.dtype, value_dim: int, *, scaling: float, softcap: float | None
+) -> tuple[load.StepCall, list[Tensor]]:
+    """A call with everything that stays the same from token to token, and the maps that it points to.
+
+    Raises:
+        InputError: a dtype besides float32 and bfloat16, or maps with fewer rows than there are features.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(f"a step takes keys and values in float32 or bfloat16, not in {dtype}.")
+    config, groups, d = feature_map.config, feature_map.num_kv_heads, feature_map.head_dim
+    with torch.no_grad():
+        maps = pack(feature_map.parameters_for(torch.float32), groups, d, scaling, tokens=0)[:4]
+    m, rows = config.feature_count, maps[0].shape[1]
+    if rows < m:
+        raise InputError(f"the feature map's tensors give {rows} rows, its configuration has {m} features.")
+    memory = [
+        load.as_memory(name, x, shape, torch.float32)
+        for name, x, shape in zip(_MAPS, maps, 2 * [(groups, rows, d), (groups, rows)], strict=True)
+    ]
+    call = load.StepCall()
+    call.G, call.R = groups, feature_map.num_heads // groups
+    call.d, call.d_v, call.m, call.r = d, value_dim, m, rows - m
+    call.window, call.sinks = config.window, config.sinks
+    call.bf16, call.head = dtype == torch.bfloat16, 0
+    call.scaling, call.softcap, call.omp_parallel = scaling, softcap or 0.0, load.omp_parallel()
+    for name, x in zip(_MAPS, memory, strict=True):
+        setattr(call, name, x.data_ptr())
+    return call, memory
+
+
+def _finite(maps: list[Tensor]) -> bool:
+    """Whether maps can be computed with: the maximum of vectors lets NaN vanish, so others give wrong numbers."""
+    return all(bool((x.abs() < load.LARGEST_NUMBER).all()) for x in maps)
+
+
 class Step:
     """A layer's state that a call advances by one real token per row, in place; nothing is allocated but the output.
 
@@ -62,29 +98,12 @@ class Step:
             name: getattr(state, name).detach().resolve_neg().clone(memory_format=torch.contiguous_format)
             for name in _STATE
         }
-        with torch.no_grad():
-            maps = pack(feature_map.parameters_for(torch.float32), groups, d, scaling, tokens=0)[:4]
-        m, rows = feature_map.config.feature_count, maps[0].shape[1]
-        if rows < m:
-            raise InputError(f"the feature map's tensors give {rows} rows, its configuration has {m} features.")
-        # The maximum of vectors lets NaN vanish: diverged maps would give finite, wrong numbers.
-        self.finite = all(bool((x.abs() < load.LARGEST_NUMBER).all()) for x in maps)
-        self.nbytes = sum(x.nbytes for x in tensors.values())
-        self._maps, self._tensors = (
-            [
-                load.as_memory(name, x, shape, torch.float32)
-                for name, x, shape in zip(_MAPS, maps, 2 * [(groups, rows, d), (groups, rows)], strict=True)
-            ],
-            tensors,
-        )
+        call, self._maps = _prepared(feature_map, self.dtype, value_dim, scaling=scaling, softcap=softcap)
+        self.finite = _finite(self._maps)
+        self.nbytes, self._tensors = sum(x.nbytes for x in tensors.values()), tensors
         self._bytes_read = self.nbytes + sum(x.nbytes for x in self._maps)
-        call = self._call = load.StepCall()
-        call.B, call.G, call.R = batch, groups, feature_map.num_heads // groups
-        call.d, call.d_v, call.m, call.r = d, value_dim, m, rows - m
-        call.window, call.sinks = state.recent_key.shape[2], state.sink_key.shape[2]
-        call.bf16, call.head = self.dtype == torch.bfloat16, 0
-        call.scaling, call.softcap, call.omp_parallel = scaling, softcap or 0.0, load.omp_parallel()
-        for name, x in zip((*_MAPS, *_STATE.values()), (*self._maps, *tensors.values()), strict=True):
+        self._call, call.B = call, batch
+        for name, x in zip(_STATE.values(), tensors.values(), strict=True):
             setattr(call, name, x.data_ptr())
         self._shapes = tuple(
             (batch, heads, 1, n) for heads, n in ((feature_map.num_heads, d), (groups, d), (groups, value_dim))
@@ -149,3 +168,56 @@ class Step:
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         scaling, softcap = self.options
         return Step(self.state(), self.feature_map, scaling=scaling, softcap=softcap)
+
+
+class SlotStep:
+    """`Step` for sequences whose states lie in slots of a pool: one token for each of those in a call.
+
+    Maps are computed once, so the feature map must not change meanwhile.
+
+    Args:
+        feature_map: one of the methods in `darkformer.ops.native.METHODS`.
+        dtype: of queries, keys and values.
+        offsets: bytes from the beginning of a slot to each field of `AttentionState` but the count.
+        scaling, softcap: as for `darkformer.attention`.
+
+    Raises:
+        InputError: see `_prepared`.
+    """
+
+    def __init__(
+        self, feature_map: FeatureMap, dtype: torch.dtype, offsets: dict[str, int], *,
+        scaling: float, softcap: float | None,
+    ) -> None:  # fmt: skip
+        self._call, self._maps = _prepared(feature_map, dtype, feature_map.head_dim, scaling=scaling, softcap=softcap)
+        self.finite = _finite(self._maps)
+        self._offsets = {_STATE[name]: offset for name, offset in offsets.items()}
+        self._map_bytes = sum(x.nbytes for x in self._maps)
+        self._step, self._call_reference = load.library().darkformer_step, ctypes.byref(self._call)
+
+    def __call__(
+        self, pool: Tensor, slots: Tensor, positions: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+    ) -> None:
+        """Fills `output` (N, H, d) for queries (N, H, d), keys and values (N, G, d); all in the dtype.
+
+        A row whose numbers are not finite, or whose state has diverged, gets NaN; other rows do not notice.
+
+        Args:
+            pool: (slots, words) float32, written to. slots: (N,) int64, all different.
+            positions: (N,) int64, tokens that are in the slots already; before the first one a slot may hold anything.
+
+        Raises:
+            OutOfMemoryError: there is no memory to work in; the states are of no more use.
+        """
+        call, base = self._call, pool.data_ptr()
+        call.B, call.slot_bytes = query.shape[0], pool.stride(0) * pool.element_size()
+        for name, offset in self._offsets.items():
+            setattr(call, name, base + offset)
+        call.slots, call.counts = slots.data_ptr(), positions.data_ptr()
+        call.q, call.k, call.v, call.out = (x.data_ptr() for x in (query, key, value, output))
+        call.q_strides[:], call.k_strides[:], call.v_strides[:] = (x.stride()[:2] for x in (query, key, value))
+        work = call.slot_bytes * call.B + self._map_bytes
+        call.threads = torch.get_num_threads() if work > THREADED else 1
+        status = self._step(self._call_reference)
+        if status == Status.OUT_OF_MEMORY:
+            load.check(status)

@@ -50,9 +50,12 @@ struct Call {
 };
 
 // One token for each batch row. Mirrored by `StepCall` in load.py. The state is updated in place.
+// The rows of a batch lie one after another and advance together; or, with `slots`, each row's state lies in a slot of a pool
+// and has its own number of tokens. The pointers to the state are then those of slot 0.
 struct StepCall {
   int64_t B, G, R, d, d_v, m, r, window, sinks, bf16, threads;
-  int64_t head;  // the slot of the ring that holds the oldest key, and takes the new one
+  int64_t head;  // the place in the rings that holds the oldest key, and takes the new one; with slots counts[b] % window
+  int64_t slot_bytes;                                // from one slot to the next
   int64_t q_strides[2], k_strides[2], v_strides[2];  // in elements, of (b, h) and (b, g)
   double scaling, softcap;                           // softcap 0: none
   void* omp_parallel;
@@ -61,8 +64,9 @@ struct StepCall {
   float *feature_values, *feature_sum, *log_scale;   // (B, G, m, d_v), (B, G, m)
   void *recent_k, *recent_v;                         // (B, G, window, d or d_v): rings
   void *sink_k, *sink_v;
-  int64_t* counts;                                   // (B): tokens seen
+  int64_t* counts;                                   // (B): tokens seen; advanced by the call, but not with slots
   void* out;                                         // (B, G·R, 1, d_v)
+  const int64_t* slots;                              // (B): each row's slot, all different; or null
 };
 
 // Sizes rounded up to whole vectors (`…_pad`). Rows a power of two apart compete for the same few sets of the cache, so the rows

@@ -1,5 +1,5 @@
-// One token for each batch row, updating the state in place. All arithmetic is float32: the products are of a matrix and a
-// vector, so the time goes into reading maps and state once.
+// One token for each batch row, updating the state in place, which lies in one piece or in slots of a pool. All arithmetic is
+// float32: the products are of a matrix and a vector, so the time goes into reading maps and state once.
 #pragma once
 #include "rows.h"
 #include "threads.h"
@@ -46,23 +46,64 @@ template <bool BF16> static void add_weighted_rows(const float* w, int count, co
     for (int i = 0; i < count; i++) y[j] += w[i] * element_at<BF16>(rows, at + (long)i * n + j);
 }
 
+template <bool BF16> static bool all_finite(const void* x, long at, int64_t stride, int heads, int n, float limit) {
+  bool finite = true;
+  for (int h = 0; h < heads; h++)
+    for (int j = 0; j < n; j++) finite &= std::fabs(element_at<BF16>(x, at + h * stride + j)) < limit;
+  return finite;
+}
+// Whether one pair's queries, key and value can be taken.
+template <bool BF16> static bool finite_inputs(const StepCall& c, int b, int g) {
+  return all_finite<BF16>(c.q, b * c.q_strides[0] + g * c.R * c.q_strides[1], c.q_strides[1], c.R, c.d, LARGEST_NUMBER) &&
+         all_finite<BF16>(c.k, b * c.k_strides[0] + g * c.k_strides[1], 0, 1, c.d, LARGEST_NUMBER) &&
+         all_finite<BF16>(c.v, b * c.v_strides[0] + g * c.v_strides[1], 0, 1, c.d_v, INFINITY);
+}
+
 template <bool BF16> struct StepPair {
   const StepCall& c;
   const int b, g, d, d_v, m, m_pad, W, S;
-  const long pair;
   const int64_t position;
+  const int head;                            // place in the rings of the oldest key
+  float *values, *sum, *log_scale;           // the pair's state: (m, d_v), (m), (m)
+  void *recent_k, *recent_v;                 // (W, d), (W, d_v)
+  void *sink_k, *sink_v;                     // (S, d), (S, d_v)
   float *x, *value, *o;                      // (d), (d_v), (d_v)
   float *features;                           // (m_pad): log-features, then weights in place
   float *window_weights, *sink_weights;      // logits, then weights in place
   float *state_factor, *new_log_scale;       // (m_pad)
 
   StepPair(const StepCall& c, int b, int g)
-      : c(c), b(b), g(g), d(c.d), d_v(c.d_v), m(c.m), m_pad(pad16(c.m)), W(c.window), S(c.sinks), pair((long)b * c.G + g),
-        position(c.counts[b]) {
+      : c(c), b(b), g(g), d(c.d), d_v(c.d_v), m(c.m), m_pad(pad16(c.m)), W(c.window), S(c.sinks), position(c.counts[b]),
+        head(c.slots && W ? position % W : c.head) {
+    const long number = sizeof(float), key = BF16 ? 2 : 4;
+    values = (float*)of_pair(c.feature_values, (long)m * d_v * number);
+    sum = (float*)of_pair(c.feature_sum, m * number), log_scale = (float*)of_pair(c.log_scale, m * number);
+    recent_k = of_pair(c.recent_k, (long)W * d * key), recent_v = of_pair(c.recent_v, (long)W * d_v * key);
+    sink_k = of_pair(c.sink_k, (long)S * d * key), sink_v = of_pair(c.sink_v, (long)S * d_v * key);
     auto take = [](size_t n) { return scratch().take(n); };
     x = take(pad16(d)), features = take(m_pad), state_factor = take(m_pad), new_log_scale = take(m_pad);
     window_weights = take(pad16(W)), sink_weights = take(pad16(S));
     value = take(pad16(d_v)), o = take(pad16(d_v));
+  }
+
+  // This pair's part of a tensor of the state, of which a pair has `bytes`.
+  char* of_pair(void* tensor, long bytes) const {
+    return (char*)tensor + (c.slots ? c.slots[b] * c.slot_bytes + g * bytes : ((long)b * c.G + g) * bytes);
+  }
+
+  // The state before the first token, in a slot that may hold anything.
+  void clear() {
+    const size_t key = BF16 ? 2 : 4;
+    memset((void*)values, 0, (size_t)m * d_v * sizeof(float)), memset((void*)sum, 0, m * sizeof(float));
+    std::fill(log_scale, log_scale + m, LOG_ZERO);
+    memset(recent_k, 0, W * d * key), memset(recent_v, 0, W * d_v * key);
+    memset(sink_k, 0, S * d * key), memset(sink_v, 0, S * d_v * key);
+  }
+
+  // NaN in place of the output for a token that is not taken.
+  void refuse() {
+    std::fill(o, o + pad16(d_v), NAN);
+    for (int r = 0; r < c.R; r++) store_row(c.out, (((long)b * c.G + g) * c.R + r) * d_v, o, d_v, BF16);
   }
 
   // Log-features of x, P·x - a - ½‖N·x - b‖²; LOG_ZERO for padding features. Without exact keys a query's norm cancels.
@@ -81,12 +122,10 @@ template <bool BF16> struct StepPair {
   // The key that leaves the window joins the sums.
   void add_oldest_key() {
     if (!m || position - W < S) return;
-    const void *k = W ? c.recent_k : c.k, *v = W ? c.recent_v : c.v;
-    const long ring = pair * W + c.head;
-    load_row(x, k, W ? ring * d : b * c.k_strides[0] + g * c.k_strides[1], d, pad16(d), BF16);
-    load_row(value, v, W ? ring * d_v : b * c.v_strides[0] + g * c.v_strides[1], d_v, pad16(d_v), BF16);
+    const void *k = W ? recent_k : c.k, *v = W ? recent_v : c.v;
+    load_row(x, k, W ? (long)head * d : b * c.k_strides[0] + g * c.k_strides[1], d, pad16(d), BF16);
+    load_row(value, v, W ? (long)head * d_v : b * c.v_strides[0] + g * c.v_strides[1], d_v, pad16(d_v), BF16);
     log_features(c.map_k, c.offset_k, true);
-    float *log_scale = c.log_scale + pair * m, *sum = c.feature_sum + pair * m;
     load_row(state_factor, log_scale, 0, m, m_pad, false);
     for (int i = 0; i < m_pad; i += VL) {
       const Vec old = load(state_factor + i), l = load(features + i), top = vmax(old, l);
@@ -96,7 +135,7 @@ template <bool BF16> struct StepPair {
     const Dither dither(position);
     for (int i = 0; i < m; i++) sum[i] = dither.join(sum[i], state_factor[i], features[i]);
     for (int i = 0; i < m; i++) {
-      float* row = c.feature_values + (pair * m + i) * d_v;
+      float* row = values + (long)i * d_v;
       const Vec decay = set1(state_factor[i]), feature = set1(features[i]);
       int j = 0;
       for (; j + VL <= d_v; j += VL) store(row + j, dither.join(load(row + j), decay, feature * load(value + j)));
@@ -111,8 +150,8 @@ template <bool BF16> struct StepPair {
       memcpy((char*)to + row * n * size, (const char*)from + at * size, n * size);
     };
     const long k = b * c.k_strides[0] + g * c.k_strides[1], v = b * c.v_strides[0] + g * c.v_strides[1];
-    if (W) copy(c.recent_k, pair * W + c.head, c.k, k, d), copy(c.recent_v, pair * W + c.head, c.v, v, d_v);
-    if (position < S) copy(c.sink_k, pair * S + position, c.k, k, d), copy(c.sink_v, pair * S + position, c.v, v, d_v);
+    if (W) copy(recent_k, head, c.k, k, d), copy(recent_v, head, c.v, v, d_v);
+    if (position < S) copy(sink_k, position, c.k, k, d), copy(sink_v, position, c.v, v, d_v);
   }
 
   float logit(const void* rows, long at) const {
@@ -128,23 +167,23 @@ template <bool BF16> struct StepPair {
     if (m) {
       log_features(c.map_q, c.offset_q, W + S > 0);
       for (int i = 0; i < m; i++) {
-        top = std::max(top, features[i] += c.log_scale[pair * m + i]);
-        highest_key = std::max(highest_key, c.log_scale[pair * m + i]);
+        top = std::max(top, features[i] += log_scale[i]);
+        highest_key = std::max(highest_key, log_scale[i]);
       }
     }
     for (int i = 0; i < W; i++) {
-      const int64_t age = (c.head - i + W) % W;
-      window_weights[i] = position - age >= S ? logit(c.recent_k, (pair * W + i) * d) : LOG_ZERO;
+      const int64_t age = (head - i + W) % W;
+      window_weights[i] = position - age >= S ? logit(recent_k, (long)i * d) : LOG_ZERO;
       top = std::max(top, window_weights[i]);
     }
     const int sinks = (int)std::min<int64_t>(S, position + 1);
-    for (int i = 0; i < sinks; i++) top = std::max(top, sink_weights[i] = logit(c.sink_k, (pair * S + i) * d));
-    const float norm = exponentiate(features, m, top, m ? c.feature_sum + pair * m : nullptr) +
+    for (int i = 0; i < sinks; i++) top = std::max(top, sink_weights[i] = logit(sink_k, (long)i * d));
+    const float norm = exponentiate(features, m, top, m ? sum : nullptr) +
                        exponentiate(window_weights, W, top, nullptr) + exponentiate(sink_weights, sinks, top, nullptr);
     std::fill(o, o + pad16(d_v), 0.0f);
-    add_weighted_rows<false>(features, m, c.feature_values, pair * m * d_v, d_v, o);
-    add_weighted_rows<BF16>(window_weights, W, c.recent_v, pair * W * d_v, d_v, o);
-    add_weighted_rows<BF16>(sink_weights, sinks, c.sink_v, pair * S * d_v, d_v, o);
+    add_weighted_rows<false>(features, m, values, 0, d_v, o);
+    add_weighted_rows<BF16>(window_weights, W, recent_v, 0, d_v, o);
+    add_weighted_rows<BF16>(sink_weights, sinks, sink_v, 0, d_v, o);
     const Vec inverse = set1(norm > 0 ? 1 / norm : 1);
     Vec zero = set1(0);  // stays 0 if all numbers are finite
     for (int j = 0; j < pad16(d_v); j += VL) {
@@ -167,30 +206,28 @@ template <bool BF16> struct StepPair {
   }
 };
 
-template <bool BF16> static bool all_finite(const void* x, const int64_t* stride, int B, int heads, int n, float limit = INFINITY) {
-  bool finite = true;
-  for (int b = 0; b < B; b++)
-    for (int h = 0; h < heads; h++)
-      for (int j = 0; j < n; j++) finite &= std::fabs(element_at<BF16>(x, b * stride[0] + h * stride[1] + j)) < limit;
-  return finite;
-}
-
 template <bool BF16> static Status step(StepCall& c) {
-  if (!all_finite<BF16>(c.q, c.q_strides, c.B, c.G * c.R, c.d, LARGEST_NUMBER) ||
-      !all_finite<BF16>(c.k, c.k_strides, c.B, c.G, c.d, LARGEST_NUMBER) ||
-      !all_finite<BF16>(c.v, c.v_strides, c.B, c.G, c.d_v))
-    return NON_FINITE_INPUT;
   const int pairs = c.B * c.G, workers = std::min<int>(std::max<int64_t>(1, c.threads), pairs);
+  // Rows that advance together are taken together or not at all. Those of a pool belong to different users.
+  for (int i = 0; !c.slots && i < pairs; i++)
+    if (!finite_inputs<BF16>(c, i / c.G, i % c.G)) return NON_FINITE_INPUT;
   std::atomic<bool> finite{true};
   parallel(c.omp_parallel, workers, [&](int worker) {
     for (int i = worker; i < pairs; i += workers) {
+      const int b = i / c.G, g = i % c.G;
       scratch().reset();
-      StepPair<BF16> pair(c, i / c.G, i % c.G);
+      StepPair<BF16> pair(c, b, g);
+      if (c.slots && !finite_inputs<BF16>(c, b, g)) {
+        pair.refuse(), finite = false;
+        continue;
+      }
+      if (c.slots && pair.position == 0) pair.clear();
       pair.add_oldest_key();
       pair.store_new_key();
       for (int r = 0; r < c.R; r++) if (!pair.attend(r)) finite = false;
     }
   });
+  if (c.slots) return finite ? OK : NON_FINITE;
   for (int b = 0; b < c.B; b++) c.counts[b]++;
   if (c.window) c.head = (c.head + 1) % c.window;
   return finite ? OK : NON_FINITE;
