@@ -79,6 +79,7 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "untrained": untrained,
     "generation": generation,
     "drift": drift,
+    "representations": lambda _: script("representations")["table"](read("representations")),
     "bench": lambda _: measurements_markdown(read("bench")),
     "bench-amx": lambda _: measurements_markdown(read("bench-amx")),
     "bench-avx2": lambda _: measurements_markdown(read("bench-avx2")),

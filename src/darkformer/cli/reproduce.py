@@ -18,7 +18,11 @@ from .terminal import console
 
 Figure = Annotated[
     str,
-    typer.Argument(help="1, 2-top, 2-bottom, 2 (both), 3, 4, 5 or all; or one experiment: 3.grown.", metavar="FIGURE"),
+    typer.Argument(
+        help="1, 2-top, 2-bottom, 2 (both), 3, 4, 5 or all; or one experiment: 3.grown. width: what an infinitely wide "
+        "network becomes under gradient descent and under Adam, in OUT/width.",
+        metavar="FIGURE",
+    ),
 ]
 ScaleName = Annotated[
     str, typer.Option("--scale", help="laptop: two cores, hours. full: the paper's size, under `accelerate launch`.")
@@ -30,7 +34,8 @@ Data = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the reproduction in the folder; add figures to it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the reproduction in the folder.")]
 Steps = Annotated[
-    int, typer.Option("--steps", help="At most so many steps a run, to try it out; 0: the plan's.", min=0)
+    int,
+    typer.Option("--steps", help="At most so many steps a run (width: epochs), to try it; 0: the plan's.", min=0),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Instead of the scale's precision: float32 or bfloat16.")]
 PlotOnly = Annotated[bool, typer.Option("--plot-only", help="Only draw, from the records in the folder.")]
@@ -53,6 +58,11 @@ def reproduce(
 
     Killed at any moment, it continues with --resume where it stopped.
     """
+    if figure == "width":
+        if scale != "laptop" or dtype:
+            raise ConfigError("reproduce width has one scale and one precision: leave out --scale and --dtype.")
+        infinite_width(out / "width", data, steps, resume, overwrite, plot_only, dry_run)
+        return
     from ..research.reproduce.scales import SCALES
     from ..research.reproduce.session import Reproduction, chosen_figures, draw
 
@@ -74,6 +84,25 @@ def reproduce(
         return
     print_tables(work.run(resume=resume, overwrite=overwrite), console)
     console.print(f"Records: {out / 'records'}   plots: {out / 'plots'}   tables: {out / 'tables'}")
+
+
+def infinite_width(
+    out: Path, data: list[str], epochs: int, resume: bool, overwrite: bool, plot_only: bool, dry_run: bool
+) -> None:
+    """The experiment on infinite width, some 20 minutes on two cores."""
+    from ..research.infinite_width.experiment import Experiment
+    from ..research.infinite_width.plan import Plan
+    from ..research.infinite_width.report import draw
+
+    plan = Plan()
+    plan = replace(plan, data=tuple(data)) if data else plan
+    plan = plan.shortened(epochs) if epochs else plan
+    work = Experiment(plan, out, RichReporter())
+    if dry_run:
+        print_rows(work.table(), "plan of reproduce width", console)
+        return
+    print_tables(draw(out) if plot_only else work.run(resume=resume, overwrite=overwrite), console)
+    console.print(f"Record: {out / 'records'}   plot: {out / 'plots'}   tables: {out / 'tables'}")
 
 
 def print_rows(rows: list[list[str]], title: str, console: Console) -> None:
