@@ -12,6 +12,7 @@ from torch import Tensor
 from ...reporting import Advance
 from .kernels import AdamLike, tangent_kernels
 from .networks import Weights, forward, gradient_squares, initial, parameter_roots
+from .plan import Plan
 from .tasks import Sizes, digits
 
 #: Optimizer → what it is.
@@ -102,41 +103,29 @@ def _adam(weights: Weights, x: Tensor, y: Tensor, limit: Limit, generator: torch
     return (forward(weights, x)[0] - start).detach(), elapsed
 
 
-def distances(
-    depth: int,
-    widths: Sequence[int],
-    seeds: int,
-    *,
-    train: int,
-    test: int,
-    units: int,
-    most_adam: int,
-    advance: Advance | None = None,
-) -> list[dict[str, Any]]:
+def distances(plan: Plan, depth: int, advance: Advance) -> list[dict[str, Any]]:
     """One record line for each optimizer, width and seed: how far the trained network is from the limit.
 
     The task is to tell even digits from odd ones, with one output of ±1. The distance is the root mean square
     difference on inputs not trained on, over the root mean square of the limit.
-
-    Args:
-        widths: of every hidden layer. units: of the Monte-Carlo kernel, many more than the greatest width: its own
-            error adds to the distance. most_adam: the greatest width that Adam is run at.
     """
+    train, test = plan.width_sizes
+    widths = plan.widths if depth == 1 else plan.widths_of_two
     generator = torch.Generator().manual_seed(depth)
     task = digits(Sizes(train, 0, test), (), generator)
     x, y = task.x, 1 - 2.0 * (task.y.argmax(-1, keepdim=True)[:train] % 2)
     exact = Limit(sum(tangent_kernels(x.double(), x[:train].double(), depth)), y)
-    sampled = Limit(sum(AdamLike(x, train, depth, 1, units=units, generator=generator).kernels()), y)
+    sampled = Limit(sum(AdamLike(x, train, depth, 1, units=plan.width_units, generator=generator).kernels()), y)
     rows = []
     for width in widths:
-        for seed in range(seeds):
+        for seed in range(plan.width_seeds):
             draws = torch.Generator().manual_seed(1000 * depth + seed)
             weights = initial(x.shape[1], width, depth, 1, draws)
             found = {
                 "sgd": (_descended(weights, x, y, exact, False), exact.steps(STEPS)),
                 "preconditioned": (_descended(weights, x, y, sampled, True), sampled.steps(STEPS)),
             }
-            if width <= most_adam:
+            if width <= plan.most_adam:
                 outputs, elapsed = _adam(weights, x, y, sampled, draws)
                 found["adam"] = outputs, sampled.time(elapsed)
             rows += [
@@ -150,6 +139,5 @@ def distances(
                 }
                 for name, (own, limit) in found.items()
             ]
-            if advance is not None:
-                advance(100 * len({(row["width"], row["seed"]) for row in rows}) // (len(widths) * seeds), 100)
+            advance(100 * len({(row["width"], row["seed"]) for row in rows}) // (len(widths) * plan.width_seeds), 100)
     return rows

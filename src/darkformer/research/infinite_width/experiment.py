@@ -1,4 +1,4 @@
-"""The experiment, unit by unit: a record file each, so that a killed run continues behind the last one."""
+"""The experiment, job by job: a record file each, so that a killed run continues behind the last one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import report
 from .convergence import distances
 from .kernels import AdamLike, _relu, tangent_kernels
 from .networks import initial, train
-from .plan import FINITE, RIDGES, Plan, Setting, Unit
+from .plan import FINITE, RIDGES, Job, Plan, Setting
 from .tasks import TASKS, Task
 
 #: Epochs between two looks at the inputs that choose when to stop.
@@ -58,14 +58,14 @@ def ridge_regression(kernel: Tensor, task: Task) -> tuple[dict[str, float], Tens
     return {"score": test, "valid": valid, "choice": ridge}, torch.from_numpy(model.dual_coef_).float()
 
 
-def selection(task: Task, dual: Tensor, adam_like: bool, generator: torch.Generator) -> dict[str, float]:
+def selection(task: Task, other: Task, dual: Tensor, adam_like: bool, generator: torch.Generator) -> dict[str, float]:
     """How much more a kernel's solution moves the hidden units that resemble the target's than the others.
 
     The output weight of unit w moves by Σ_x c_x φ(w·x) D(w); times the root mean square of φ(w·x) it is the part of
     the function that the unit carries. `nearest` is the mean part of the `NEAREST` units, by correlation over the
-    inputs with any of the target's units, over the mean of all; `control` the same for as many units of other targets.
+    inputs with any of the target's units, over the mean of all; `control` the same for the units of `other`.
     """
-    assert task.teachers is not None
+    assert task.teachers is not None and other.teachers is not None
     x = task.x[task.train]
     activation = _relu(x @ torch.randn(x.shape[1], SELECTION_UNITS, generator=generator))
     size = activation.square().mean(0).sqrt()
@@ -76,8 +76,7 @@ def selection(task: Task, dual: Tensor, adam_like: bool, generator: torch.Genera
         nearest = both.nan_to_num(-1).amax(0).topk(int(NEAREST * SELECTION_UNITS)).indices
         return float(part[nearest].mean() / part.mean())
 
-    others = task.teachers[:, torch.randperm(x.shape[1], generator=generator)]
-    return {"nearest": ratio(task.teachers), "control": ratio(others)}
+    return {"nearest": ratio(task.teachers), "control": ratio(other.teachers)}
 
 
 class Experiment:
@@ -86,16 +85,16 @@ class Experiment:
     def __init__(self, plan: Plan, out: Path, reporter: Reporter) -> None:
         self.plan, self.out, self.reporter = plan, out, reporter
 
-    def _file(self, unit: Unit) -> Path:
-        return self.out / "stages" / f"{unit.name}.jsonl"
+    def _file(self, job: Job) -> Path:
+        return self.out / "stages" / f"{job.name}.jsonl"
 
     def table(self) -> list[list[str]]:
         """The plan: header, then a row a setting with its seeds and those of them that are left."""
         rows = [["task", "hidden layers", "seeds", "left"]]
-        units = self.plan.units_of_work()
-        for kind in dict.fromkeys((unit.setting, unit.depth) for unit in units):
-            own = [unit for unit in units if (unit.setting, unit.depth) == kind]
-            left = sum(not read_lines(self._file(unit)) for unit in own)
+        jobs = self.plan.jobs()
+        for kind in dict.fromkeys((job.setting, job.depth) for job in jobs):
+            own = [job for job in jobs if (job.setting, job.depth) == kind]
+            left = sum(not read_lines(self._file(job)) for job in own)
             task = "distance to the limit" if kind[0] is None else kind[0].task
             rows.append([task, str(kind[1]), str(len(own)), str(left)])
         return rows
@@ -108,46 +107,34 @@ class Experiment:
         """
         if open_run(self.out, self.plan.described(), resume=resume, overwrite=overwrite):
             self.reporter.say(f"continuing the run in {self.out}")
-        units = self.plan.units_of_work()
-        for i, unit in enumerate(units):
-            if read_lines(self._file(unit)):
+        jobs = self.plan.jobs()
+        for i, job in enumerate(jobs):
+            if read_lines(self._file(job)):
                 continue
             started = time.perf_counter()
-            with self.reporter.stage(f"[{i + 1}/{len(units)}] {unit.name}", 100) as advance:
-                rows = self._done(unit, advance)
+            with self.reporter.stage(f"[{i + 1}/{len(jobs)}] {job.name}", 100) as advance:
+                rows = self._done(job, advance)
             seconds = round(time.perf_counter() - started, 1)
-            write_lines(self._file(unit), [{"unit": unit.name, "seconds": seconds, **row} for row in rows])
-        lines = [line for unit in units for line in read_lines(self._file(unit))]
+            write_lines(self._file(job), [{"job": job.name, "seconds": seconds, **row} for row in rows])
+        lines = [line for job in jobs for line in read_lines(self._file(job))]
         write_lines(report.record_file(self.out), [*lines, {"kind": "run", "environment": environment()}])
         return report.draw(self.out)
 
-    def _done(self, unit: Unit, advance: Advance) -> list[dict[str, Any]]:
-        if unit.setting is None:
-            plan = self.plan
-            count, test = plan.width_sizes
-            return distances(
-                unit.depth,
-                plan.widths if unit.depth == 1 else plan.widths_of_two,
-                plan.width_seeds,
-                train=count,
-                test=test,
-                units=plan.width_units,
-                most_adam=plan.most_adam,
-                advance=advance,
-            )
-        return self._scores(unit.setting, unit.seed, advance)
+    def _done(self, job: Job, advance: Advance) -> list[dict[str, Any]]:
+        if job.setting is None:
+            return distances(self.plan, job.depth, advance)
+        return self._scores(job.setting, job.seed, advance)
 
     def _scores(self, setting: Setting, seed: int, advance: Advance) -> list[dict[str, Any]]:
-        task = TASKS[setting.task](
-            self.plan.sizes_of(setting), self.plan.data, generator_of("split", setting.task, seed)
-        )
+        task = self._task(setting, "split", seed)
         common = {"task": setting.task, "depth": setting.depth, "seed": seed}
         rows, steps = [], 1 + sum(len(self._rates(setting, seed, model)) for model in FINITE)
         for model, kernel in self._limits(task, setting, seed).items():
             scores, dual = ridge_regression(kernel, task)
             rows.append({"kind": "score", **common, "model": model, **scores})
             if task.teachers is not None:
-                found = selection(task, dual, model == "adam-like", generator_of("selection", seed))
+                other = self._task(setting, "control", seed)
+                found = selection(task, other, dual, model == "adam-like", generator_of("selection", seed))
                 rows.append({"kind": "selection", **common, "model": model, **found})
         done = 1
         advance(100 * done // steps, 100)
@@ -157,9 +144,13 @@ class Experiment:
                 tried.append(self._finite(task, setting, seed, model, rate))
                 done += 1
                 advance(100 * done // steps, 100)
-            best = max(tried, key=lambda row: row["valid"])
+            best = max(tried, key=lambda row: -math.inf if row["valid"] is None else row["valid"])
             rows.append({"kind": "score", **common, "model": model, **best})
         return rows
+
+    def _task(self, setting: Setting, purpose: str, seed: int) -> Task:
+        sizes, draws = self.plan.sizes_of(setting), generator_of(purpose, setting.task, seed)
+        return TASKS[setting.task](sizes, self.plan.data, draws)
 
     def _limits(self, task: Task, setting: Setting, seed: int) -> dict[str, Tensor]:
         exact, count = task.x.double(), task.sizes.train
@@ -180,7 +171,7 @@ class Experiment:
         """All of them for the first seed, what it chose for the others."""
         if seed == 0:
             return self.plan.rates[model.split("-")[0]]
-        first = Unit(f"{setting.task}.depth{setting.depth}.seed0", setting, 0, setting.depth)
+        first = Job(f"{setting.task}.depth{setting.depth}.seed0", setting, 0, setting.depth)
         return [line["choice"] for line in read_lines(self._file(first)) if line.get("model") == model]
 
     def _finite(self, task: Task, setting: Setting, seed: int, model: str, rate: float) -> dict[str, Any]:
@@ -188,7 +179,7 @@ class Experiment:
         draws = generator_of("network", setting.name, seed)
         weights = initial(task.x.shape[1], self.plan.width, setting.depth, task.y.shape[1], draws)
         x, y = task.x[task.train], task.y[task.train]
-        found: dict[str, Any] = {"score": None, "valid": -math.inf, "choice": rate}
+        found: dict[str, Any] = {"score": None, "valid": None, "choice": rate}
         for epoch, network in enumerate(train(weights, x, y, self.plan.recipe(model, rate), draws), start=1):
             if epoch % LOOK_EVERY and epoch < self.plan.epochs:
                 continue
@@ -196,7 +187,7 @@ class Experiment:
                 valid, test = (task.score(network(task.x[rows]), rows) for rows in (task.valid, task.test))
             if not math.isfinite(valid):
                 break
-            if valid > found["valid"]:
+            if found["valid"] is None or valid > found["valid"]:
                 found |= {
                     "score": test,
                     "valid": valid,

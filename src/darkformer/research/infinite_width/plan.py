@@ -36,7 +36,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Job:
     """What is finished or not: one seed of a setting, or one depth of the comparison with finite networks."""
 
     name: str
@@ -67,7 +67,9 @@ class Plan:
     rates: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {"sgd": (0.1, 0.3, 1.0), "adam": (0.01, 0.03, 0.1, 0.3)}
     )
-    units: int = 2048
+    units: int = 2048  # drawn for the Adam-like limit
+    # The comparison with finite networks: widths of one and of two hidden layers, inputs trained on and compared at,
+    # units drawn for the limit (its own error adds to the distance), and the greatest width that Adam is run at.
     widths: tuple[int, ...] = (64, 256, 1024, 4096)
     widths_of_two: tuple[int, ...] = (64, 256, 1024)
     width_seeds: int = 4
@@ -92,11 +94,11 @@ class Plan:
         optimizer, features = model.split("-")
         return Recipe(optimizer, features == "frozen", rate, self.epochs, self.batch)
 
-    def units_of_work(self) -> list[Unit]:
+    def jobs(self) -> list[Job]:
         """In order; of every setting the first seed chooses the rates of the others."""
-        compared = [Unit(f"distance.depth{depth}", None, 0, depth) for depth in (1, 2)]
+        compared = [Job(f"distance.depth{depth}", None, 0, depth) for depth in (1, 2)]
         return compared + [
-            Unit(f"{setting.task}.depth{setting.depth}.seed{seed}", setting, seed, setting.depth)
+            Job(f"{setting.task}.depth{setting.depth}.seed{seed}", setting, seed, setting.depth)
             for setting in self.settings
             for seed in range(self.seeds)
         ]
