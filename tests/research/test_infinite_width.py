@@ -36,6 +36,7 @@ from darkformer.research.infinite_width.verdicts import CLAIMS, claim_table, slo
 from darkformer.research.reproduce.session import table_markdown
 
 ROOT = Path(__file__).parents[2]
+NETWORKS = 8
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -57,17 +58,18 @@ def gradients(weights: tuple[Tensor, ...], x: Tensor) -> list[Tensor]:
 
 
 def wide(depth: int, outputs: int, width: int, x: Tensor, power: float) -> list[Tensor]:
-    """Each layer's preconditioned kernel of one finite network, for its first output: by autograd's gradients."""
-    weights = tuple(w.double() for w in initial(x.shape[1], width, depth, outputs, generator(3)))
-    found = []
-    for g, root in zip(gradients(weights, x), parameter_roots(weights), strict=True):
-        squares = g.square().sum(1).mean(0)
-        scale = torch.where(squares > 0, squares, torch.inf).pow(-0.5 * power)
-        found.append((g[:, 0] * scale) @ g[:, 0].T / root**power)
-    return found
+    """Each layer's preconditioned kernel, for the first output: autograd's gradients, a mean over `NETWORKS`."""
+    total = [x.new_zeros(len(x), len(x)) for _ in range(depth + 1)]
+    for seed in range(NETWORKS):
+        weights = tuple(w.double() for w in initial(x.shape[1], width, depth, outputs, generator(seed)))
+        for part, g, root in zip(total, gradients(weights, x), parameter_roots(weights), strict=True):
+            squares = g.square().sum(1).mean(0)
+            scale = torch.where(squares > 0, squares, torch.inf).pow(-0.5 * power)
+            part += (g[:, 0] * scale) @ g[:, 0].T / root**power / NETWORKS
+    return total
 
 
-@pytest.mark.parametrize(("depth", "width"), [(1, 4000), (2, 400)])
+@pytest.mark.parametrize(("depth", "width"), [(1, 1000), (2, 250)])
 def test_the_tangent_kernel_is_a_wide_networks(depth: int, width: int) -> None:
     x = inputs()
     for exact, found in zip(tangent_kernels(x, x, depth), wide(depth, 1, width, x, 0.0), strict=True):
@@ -75,7 +77,7 @@ def test_the_tangent_kernel_is_a_wide_networks(depth: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize(("depth", "width"), [(1, 4000), (2, 400)])
+@pytest.mark.parametrize(("depth", "width"), [(1, 1000), (2, 250)])
 def test_the_adam_like_kernel_is_a_wide_networks(depth: int, width: int, outputs: int) -> None:
     """Layer by layer, so that no layer can hide another's factor."""
     x = inputs()
@@ -144,9 +146,9 @@ def test_the_two_limits_are_not_one() -> None:
 @pytest.mark.parametrize("frozen", [True, False])
 def test_training_learns(optimizer: str, frozen: bool) -> None:
     x, y = inputs(32).float(), inputs(32)[:, :1].float().abs()
-    recipe = Recipe(optimizer, frozen, {"sgd": 0.3, "adam": 0.03}[optimizer], epochs=30, batch=8)
+    recipe = Recipe(optimizer, frozen, {"sgd": 0.3, "adam": 0.03}[optimizer], steps=120, batch=8)
     weights = initial(5, 64, 1, 1, generator())
-    *_, last = train(weights, x, y, recipe, generator())
+    *_, last = train(weights, x, y, recipe, generator(), every=50)
     assert float((last(x).detach() - y).square().mean()) < 0.5 * float(y.square().mean())
     assert (last.movement(x) > 0) is not frozen
 
@@ -156,7 +158,7 @@ def test_the_tasks() -> None:
     for name, task_of in TASKS.items():
         task, again = (task_of(sizes, ("pydoc",), generator()) for _ in range(2))
         assert torch.equal(task.x, again.x) and torch.equal(task.y, again.y)
-        assert len(task.x[task.test]) == 40 and float(task.x.square().sum(-1).mean()) == pytest.approx(1, rel=1e-5)
+        assert len(task.x[task.test]) == 40 and float(task.x.square().sum(-1).mean()) == pytest.approx(1, rel=0.1)
         assert task.score(task.y[task.test], task.test) == 1
         assert task.score(torch.full_like(task.y[task.test], torch.nan), task.test) == -math.inf
         if name != "text":
@@ -170,7 +172,7 @@ TINY = Plan(
     seeds=2,
     sizes={"digits": (60, 20, 40), "sparse": (60, 20, 40)},
     width=16,
-    epochs=2,
+    steps=6,
     rates={"sgd": (0.3,), "adam": (0.03, 0.1)},
     units=64,
     widths=(16, 64),
@@ -212,8 +214,8 @@ def test_a_run_that_was_stopped_continues_to_the_same_numbers(tmp_path: Path) ->
     assert Experiment(TINY, parts, Silent()).table()[-2:] == [["digits", "1", "2", "1"], ["sparse", "1", "2", "2"]]
     with pytest.raises(RunFolderError, match="--resume continues it"):
         Experiment(TINY, parts, Silent()).run()
-    with pytest.raises(RunFolderError, match="epochs: 2 there, 3 now"):
-        Experiment(replace(TINY, epochs=3), parts, Silent()).run(resume=True)
+    with pytest.raises(RunFolderError, match="steps: 6 there, 7 now"):
+        Experiment(replace(TINY, steps=7), parts, Silent()).run(resume=True)
     assert Experiment(TINY, parts, Silent()).run(resume=True) == tables
     assert scores(parts) == scores(whole)
     found = scores(whole)

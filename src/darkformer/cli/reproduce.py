@@ -35,7 +35,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the reproductio
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the reproduction in the folder.")]
 Steps = Annotated[
     int,
-    typer.Option("--steps", help="At most so many steps a run (width: epochs), to try it; 0: the plan's.", min=0),
+    typer.Option("--steps", help="At most so many steps a run, to try it out; 0: the plan's.", min=0),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Instead of the scale's precision: float32 or bfloat16.")]
 PlotOnly = Annotated[bool, typer.Option("--plot-only", help="Only draw, from the records in the folder.")]
@@ -87,7 +87,7 @@ def reproduce(
 
 
 def infinite_width(
-    out: Path, data: list[str], epochs: int, resume: bool, overwrite: bool, plot_only: bool, dry_run: bool
+    out: Path, data: list[str], steps: int, resume: bool, overwrite: bool, plot_only: bool, dry_run: bool
 ) -> None:
     """The experiment on infinite width, some 20 minutes on two cores."""
     from ..research.infinite_width.experiment import Experiment
@@ -96,7 +96,7 @@ def infinite_width(
 
     plan = Plan()
     plan = replace(plan, data=tuple(data)) if data else plan
-    plan = plan.shortened(epochs) if epochs else plan
+    plan = plan.shortened(steps) if steps else plan
     work = Experiment(plan, out, RichReporter())
     if dry_run:
         print_rows(work.table(), "plan of reproduce width", console)

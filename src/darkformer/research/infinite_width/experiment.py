@@ -22,8 +22,8 @@ from .networks import initial, train
 from .plan import FINITE, RIDGES, Job, Plan, Setting
 from .tasks import TASKS, Task
 
-#: Epochs between two looks at the inputs that choose when to stop.
-LOOK_EVERY = 5
+#: How often a network is scored on the inputs that choose when to stop.
+LOOKS = 24
 #: Units drawn to see which of them a kernel's solution rests on, and the share of them that counts as the nearest.
 SELECTION_UNITS, NEAREST = 20_000, 0.01
 
@@ -71,9 +71,13 @@ def selection(task: Task, other: Task, dual: Tensor, adam_like: bool, generator:
     size = activation.square().mean(0).sqrt()
     part = (dual.mT @ activation).norm(dim=0) * (size.sqrt() if adam_like else size)
 
+    def standard(z: Tensor) -> Tensor:
+        z = z - z.mean(0)
+        return z / z.norm(dim=0).clamp_min(torch.finfo(z.dtype).tiny)
+
     def ratio(teachers: Tensor) -> float:
-        both = torch.corrcoef(torch.cat([_relu(teachers @ x.mT), activation.mT]))[: len(teachers), len(teachers) :]
-        nearest = both.nan_to_num(-1).amax(0).topk(int(NEAREST * SELECTION_UNITS)).indices
+        correlation = standard(_relu(x @ teachers.mT)).mT @ standard(activation)
+        nearest = correlation.amax(0).topk(int(NEAREST * SELECTION_UNITS)).indices
         return float(part[nearest].mean() / part.mean())
 
     return {"nearest": ratio(task.teachers), "control": ratio(other.teachers)}
@@ -175,14 +179,14 @@ class Experiment:
         return [line["choice"] for line in read_lines(self._file(first)) if line.get("model") == model]
 
     def _finite(self, task: Task, setting: Setting, seed: int, model: str, rate: float) -> dict[str, Any]:
-        """Scores at the epoch that is best on the inputs set aside for choosing, and how far the features moved."""
+        """Scores at the step that is best on the inputs set aside for choosing, and how far the features moved."""
         draws = generator_of("network", setting.name, seed)
         weights = initial(task.x.shape[1], self.plan.width, setting.depth, task.y.shape[1], draws)
         x, y = task.x[task.train], task.y[task.train]
         found: dict[str, Any] = {"score": None, "valid": None, "choice": rate}
-        for epoch, network in enumerate(train(weights, x, y, self.plan.recipe(model, rate), draws), start=1):
-            if epoch % LOOK_EVERY and epoch < self.plan.epochs:
-                continue
+        every = math.ceil(self.plan.steps / LOOKS)
+        looks = train(weights, x, y, self.plan.recipe(model, rate), draws, every)
+        for look, network in enumerate(looks, start=1):
             with torch.no_grad():
                 valid, test = (task.score(network(task.x[rows]), rows) for rows in (task.valid, task.test))
             if not math.isfinite(valid):
@@ -191,7 +195,7 @@ class Experiment:
                 found |= {
                     "score": test,
                     "valid": valid,
-                    "epoch": epoch,
+                    "step": min(look * every, self.plan.steps),
                     "movement": network.movement(task.x[task.test]),
                 }
         return found

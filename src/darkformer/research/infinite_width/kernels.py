@@ -95,9 +95,8 @@ def _normals(shape: tuple[int, ...], x: Tensor, generator: torch.Generator) -> T
 
 def _root(covariance: Tensor) -> Tensor:
     """A square root (N, N) of a covariance that may be singular."""
-    exact = covariance.double()
-    jitter = JITTER * exact.diagonal().mean()
-    return torch.linalg.cholesky(exact + jitter * torch.eye(len(exact), dtype=exact.dtype)).to(covariance.dtype)
+    jitter = JITTER * covariance.diagonal().mean()
+    return torch.linalg.cholesky(covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype))
 
 
 def _relu(z: Tensor) -> Tensor:
@@ -146,12 +145,10 @@ class AdamLike:
         if self.depth == 1:
             layers = [self._input_layer(self._flat_field()), self._output_layer(self.x, draws)]
         else:
-            variance = self.x.square().sum(-1)
-            activations, _ = arc_cosine(self.x @ self.x.mT, variance, variance)
-            _, slopes = arc_cosine(activations, variance, variance)
-            preactivation = _root(activations)  # of the second hidden layer
+            found = fields(self.x.double(), self.x.double(), 2)  # single precision is not enough for their roots
+            preactivation = _root(found.values[1]).to(self.x)  # of the second hidden layer
             layers = [
-                self._input_layer(self._smooth_field(_root(slopes))),
+                self._input_layer(self._smooth_field(_root(found.slopes[1]).to(self.x))),
                 self._inner_layer(preactivation, draws),
                 self._output_layer(preactivation, draws),
             ]

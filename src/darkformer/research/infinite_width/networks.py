@@ -83,7 +83,7 @@ class Recipe:
     optimizer: str  # "sgd", or "adam" with PyTorch's defaults
     frozen: bool  # whether the network is linearised at its start
     rate: float  # falls linearly to 0; "adam": each layer's is divided by `parameter_roots`
-    epochs: int
+    steps: int
     batch: int
 
 
@@ -123,22 +123,24 @@ def _optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, eps=1e-12)  # the gradients of wide layers are small
 
 
-def train(weights: Weights, x: Tensor, y: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[Network]:
-    """Trains on ½(f - y)² and yields the network after every epoch; the next one alters it.
+def train(
+    weights: Weights, x: Tensor, y: Tensor, recipe: Recipe, generator: torch.Generator, every: int
+) -> Iterator[Network]:
+    """Trains on ½‖f - y‖² and yields the network after every so many steps; the next ones alter it.
 
     Args:
-        weights: the start; not altered. x: inputs (N, d). y: targets (N, C). generator: of the order of the batches.
+        weights: the start; not altered. x: inputs (N, d). y: targets (N, C). generator: draws the batches.
     """
     moved = tuple(torch.zeros_like(weight, requires_grad=True) for weight in weights)
     network = Network(weights, moved, recipe.frozen)
     optimizer = _optimizer(network, recipe)
-    steps = recipe.epochs * math.ceil(len(x) / recipe.batch)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    for _ in range(recipe.epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(recipe.batch):
-            optimizer.zero_grad()
-            loss = 0.5 * (network(x[rows]) - y[rows]).square().sum(-1).mean()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        yield network
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, recipe.steps)
+    for step in range(1, recipe.steps + 1):
+        rows = torch.randint(len(x), (recipe.batch,), generator=generator)
+        optimizer.zero_grad()
+        loss = 0.5 * (network(x[rows]) - y[rows]).square().sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % every == 0 or step == recipe.steps:
+            yield network

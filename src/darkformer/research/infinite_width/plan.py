@@ -59,15 +59,15 @@ class Plan:
     seeds: int = 5
     data: tuple[str, ...] = ("pydoc",)
     sizes: dict[str, tuple[int, int, int]] = field(
-        default_factory=lambda: {"digits": (800, 200, 797), "text": (1000, 300, 1000), "sparse": (800, 200, 797)}
+        default_factory=lambda: {"digits": (300, 200, 1297), "text": (1000, 300, 1000), "sparse": (300, 200, 1297)}
     )
     width: int = 512
-    epochs: int = 60
+    steps: int = 1200
     batch: int = 32
     rates: dict[str, tuple[float, ...]] = field(
-        default_factory=lambda: {"sgd": (0.1, 0.3, 1.0), "adam": (0.01, 0.03, 0.1, 0.3)}
+        default_factory=lambda: {"sgd": (0.3, 1.0, 3.0), "adam": (0.01, 0.03, 0.1, 0.3)}
     )
-    units: int = 2048  # drawn for the Adam-like limit
+    units: int = 1024  # drawn for the Adam-like limit
     # The comparison with finite networks: widths of one and of two hidden layers, inputs trained on and compared at,
     # units drawn for the limit (its own error adds to the distance), and the greatest width that Adam is run at.
     widths: tuple[int, ...] = (64, 256, 1024, 4096)
@@ -81,9 +81,9 @@ class Plan:
         """Plain values for the run folder."""
         return {"command": "reproduce width", **asdict(self)}
 
-    def shortened(self, epochs: int) -> Plan:
-        """At most so many epochs, to try it out."""
-        return replace(self, epochs=min(self.epochs, epochs))
+    def shortened(self, steps: int) -> Plan:
+        """At most so many steps a network, to try it out."""
+        return replace(self, steps=min(self.steps, steps))
 
     def sizes_of(self, setting: Setting) -> Sizes:
         """Inputs to train on, to choose with and to score."""
@@ -92,7 +92,7 @@ class Plan:
     def recipe(self, model: str, rate: float) -> Recipe:
         """How a finite model is trained."""
         optimizer, features = model.split("-")
-        return Recipe(optimizer, features == "frozen", rate, self.epochs, self.batch)
+        return Recipe(optimizer, features == "frozen", rate, self.steps, self.batch)
 
     def jobs(self) -> list[Job]:
         """In order; of every setting the first seed chooses the rates of the others."""
