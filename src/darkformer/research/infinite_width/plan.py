@@ -59,23 +59,23 @@ class Plan:
     seeds: int = 5
     data: tuple[str, ...] = ("pydoc",)
     sizes: dict[str, tuple[int, int, int]] = field(
-        default_factory=lambda: {"digits": (300, 200, 1297), "text": (1000, 300, 1000), "sparse": (300, 200, 1297)}
+        default_factory=lambda: {"digits": (300, 200, 1297), "text": (600, 300, 1000), "sparse": (300, 200, 1297)}
     )
-    width: int = 512
-    steps: int = 1200
+    width: int = 256
+    steps: int = 1000
     batch: int = 32
     rates: dict[str, tuple[float, ...]] = field(
-        default_factory=lambda: {"sgd": (0.3, 1.0, 3.0), "adam": (0.01, 0.03, 0.1, 0.3)}
+        default_factory=lambda: {"sgd": (0.3, 1.0, 3.0), "adam": (0.03, 0.1, 0.3)}
     )
     units: int = 1024  # drawn for the Adam-like limit
     # The comparison with finite networks: widths of one and of two hidden layers, inputs trained on and compared at,
     # units drawn for the limit (its own error adds to the distance), and the greatest width that Adam is run at.
     widths: tuple[int, ...] = (64, 256, 1024, 4096)
     widths_of_two: tuple[int, ...] = (64, 256, 1024)
-    width_seeds: int = 4
+    width_seeds: int = 3
     width_sizes: tuple[int, int] = (48, 64)
     width_units: int = 65536
-    most_adam: int = 1024
+    most_adam: int = 256
 
     def described(self) -> dict[str, Any]:
         """Plain values for the run folder."""
@@ -95,10 +95,10 @@ class Plan:
         return Recipe(optimizer, features == "frozen", rate, self.steps, self.batch)
 
     def jobs(self) -> list[Job]:
-        """In order; of every setting the first seed chooses the rates of the others."""
+        """In order: of every setting the first seed, which chooses the rates of the others, then the next one."""
         compared = [Job(f"distance.depth{depth}", None, 0, depth) for depth in (1, 2)]
-        return compared + [
+        return [
             Job(f"{setting.task}.depth{setting.depth}.seed{seed}", setting, seed, setting.depth)
-            for setting in self.settings
             for seed in range(self.seeds)
-        ]
+            for setting in self.settings
+        ] + compared
