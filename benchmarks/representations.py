@@ -31,7 +31,7 @@ from darkformer.train.data import load_documents, token_blocks
 
 #: Scales of queries and keys. At 1 a kernel's mean square is nothing beside its best second moment.
 SCALES = (0.2, 0.3, 0.5, 1.0)
-TOKENS, SINKS, POINTS, DRAWS = 512, 4, 128, 4000
+TOKENS, SINKS, POINTS, DRAWS = 512, 4, 128, 2000
 
 
 def points_of(fm: FeatureMap, moments: Moments, captured: tuple[Any, ...]) -> Tensor:

@@ -211,7 +211,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_numbers(tmp_path: Path) ->
     with pytest.raises(Stopped):
         Experiment(TINY, parts, StopsAt("digits.depth1.seed1")).run()
     assert not record_file(parts).exists()
-    assert Experiment(TINY, parts, Silent()).table()[-2:] == [["digits", "1", "2", "1"], ["sparse", "1", "2", "2"]]
+    assert Experiment(TINY, parts, Silent()).table()[1:3] == [["digits", "1", "2", "1"], ["sparse", "1", "2", "1"]]
     with pytest.raises(RunFolderError, match="--resume continues it"):
         Experiment(TINY, parts, Silent()).run()
     with pytest.raises(RunFolderError, match="steps: 6 there, 7 now"):
