@@ -89,7 +89,7 @@ def reproduce(
 def infinite_width(
     out: Path, data: list[str], steps: int, resume: bool, overwrite: bool, plot_only: bool, dry_run: bool
 ) -> None:
-    """The experiment on infinite width, some 20 minutes on two cores."""
+    """The experiment on infinite width, minutes on two cores."""
     from ..research.infinite_width.experiment import Experiment
     from ..research.infinite_width.plan import Plan
     from ..research.infinite_width.report import draw

@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run depends on; saved whole, and compared when it is resumed. Defaults: 20 minutes on two cores."""
+    """Everything a run depends on; saved whole, and compared when it is resumed. Defaults: minutes on two cores."""
 
     settings: tuple[Setting, ...] = (
         Setting("digits", 1),
