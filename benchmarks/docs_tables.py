@@ -17,8 +17,14 @@ from typing import Any
 from darkformer.diagnostics.report import comparison
 from darkformer.evaluation.frontier_report import frontier_markdown, frontier_notes
 from darkformer.research.bench_targets import measurements_markdown
+from darkformer.research.infinite_width.report import TABLES as WIDTH_TABLES
+from darkformer.research.infinite_width.report import record_file
+from darkformer.research.reproduce.records import read_lines
+from darkformer.research.reproduce.session import table_markdown
 
 ROOT = Path(__file__).parents[1]
+#: Of `darkformer reproduce width`.
+WIDTH = ROOT / "docs" / "reproduction" / "width"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -72,6 +78,12 @@ def drift(_: list[str]) -> str:
     return "\n".join(lines)
 
 
+def infinite_width(name: str, _: list[str]) -> str:
+    picture = "![scores, and distance to the limit against width](reproduction/width/plots/width.png)\n\n"
+    table = table_markdown(WIDTH_TABLES[name](read_lines(record_file(WIDTH))))
+    return picture + table if name == "width-claims" else table
+
+
 TABLES: dict[str, Callable[[list[str]], str]] = {
     "frontier": partial(frontier, "frontier-smollm2"),
     "frontier-gemma3": partial(frontier, "frontier-gemma3"),
@@ -84,6 +96,8 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "bench-amx": lambda _: measurements_markdown(read("bench-amx")),
     "bench-avx2": lambda _: measurements_markdown(read("bench-avx2")),
 }
+if record_file(WIDTH).is_file():
+    TABLES |= {name: partial(infinite_width, name) for name in WIDTH_TABLES}
 SECTION = re.compile(rf"<!-- ({'|'.join(TABLES)})(?:: ([^>]*?))? -->\n(?:.*?\n)??<!-- \1 -->", flags=re.S)
 
 

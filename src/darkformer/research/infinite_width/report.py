@@ -17,6 +17,9 @@ from .convergence import OPTIMIZERS
 from .plan import MODELS
 from .verdicts import Lines, claim_table, score_table, scores, settings, slope_table, slopes
 
+#: File and section in the docs → the table, header first, from the record's lines.
+TABLES = {"width-claims": claim_table, "width-scores": score_table, "width-slopes": slope_table}
+
 
 def record_file(out: Path) -> Path:
     """The record that everything is drawn from."""
@@ -32,11 +35,7 @@ def draw(out: Path) -> dict[str, list[list[str]]]:
     lines = read_lines(record_file(out))
     if not lines:
         raise InputError(f"{record_file(out)}: no record to draw from. Run `darkformer reproduce width` first.")
-    tables = {
-        "width-claims": claim_table(lines),
-        "width-scores": score_table(lines),
-        "width-slopes": slope_table(lines),
-    }
+    tables = {name: table(lines) for name, table in TABLES.items()}
     (out / "tables").mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         (out / "tables" / f"{name}.md").write_text(table_markdown(rows), encoding="utf-8")
