@@ -114,8 +114,9 @@ def distances(plan: Plan, depth: int, advance: Advance) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(depth)
     task = digits(Sizes(train, 0, test), (), generator)
     x, y = task.x, 1 - 2.0 * (task.y.argmax(-1, keepdim=True)[:train] % 2)
-    exact = Limit(sum(tangent_kernels(x.double(), x[:train].double(), depth)), y)
-    sampled = Limit(sum(AdamLike(x, train, depth, 1, units=plan.width_units, generator=generator).kernels()), y)
+    exact = Limit(torch.stack(tangent_kernels(x.double(), x[:train].double(), depth)).sum(0), y)
+    layers = AdamLike(x, train, depth, 1, units=plan.width_units, generator=generator).kernels()
+    sampled = Limit(torch.stack(layers).sum(0), y)
     rows = []
     for width in widths:
         for seed in range(plan.width_seeds):

@@ -167,8 +167,8 @@ class Experiment:
             generator=generator_of("kernel", setting.name, seed),
         )
         return {
-            "ntk": sum(tangent_kernels(exact, exact[:count], setting.depth), torch.tensor(0.0)),
-            "adam-like": sum(sampled.kernels(), torch.tensor(0.0)),
+            "ntk": torch.stack(tangent_kernels(exact, exact[:count], setting.depth)).sum(0),
+            "adam-like": torch.stack(sampled.kernels()).sum(0),
         }
 
     def _rates(self, setting: Setting, seed: int, model: str) -> Sequence[float]:
