@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -65,24 +66,27 @@ def measured(layer: int, points: Tensor) -> list[dict[str, Any]]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown: a row a representation, two columns a scale."""
-    lines = ["| representation |", "|---|"]
+    """Markdown: a row a scale and representation."""
+    lines = [
+        "| scale | representation | best draws, mean over heads | heads whose own interval has 1 | N(0, I), median |",
+        "|---:|---|---:|---:|---:|",
+    ]
     for scale in record["scales"]:
-        lines[0] += f" scale {scale:g}: best draws | 95 % intervals that have 1 | N(0, I), median |"
-        lines[1] += "---:|---:|---:|"
-    for name in REPRESENTATIONS:
-        cells = []
-        for scale in record["scales"]:
-            rows = [row for row in record["rows"] if row["scale"] == scale]
-            best = [row[f"{name}_optimal"] for row in rows]
-            ratios = torch.tensor([x["ratio"] for x in best], dtype=torch.float64)
-            errors = torch.tensor([x["standard_error"] for x in best], dtype=torch.float64)
-            held = ((ratios - 1).abs() <= 1.96 * errors + 1e-12).double().mean()
-            naive = torch.tensor([row[f"{name}_naive"]["ratio"] for row in rows], dtype=torch.float64).median()
-            pooled = float(errors.square().mean() ** 0.5 / len(errors) ** 0.5)
-            cells.append(f"{float(ratios.mean()):.4f} ± {1.96 * pooled:.4f} | {float(held):.0%} | {float(naive):.3g}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows = [row for row in record["rows"] if row["scale"] == scale]
+        for name in REPRESENTATIONS:
+            best, naive = ([row[f"{name}_{way}"] for row in rows] for way in ("optimal", "naive"))
+            held = fmean(abs(x["ratio"] - 1) <= 1.96 * x["standard_error"] for x in best)
+            error = sum(x["standard_error"] ** 2 for x in best) ** 0.5 / len(best)
+            lines.append(
+                f"| {scale:g} | {name} | {fmean(x['ratio'] for x in best):.4f} ± {1.96 * error:.4f} | {held:.0%} | "
+                f"{median(x['ratio'] for x in naive):.3g} |"
+            )
+    warm = [row for row in record["rows"] if row["scale"] == max(record["scales"])]
+    rare = sum(row["positive_optimal"]["ratio"] < 0.01 for row in warm)
+    note = f"In {rare} of {len(warm)} heads at scale {max(record['scales']):g} one point carries the kernel"
+    return "\n".join(
+        [*lines, "", f"{note}, and none of {record['draws']:,} draws of the positive features is another's."]
+    )
 
 
 def main() -> None:
