@@ -61,7 +61,7 @@ def test_rows_hold_together(result: dict[str, Any]) -> None:
         assert row["inadmissible"] == sum(v >= 0.5 for v in row["balanced"]["eigenvalues"])
         above = row["optimality"]["log_times_bound"]
         assert all(value >= 0 for value in above.values()) and row["optimality"]["helps"] in HELPS
-        assert row["optimality"]["log_least"] <= row["optimality"]["log_least_at_1"]
+        assert row["optimality"]["scale"] in row["by_scale"]["scales"]
     assert sum(result["recommendations"]["helps"].values()) == 6
 
 

@@ -199,7 +199,7 @@ class Layer:
         """How far draws for the default form's far keys are from the least error of the kernel, per head.
 
         At each head's best measured scale, for the isotropic draws that the default form has and for the proposals it
-        could have; and the least error at scale 1. Queries and keys are samples, taken as independent; the log-weight
+        could have. Queries and keys are samples, taken as independent; the log-weight
         that centring puts on keys is left out, as it is exact.
 
         Args:
@@ -218,14 +218,9 @@ class Layer:
             scale = SCALES[best]
             own = PairMoments(*(x[g] for x in moments)).scaled(torch.tensor(scale))
             proposals = {name: proposal_covariance(name, own) for name in ("isotropic", "oprf", "optimal")}
-            chosen, full = (
-                optimality(s * rows[0][g], s * rows[1][g], which, draws=self.effort.draws, generator=generator)
-                for s, which in ((scale, proposals), (1.0, {}))
-            )
-            row = {
-                "scale": scale, "log_least": chosen.log_least, "log_least_at_1": full.log_least,
-                "log_times_bound": chosen.log_times_bound,
-            }  # fmt: skip
+            samples = (scale * x[g] for x in rows)
+            of_head = optimality(*samples, proposals, draws=self.effort.draws, generator=generator)
+            row = {"scale": scale, **of_head._asdict()}
             found.append({**row, "helps": what_helps(row, self.config.num_features)})
         return found
 

@@ -21,7 +21,7 @@ from ..reporting import printable
 from . import figures as plots
 from .summary import HELPS, measured_rows
 
-COLUMNS = ("layer", "head", "rank", "nats", "balanced", "far", "features", "default", "exact", "m", "× bound", "helps")
+COLUMNS = ("layer", "head", "rank", "nats", "bal.", "far", "alone", "default", "exact", "×bound", "helps")
 #: Heads shown from each end of the ranking.
 SHOWN = 5
 #: File, title, how to read it.
@@ -52,7 +52,7 @@ def _cells(row: Mapping[str, Any], m: str, window: str) -> tuple[str, ...]:
         str(row["layer"]), str(row["head"]), f"{row['key']['effective_rank']:.1f}",
         f"{row['log_moment']['performer']['predicted']:.1f}", f"{row['log_moment']['balanced']['predicted']:.1f}",
         f"{row['mass']['far']:.0%}", f"{row['error']['balanced'][m]:.2f}", f"{row['default_error'][window][m]:.3f}",
-        f"{row['exact_part_error'][window]:.3f}", m, _factor(row["optimality"]["log_times_bound"]["isotropic"]),
+        f"{row['exact_part_error'][window]:.3f}", _factor(row["optimality"]["log_times_bound"]["isotropic"]),
         row["optimality"]["helps"],
     )  # fmt: skip
 
@@ -101,12 +101,12 @@ def _bounded(record: Mapping[str, Any]) -> str:
     m, counts = record["config"]["num_features"], record["recommendations"]["helps"]
     found = [row["optimality"] for row in measured_rows(record["rows"])]
     own, best = (median(row["log_times_bound"][name] for row in found) for name in ("isotropic", "optimal"))
-    least, at_1 = (median(row[name] for row in found) for name in ("log_least", "log_least_at_1"))
+    least = median(row["log_least"] for row in found)
     parts = "; ".join(f"{count} heads: {HELPS[name]}" for name, count in counts.items() if count)
     return (
         f"Features' kernel at each head's scale, median: squared error {_factor(own)} × the least that any {m} draws "
         f"can have (optimal Gaussian proposal {_factor(best)} ×); the least is {_factor(least - math.log(m))} × the "
-        f"kernel's mean square, and {_factor(at_1 - math.log(m))} × at scale 1. What helps: {parts}."
+        f"kernel's mean square. What helps: {parts}."
     )
 
 
@@ -185,9 +185,9 @@ def print_diagnosis(record: Mapping[str, Any], console: Console) -> None:
         table.add_row(*_cells(row, m, window), end_section=len(rows) > 2 * SHOWN and i == SHOWN - 1)
     console.print(table)
     console.print(
-        "rank: effective rank of the keys; nats, balanced: log second moment of a draw, Performer's and once centred "
-        f"and balancing; far: attention beyond window {window} and sinks; features, default, exact: error of the "
-        f"output at m = {m} by features alone (centred, balanced), both parts, window and sinks alone; × bound: "
+        "rank: effective rank of the keys; nats, bal.: log second moment of a draw, Performer's and once centred "
+        f"and balancing; far: attention beyond window {window} and sinks; alone, default, exact: error of the "
+        f"output at m = {m} by features alone (centred, balanced), both parts, window and sinks alone; ×bound: "
         "squared error of the features' kernel at the head's best scale over the least that any draws can have; helps: "
         "what lowers it.",
         style="dim",
