@@ -218,9 +218,10 @@ class Layer:
             scale = SCALES[best]
             own = PairMoments(*(x[g] for x in moments)).scaled(torch.tensor(scale))
             proposals = {name: proposal_covariance(name, own) for name in ("isotropic", "oprf", "optimal")}
-            samples = (scale * x[g] for x in rows)
-            of_head = optimality(*samples, proposals, draws=self.effort.draws, generator=generator)
-            row = {"scale": scale, **of_head._asdict()}
+            head = optimality(
+                scale * rows[0][g], scale * rows[1][g], proposals, draws=self.effort.draws, generator=generator
+            )
+            row: dict[str, Any] = {"scale": scale, **head._asdict()}
             found.append({**row, "helps": what_helps(row, self.config.num_features)})
         return found
 
