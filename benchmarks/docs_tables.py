@@ -17,12 +17,17 @@ from typing import Any
 from darkformer.diagnostics.report import comparison
 from darkformer.evaluation.frontier_report import frontier_markdown, frontier_notes
 from darkformer.research.bench_targets import measurements_markdown
+from darkformer.research.infinite_width.report import TABLES as WIDTH_TABLES
+from darkformer.research.infinite_width.report import record_file
+from darkformer.research.reproduce.records import read_lines
 from darkformer.research.reproduce.session import table_markdown
 from darkformer.research.time.analysis import analyse
 from darkformer.research.time.report import study_tables
 from darkformer.research.time.study import read_study
 
 ROOT = Path(__file__).parents[1]
+#: Of `darkformer reproduce width`.
+WIDTH = ROOT / "docs" / "reproduction" / "width"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -85,6 +90,12 @@ def study(name: str, _: list[str]) -> str:
     return table_markdown(study_tables(analyse(lines), lines, calibration)[name])
 
 
+def infinite_width(name: str, _: list[str]) -> str:
+    picture = "![scores, and distance to the limit against width](reproduction/width/plots/width.png)\n\n"
+    table = table_markdown(WIDTH_TABLES[name](read_lines(record_file(WIDTH))))
+    return picture + table if name == "width-claims" else table
+
+
 TABLES: dict[str, Callable[[list[str]], str]] = {
     "frontier": partial(frontier, "frontier-smollm2"),
     "frontier-gemma3": partial(frontier, "frontier-gemma3"),
@@ -93,6 +104,7 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "generation": generation,
     "rankings": rankings,
     "drift": drift,
+    "representations": lambda _: script("representations")["table"](read("representations")),
     "bench": lambda _: measurements_markdown(read("bench")),
     "bench-amx": lambda _: measurements_markdown(read("bench-amx")),
     "bench-avx2": lambda _: measurements_markdown(read("bench-avx2")),
@@ -106,6 +118,8 @@ if (STUDY / "records" / "time.jsonl").is_file():
     }
 if PLANS.is_file():
     TABLES["plan-check"] = lambda _: script("plan_check")["table"](read("plan-check"))
+if record_file(WIDTH).is_file():
+    TABLES |= {name: partial(infinite_width, name) for name in WIDTH_TABLES}
 SECTION = re.compile(rf"<!-- ({'|'.join(TABLES)})(?:: ([^>]*?))? -->\n(?:.*?\n)??<!-- \1 -->", flags=re.S)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darkformer.diagnostics.bounds import log_lower_bound, log_mean_square, sample_optimal
 from darkformer.diagnostics.colder import colder_error
 from darkformer.features.proposals import (
     expected_log_moment,
@@ -27,7 +28,6 @@ from darkformer.features.proposals import (
 )
 from darkformer.features.transforms import symmetric_power
 from darkformer.records import environment, read_json, write_json
-from darkformer.research.bounds import log_lower_bound, log_mean_square, sample_optimal
 from darkformer.research.theory_figures import theory_panels
 
 EYE = torch.eye(3, dtype=torch.float64)

@@ -15,6 +15,7 @@ from darkformer import ConfigError, DarkConfig, InputError
 from darkformer.diagnostics.layer import Effort
 from darkformer.diagnostics.report import PICTURES, print_diagnosis, write_diagnosis
 from darkformer.diagnostics.run import diagnose
+from darkformer.diagnostics.summary import HELPS, what_helps
 
 CONFIG = DarkConfig(num_features=16, window=8, sinks=2)
 EFFORT = Effort(counts=(4, 16, 64), tokens=64, pairs=16, draws=256, queries=8, noise_draws=64)
@@ -58,6 +59,26 @@ def test_rows_hold_together(result: dict[str, Any]) -> None:
         assert row["default_error"][8][16] <= row["exact_part_error"][8] + 1e-9  # the search may turn features off
         assert 0 < row["bound"] <= row["first_order"]
         assert row["inadmissible"] == sum(v >= 0.5 for v in row["balanced"]["eigenvalues"])
+        above = row["optimality"]["log_times_bound"]
+        assert all(value >= 0 for value in above.values()) and row["optimality"]["helps"] in HELPS
+        assert row["optimality"]["scale"] in row["by_scale"]["scales"]
+    assert sum(result["recommendations"]["helps"].values()) == 6
+
+
+@pytest.mark.parametrize(
+    ("log_least", "isotropic", "optimal", "m", "helps"),
+    [
+        (6.0, 0.1, 0.1, 128, "colder"),  # e^6 = 403 of the best draws give an error as large as the kernel
+        (6.0, 0.1, 0.1, 512, "features"),
+        (2.0, 3.0, 1.0, 128, "optimal"),
+        (2.0, 3.0, 2.5, 128, "features"),
+        (-2.0, 0.1, 0.1, 128, "nothing"),
+        (-2.0, 3.0, 0.1, 128, "optimal"),
+    ],
+)
+def test_what_helps(log_least: float, isotropic: float, optimal: float, m: int, helps: str) -> None:
+    above = {"isotropic": isotropic, "oprf": isotropic, "optimal": optimal}
+    assert what_helps({"log_least": log_least, "log_times_bound": above}, m) == helps
 
 
 def test_one_layer_only() -> None:
@@ -73,6 +94,7 @@ def test_pictures_page_and_table(result: dict[str, Any], tmp_path: Path) -> None
     print_diagnosis(_record(result), console)
     text = console.export_text()
     assert "Rank correlation" in text and "--window" in text
+    assert "× the least that any 16 draws can have" in " ".join(text.split())
 
 
 class TestBadInput:

@@ -1,8 +1,7 @@
-"""All random feature representations are equivalent: two of them, sampled optimally, reach the one lower bound.
+"""All random feature representations are equivalent: each, drawn from its own best distribution, reaches one bound.
 
-The representations are scalar features of exp(xᵀy): positive ones exp(ωᵀx - ½‖x‖²), and trigonometric ones
-exp(½‖x‖²)·√2·cos(ωᵀx + b) with a random phase b. x and y are independent draws of the same finite sample, so every
-expectation over them is an exact average; only ω (and b) are random.
+x and y are independent draws of the same finite sample, so every expectation over them is an exact average; only the
+features' draws are random.
 """
 
 import math
@@ -12,67 +11,71 @@ import torch
 from torch import Tensor
 
 from darkformer import InputError
-from darkformer.research.bounds import (
+from darkformer.diagnostics.bounds import (
     log_lower_bound,
     log_mean_kernel,
     log_mean_square,
     log_optimal_second_moment,
-    sample_optimal,
+    log_proposal_moment,
+    optimality,
 )
+from darkformer.features.proposals import optimal_covariance
+from darkformer.research.representations import REPRESENTATIONS, error_over_bound
 
 DRAWS = 20_000
+EYE = torch.eye(3, dtype=torch.float64)
 
 
 def sample(scale: float = 0.6) -> Tensor:
     return scale * torch.randn(12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def squared_errors(features: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """Mean over all pairs of (w φ(x)φ(y) - K(x, y))², per draw. features (D, N), weight (D,)."""
-    estimates = weight[:, None, None] * features[:, :, None] * features[:, None, :]
-    return (estimates - (x @ x.T).exp()).square().mean((1, 2))
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+def test_a_representation_estimates_the_kernel(name: str) -> None:
+    """Without bias, drawn from p and from its best distribution: within 5 standard errors at every pair."""
+    x = sample(0.4)
+    squares = x.square().sum(-1)
+    for optimal in (False, True):
+        generator = torch.Generator().manual_seed(4)
+        chosen = x[torch.multinomial(squares.softmax(0), DRAWS, replacement=True, generator=generator)]
+        found = REPRESENTATIONS[name](x, chosen, optimal, generator)
+        features = found.sign * found.log_size.exp()
+        weight = squares.exp().mean() / features.square().mean(1) if optimal else torch.ones(DRAWS).double()
+        products = weight[:, None, None] * features[:, :, None] * features[:, None, :]
+        error = products.std(0) / DRAWS**0.5
+        assert bool(((products.mean(0) - (x @ x.T).exp()).abs() <= 5 * error).all())
 
 
-def positive(x: Tensor, optimal: bool) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    omega = torch.randn(DRAWS, 3, generator=generator, dtype=torch.float64)
-    weight = torch.ones(DRAWS, dtype=torch.float64)
-    if optimal:
-        omega = sample_optimal(x, DRAWS, generator)
-        weight = (log_mean_kernel(x) - log_mean_square(omega, x)).exp()
-    return squared_errors((omega @ x.T - 0.5 * x.square().sum(-1)).exp(), weight, x)
-
-
-def trigonometric(x: Tensor, optimal: bool) -> Tensor:
-    """ψ* ∝ p(ω)·E_x[e^‖x‖²·2cos²(ωᵀx + b)]: pick x by e^‖x‖², ω ~ N(0, I), and the angle ωᵀx + b from 2cos²."""
-    generator = torch.Generator().manual_seed(3)
-    many = 4 * DRAWS
-    omega = torch.randn(many, 3, generator=generator, dtype=torch.float64)
-    angle = 2 * math.pi * torch.rand(many, generator=generator, dtype=torch.float64)
-    growth = x.square().sum(-1)
-    if optimal:
-        accepted = torch.rand(many, generator=generator, dtype=torch.float64) < angle.cos().square()
-        omega, angle = omega[accepted][:DRAWS], angle[accepted][:DRAWS]
-        chosen = torch.multinomial(growth.softmax(0), DRAWS, replacement=True, generator=generator)
-        phase = angle - (omega * x[chosen]).sum(-1)
-    else:
-        omega, phase = omega[:DRAWS], angle[:DRAWS]
-    features = (0.5 * growth).exp() * math.sqrt(2) * (omega @ x.T + phase[:, None]).cos()
-    weight = growth.exp().mean() / features.square().mean(1) if optimal else torch.ones(DRAWS).double()
-    return squared_errors(features, weight, x)
-
-
-@pytest.mark.parametrize("features", [positive, trigonometric])
-def test_optimal_sampling_reaches_the_bound(features: object) -> None:
-    """Within 4 standard errors and 1 %; sampled from p instead, the same features are far above it."""
+@pytest.mark.parametrize("name", REPRESENTATIONS)
+def test_optimal_sampling_reaches_the_bound(name: str) -> None:
+    """Within 4 standard errors and 1 %; drawn from p instead, the same features are far above it."""
     x = sample()
-    bound = float(log_lower_bound(x, x).exp())
-    errors = features(x, optimal=True)
-    standard = float(errors.std()) / DRAWS**0.5
-    assert abs(float(errors.mean()) - bound) <= 4 * standard
-    assert standard < 0.01 * bound
-    naive = features(x, optimal=False)
-    assert float(naive.mean()) > 1.15 * bound
+    best = error_over_bound(name, x, optimal=True, draws=DRAWS, generator=torch.Generator().manual_seed(2))
+    assert abs(best.ratio - 1) <= 4 * best.standard_error
+    assert best.standard_error < 0.01
+    naive = error_over_bound(name, x, optimal=False, draws=DRAWS, generator=torch.Generator().manual_seed(2))
+    assert naive.ratio > 1.15
+
+
+def test_the_error_of_a_proposal_is_measured() -> None:
+    """`log_proposal_moment` against weighted draws, and no proposal below the bound."""
+    query, key = sample(0.3), 0.4 * sample() + 0.1
+    pairs = query[:, None] + key
+    covariance = optimal_covariance((pairs[..., :, None] * pairs[..., None, :]).mean((0, 1)))
+    proposals = {"isotropic": EYE, "optimal": covariance, "narrow": 0.51 * EYE}
+    found = optimality(query, key, proposals)
+    square = float((2 * query @ key.T).exp().mean())
+    for name in ("isotropic", "optimal"):
+        root = torch.linalg.cholesky(proposals[name])
+        isotropic = torch.randn(100_000, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        omega = isotropic @ root.T
+        weight = 0.5 * (isotropic.square() - omega.square()).sum(-1) + root.diagonal().log().sum()
+        moments = (2 * weight + log_mean_square(omega, query) + log_mean_square(omega, key)).exp()
+        predicted = float(log_proposal_moment(proposals[name], query, key).exp())
+        assert abs(float(moments.mean()) - predicted) <= 4 * float(moments.std()) / 100_000**0.5
+        above = (predicted - square) / (square * math.exp(found.log_least))
+        assert math.exp(found.log_times_bound[name]) == pytest.approx(above)
+    assert 0 < found.log_times_bound["optimal"] < found.log_times_bound["isotropic"] < found.log_times_bound["narrow"]
 
 
 def test_the_bound_is_its_formula() -> None:

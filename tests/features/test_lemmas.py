@@ -9,6 +9,7 @@ from tolerances import relative_error
 from torch import Tensor
 
 from darkformer import ConfigError
+from darkformer.diagnostics.bounds import log_mean_square, log_optimal_ratio, log_optimal_second_moment, sample_optimal
 from darkformer.features.proposals import (
     expected_square,
     inadmissible,
@@ -18,7 +19,6 @@ from darkformer.features.proposals import (
     theorem32_covariance,
 )
 from darkformer.features.transforms import symmetric_power, whitening
-from darkformer.research.bounds import log_mean_square, log_optimal_ratio, log_optimal_second_moment, sample_optimal
 
 EYE = torch.eye(3, dtype=torch.float64)
 

@@ -364,6 +364,6 @@ def test_a_run_that_diverges_is_a_finished_run(text_glob: str) -> None:
 
 
 def test_reproduce_time_refuses_what_it_cannot_do(refused: Refused, tmp_path: Path) -> None:
-    assert "no --scale" in refused("reproduce", "time", "--scale", "full", "--out", str(tmp_path))
+    assert "leave out --scale" in refused("reproduce", "time", "--scale", "full", "--out", str(tmp_path))
     missing = refused("reproduce", "time", "--plot-only", "--out", str(tmp_path))
     assert "darkformer reproduce time" in missing and not record_file(tmp_path / "time").exists()

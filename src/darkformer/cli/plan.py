@@ -12,8 +12,7 @@ from ..config import DarkConfig
 from ..console import RichReporter
 from ..research.time.settings import CALIBRATE, PlanTask
 from .options import Fields
-from .reproduce import print_rows
-from .terminal import console
+from .terminal import console, print_rows
 
 Model = Annotated[
     str,
@@ -59,7 +58,7 @@ def plan(
     check_context(SimpleNamespace(config=settings), task.sequence)
     positions = getattr(settings.get_text_config(decoder=True), "max_position_embeddings", None)
     planned = estimate(shape, task, config, load_calibration(), positions=positions, name=model)
-    print_rows(stage_rows(planned), f"linearize, {task.sequence:,} tokens a step, {task.precision}", console)
+    print_rows(stage_rows(planned), f"linearize, {task.sequence:,} tokens a step, {task.precision}")
     for line in estimate_lines(planned, model):
         console.print(line, soft_wrap=True)
 
@@ -75,7 +74,7 @@ def _calibrate(out: Path | None, overwrite: bool) -> None:
     calibration = calibrate_machine(trials(), dtypes(), file, overwrite=overwrite, reporter=RichReporter())
     tables: dict[str, Any] = calibration_tables(calibration)
     for name, rows in tables.items():
-        print_rows(rows, name, console)
+        print_rows(rows, name)
     for line in roofline_lines(calibration):
         console.print(line, soft_wrap=True)
     if out is not None:

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..config import TrainConfig, field_help
 from ..console import RichReporter
 from ..errors import ConfigError
 from ..evaluation.settings import BudgetTask
-from .reproduce_time import reproduce_time
-from .terminal import console
+from .studies import STUDIES
+from .terminal import console, print_rows, print_tables
 
 Figure = Annotated[
     str,
     typer.Argument(
-        help="1, 2-top, 2-bottom, 2 (both), 3, 4, 5 or all; one experiment: 3.grown; or time: the loss law in seconds, "
-        "in OUT/time.",
+        help="1, 2-top, 2-bottom, 2 (both), 3, 4, 5 or all; one experiment: 3.grown; time: the loss law in seconds, in "
+        "OUT/time; width: what an infinitely wide network becomes under gradient descent and under Adam, in OUT/width.",
         metavar="FIGURE",
     ),
 ]
@@ -35,7 +33,8 @@ Data = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the reproduction in the folder; add figures to it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the reproduction in the folder.")]
 Steps = Annotated[
-    int, typer.Option("--steps", help="At most so many steps a run, to try it out; 0: the plan's.", min=0)
+    int,
+    typer.Option("--steps", help="At most so many steps a run, to try it out; 0: the plan's.", min=0),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Instead of the scale's precision: float32 or bfloat16.")]
 PlotOnly = Annotated[bool, typer.Option("--plot-only", help="Only draw, from the records in the folder.")]
@@ -58,22 +57,21 @@ def reproduce(
 
     Killed at any moment, it continues with --resume where it stopped.
     """
+    if figure in STUDIES:
+        if scale != "laptop" or dtype:
+            raise ConfigError(f"reproduce {figure} has one scale and one precision: leave out --scale and --dtype.")
+        study = STUDIES[figure]
+        study(out / figure, data, steps, resume=resume, overwrite=overwrite, plot_only=plot_only, dry_run=dry_run)
+        return
     from ..research.reproduce.scales import SCALES
     from ..research.reproduce.session import Reproduction, chosen_figures, draw
 
-    if figure == "time":
-        if scale != "laptop" or dtype:
-            raise ConfigError("reproduce time: it has no --scale and no --dtype, one machine's float32 is its subject.")
-        reproduce_time(
-            out / figure, data, steps, resume=resume, overwrite=overwrite, plot_only=plot_only, dry_run=dry_run
-        )
-        return
     figures = chosen_figures(figure)
     if scale not in SCALES:
         raise ConfigError(f"--scale {scale}: unknown; choose one of {', '.join(SCALES)}.")
     if plot_only:
         figures = tuple(name.split(".")[0] for name in figures)
-        print_tables(draw(out, figures, strict=figure != "all"), console)
+        print_tables(draw(out, figures, strict=figure != "all"))
         return
     chosen = SCALES[scale].shortened(steps) if steps else SCALES[scale]
     if data:
@@ -82,23 +80,7 @@ def reproduce(
         chosen = replace(chosen, dtype=TrainConfig(dtype=dtype).dtype)  # checked, and `auto` settled for good
     work = Reproduction(chosen, figures, out, RichReporter())
     if dry_run:
-        print_rows(work.plan(), f"plan, scale {scale}", console)
+        print_rows(work.plan(), f"plan, scale {scale}")
         return
-    print_tables(work.run(resume=resume, overwrite=overwrite), console)
+    print_tables(work.run(resume=resume, overwrite=overwrite))
     console.print(f"Records: {out / 'records'}   plots: {out / 'plots'}   tables: {out / 'tables'}")
-
-
-def print_rows(rows: list[list[str]], title: str, console: Console) -> None:
-    """A table whose first row is its header."""
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-
-
-def print_tables(tables: dict[str, list[list[str]]], console: Console) -> None:
-    """One table a figure, and the claims."""
-    for name, rows in tables.items():
-        print_rows(rows, name, console)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.moments import Moments, head_rows
+from ..calibration.moments import Moments, feature_moments, head_rows
 from ..calibration.probe import SCALES as SEARCH_SCALES
 from ..calibration.probe import Probe
 from ..config import DarkConfig, option
 from ..features.feature_map import FeatureMap
+from ..features.proposals import PairMoments, proposal_covariance
+from .bounds import optimality
 from .estimators import (
     ESTIMATORS,
     balanced_covariance,
@@ -24,6 +26,7 @@ from .estimators import (
     spectrum,
 )
 from .prediction import Predictor
+from .summary import what_helps
 
 #: Numbers of features at which the output error is measured.
 COUNTS = (16, 32, 64, 128, 256, 512, 1024)
@@ -192,6 +195,36 @@ class Layer:
             rows.append(row)
         return rows
 
+    def optimality(self, measured: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """How far draws for the default form's far keys are from the least error of the kernel, per head.
+
+        At each head's best measured scale, for the isotropic draws that the default form has and for the proposals it
+        could have. Queries and keys are samples, taken as independent; the log-weight
+        that centring puts on keys is left out, as it is exact.
+
+        Args:
+            measured: (S, G) errors of the default form.
+        """
+        fm = self._map("balanced", self.far, 1)
+        query, key = self.probe.mapped(fm.parameters_for(torch.float64))
+        moments, generator = feature_moments(fm, self.far), torch.Generator().manual_seed(self.effort.seed)
+        late = self.probe.real & (self.probe.position >= self.config.sinks)
+        rows = []
+        for x in (query, key):
+            samples = head_rows(x, late)
+            rows.append(samples[:, torch.randint(samples.shape[1], (self.effort.pairs,), generator=generator)])
+        found = []
+        for g, best in enumerate(measured["default"].argmin(0).tolist()):
+            scale = SCALES[best]
+            own = PairMoments(*(x[g] for x in moments)).scaled(torch.tensor(scale))
+            proposals = {name: proposal_covariance(name, own) for name in ("isotropic", "oprf", "optimal")}
+            head = optimality(
+                scale * rows[0][g], scale * rows[1][g], proposals, draws=self.effort.draws, generator=generator
+            )
+            row: dict[str, Any] = {"scale": scale, **head._asdict()}
+            found.append({**row, "helps": what_helps(row, self.config.num_features)})
+        return found
+
     def noise(self) -> list[dict[str, Any]]:
         """Bound, first-order and predicted error of the centred, balanced estimator (window 0), per head."""
         p = self._map("balanced", self.every, 1).parameters_for(torch.float64)
@@ -234,7 +267,7 @@ def diagnose_layer(layer: Layer) -> list[dict[str, Any]]:
     """All of it, one dict a key/value head. Keys of `m` and windows are integers here and strings in JSON."""
     geometry, mass, noise, size = layer.geometry(), layer.mass(), layer.noise(), layer.sample_size()
     moments, errors, default = layer.moments(), layer.errors(), layer.default()
-    scales = layer.scales(default["measured"])
+    scales, optimal = layer.scales(default["measured"]), layer.optimality(default["measured"])
     rows = []
     for g in range(layer.groups):
         rows.append(
@@ -251,6 +284,7 @@ def diagnose_layer(layer: Layer) -> list[dict[str, Any]]:
                 "default_error": {w: {m: e[g] for m, e in by.items()} for w, by in default["error"].items()},
                 "exact_part_error": {w: e[g] for w, e in default["exact_part"].items()},
                 "by_scale": scales[g],
+                "optimality": optimal[g],
             }
         )
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -18,9 +19,9 @@ from rich.text import Text
 from ..records import write_text
 from ..reporting import printable
 from . import figures as plots
-from .summary import measured_rows
+from .summary import HELPS, measured_rows
 
-COLUMNS = ("layer", "head", "rank", "nats", "balanced", "far", "features", "default", "exact")
+COLUMNS = ("layer", "head", "rank", "nats", "bal.", "far", "alone", "default", "exact", "×bound", "helps")
 #: Heads shown from each end of the ranking.
 SHOWN = 5
 #: File, title, how to read it.
@@ -51,8 +52,14 @@ def _cells(row: Mapping[str, Any], m: str, window: str) -> tuple[str, ...]:
         str(row["layer"]), str(row["head"]), f"{row['key']['effective_rank']:.1f}",
         f"{row['log_moment']['performer']['predicted']:.1f}", f"{row['log_moment']['balanced']['predicted']:.1f}",
         f"{row['mass']['far']:.0%}", f"{row['error']['balanced'][m]:.2f}", f"{row['default_error'][window][m]:.3f}",
-        f"{row['exact_part_error'][window]:.3f}",
+        f"{row['exact_part_error'][window]:.3f}", _factor(row["optimality"]["log_times_bound"]["isotropic"]),
+        row["optimality"]["helps"],
     )  # fmt: skip
+
+
+def _factor(log: float) -> str:
+    """exp(log) in few characters, if need be as a power of ten."""
+    return f"{math.exp(log):.2g}" if log < math.log(100) else f"1e{log / math.log(10):.0f}"
 
 
 def ranked(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -75,6 +82,7 @@ def advice(record: Mapping[str, Any]) -> list[str]:
     rho = record["agreement"]
     return [
         *_needed(record),
+        _bounded(record),
         f"Try {flags}: with m = {m['choice']} the mean error is within 5 % of that with "
         f"{max(map(int, m['mean_error']))}; mean error by window {errors} "
         f"(on {record['effort']['tokens']} tokens; longer texts have more beyond a window).",
@@ -86,6 +94,20 @@ def advice(record: Mapping[str, Any]) -> list[str]:
         f"features alone {rho['features']['rank']['best']:.2f} at each head's best scale and {rho['output']:.2f} at "
         f"scale 1. Taking the predicted scale costs {rho['default']['cost'] - 1:.1%} of the error.",
     ]
+
+
+def _bounded(record: Mapping[str, Any]) -> str:
+    """How far the features are from the best draws, and what follows for how many heads."""
+    m, counts = record["config"]["num_features"], record["recommendations"]["helps"]
+    found = [row["optimality"] for row in measured_rows(record["rows"])]
+    own, best = (median(row["log_times_bound"][name] for row in found) for name in ("isotropic", "optimal"))
+    least = median(row["log_least"] for row in found)
+    parts = "; ".join(f"{count} heads: {HELPS[name]}" for name, count in counts.items() if count)
+    return (
+        f"Features' kernel at each head's scale, median: squared error {_factor(own)} × the least that any {m} draws "
+        f"can have (optimal Gaussian proposal {_factor(best)} ×); the least is {_factor(least - math.log(m))} × the "
+        f"kernel's mean square. What helps: {parts}."
+    )
 
 
 def _needed(record: Mapping[str, Any]) -> list[str]:
@@ -163,9 +185,11 @@ def print_diagnosis(record: Mapping[str, Any], console: Console) -> None:
         table.add_row(*_cells(row, m, window), end_section=len(rows) > 2 * SHOWN and i == SHOWN - 1)
     console.print(table)
     console.print(
-        "rank: effective rank of the keys; nats, balanced: log second moment of a draw, Performer's and once centred "
-        f"and balancing; far: attention beyond window {window} and sinks; features, default, exact: error of the "
-        f"output at m = {m} by features alone (centred, balanced), both parts, window and sinks alone.",
+        "rank: effective rank of the keys; nats, bal.: log second moment of a draw, Performer's and once centred "
+        f"and balancing; far: attention beyond window {window} and sinks; alone, default, exact: error of the "
+        f"output at m = {m} by features alone (centred, balanced), both parts, window and sinks alone; ×bound: "
+        "squared error of the features' kernel at the head's best scale over the least that any draws can have; helps: "
+        "what lowers it.",
         style="dim",
         markup=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -33,6 +34,38 @@ def measured_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["problem"] is None]
 
 
+#: Relative squared error of the kernel below which nothing needs to be done about it.
+ENOUGH = 0.01
+#: Times that a proposal must lower the error by, to be worth its cost.
+WORTH = 2.0
+#: `what_helps` → what it says.
+HELPS = {
+    "nothing": "the features' kernel is within 10 %",
+    "features": "more features: the draws are as good as Gaussian ones get",
+    "oprf": "a better proposal: proposal=oprf",
+    "optimal": "a better proposal: proposal=optimal",
+    "colder": "a colder kernel, an exact part or training: no draws of this kernel do with so few features",
+}
+
+
+def what_helps(optimality: Mapping[str, Any], m: int) -> str:
+    """What lowers a head's error of the features' kernel, a key of `HELPS`.
+
+    `colder` where even the best draws would leave an error as large as the kernel; else the proposal that lowers the
+    error `WORTH` times or more; else `features`, or `nothing` where the error is below `ENOUGH`.
+
+    Args:
+        optimality: `log_least` and `log_times_bound` of the scale in use.
+    """
+    above, least = optimality["log_times_bound"], optimality["log_least"] - math.log(m)
+    if least > 0:
+        return "colder"
+    if least + above["isotropic"] < math.log(ENOUGH):
+        return "nothing"
+    best = min(above, key=lambda name: above[name])
+    return best if above["isotropic"] - above[best] >= math.log(WORTH) else "features"
+
+
 def layer_errors(rows: Sequence[Row], window: int, m: int) -> dict[int, float]:
     """Layer → root mean square over heads of the default form's error."""
     layers: dict[int, list[float]] = {}
@@ -48,6 +81,7 @@ def recommendations(rows: Sequence[Row], *, window: int, m: int, exact_share: fl
     window: the smallest whose successor among the measured ones lowers the mean error by less than 10 %.
     proposal: least mean error of features alone at m, softmax's kernel.
     exact_layers: the layers with the greatest error, as many as `exact_share` of all layers allows.
+    helps: how many heads each of `HELPS` holds for.
     """
     good = measured_rows(rows)
     by_m = {c: fmean(r["default_error"][window][c] for r in good) for c in good[0]["default_error"][window]}
@@ -70,6 +104,7 @@ def recommendations(rows: Sequence[Row], *, window: int, m: int, exact_share: fl
         "window": {"choice": chosen, "mean_error": by_window},
         "estimator": {"choice": min(by_estimator, key=lambda n: by_estimator[n]), "mean_error": by_estimator},
         "exact_layers": {"choice": sorted(worst), "error": errors, "share": exact_share},
+        "helps": {name: sum(r["optimality"]["helps"] == name for r in good) for name in HELPS},
     }
 
 

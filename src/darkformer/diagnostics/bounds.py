@@ -9,11 +9,14 @@ Samples stand for their empirical distribution, with q and k independent. Everyt
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..features.proposals import log_moment
 
 
 def log_mean_square(projection: Tensor, x: Tensor) -> Tensor:
@@ -106,3 +109,47 @@ def log_lower_bound(
     square = (2 * query @ key.mT).flatten().logsumexp(0) - pairs
     # log(e^best - e^square); square ≤ best by the Cauchy-Schwarz inequality, up to the error of the draws.
     return best + torch.log(-torch.expm1((square - best).clamp_max(0)))
+
+
+class Optimality(NamedTuple):
+    """How far estimators of exp(qᵀk) are from the least error that any draws can have; logarithms, in nats."""
+
+    log_least: float  # of the least expected squared error of one draw, over E K²; over m it is that of m draws
+    log_times_bound: dict[str, float]  # by proposal, of its expected squared error over the least
+
+
+def log_proposal_moment(covariance: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """log of the expected second moment of one weighted draw from N(0, Σ), over all pairs of queries and keys.
+
+    Args:
+        covariance: Σ (d, d). query, key: samples (N, d), (N', d) in the units of the features.
+
+    Returns:
+        A scalar; infinite where the proposal's tails are too light.
+    """
+    pairs = (query[:, None] + key).flatten(0, 1)
+    exponents = log_moment(covariance, pairs) + 2 * (query @ key.mT).flatten()
+    return exponents.logsumexp(0) - math.log(len(pairs))
+
+
+def optimality(
+    query: Tensor, key: Tensor, proposals: Mapping[str, Tensor], *, draws: int = 4096,
+    generator: torch.Generator | None = None,
+) -> Optimality:  # fmt: skip
+    """The bound for samples of queries (N, d) and keys (N', d), and how far above it Gaussian proposals are.
+
+    Args:
+        proposals: name → Σ (d, d), drawn from with the weight p/ψ. draws: for the bound's integral.
+
+    Raises:
+        InputError: as `log_lower_bound`.
+    """
+    query, key = query.double(), key.double()
+    bound = log_lower_bound(query, key, draws=draws, generator=generator)
+    square = (2 * query @ key.mT).flatten().logsumexp(0) - math.log(len(query) * len(key))
+    above = {}
+    for name, covariance in proposals.items():
+        moment = log_proposal_moment(covariance.double(), query, key)
+        error = moment + torch.log(-torch.expm1((square - moment).clamp_max(0)))
+        above[name] = max(0.0, float(error - bound))  # below 0 it is the error of the bound's draws
+    return Optimality(float(bound - square), above)
