@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,13 @@ def read(name: str) -> dict[str, Any]:
 
 
 def script(name: str) -> dict[str, Any]:
-    """The names of another script of this folder."""
-    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+    """The names of another script of this folder, which may import its neighbours."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return runpy.run_path(f"{folder}/{name}.py")
+    finally:
+        sys.path.remove(folder)
 
 
 def frontier(record_name: str, columns: list[str]) -> str:

@@ -25,7 +25,8 @@ def _score(loss: float) -> dict[str, Any]:
 def record() -> dict[str, Any]:
     return {
         "command": "linearize", "model": "HuggingFaceTB/SmolLM2-135M", "data": ["/home/someone/books/*.txt", "pydoc"],
-        "held_out": [], "config": DarkConfig(num_features=96).to_dict(), "budget": vars(TrainConfig(steps=3)),
+        "held_out": [], "config": DarkConfig(num_features=96).to_dict(),
+        "budget": vars(TrainConfig(steps=3, seq_len=512, batch_size=2)),
         "environment": environment(), "losses": [3.0, 2.9, 2.8], "calibration": [],
         "scores": {"softmax": _score(2.5), "converted": _score(2.75), "finetuned": _score(2.625)},
     }  # fmt: skip

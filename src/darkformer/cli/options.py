@@ -140,8 +140,7 @@ def _parameter(
         flag = f"--{f.name}".replace("_", "-")
         flag += f"/--no-{flag[2:]}" if kind is bool else ""
     if shared is not None:
-        first = typing.get_args(shared.annotation)[1].help.removesuffix(".")
-        text, panel = f"{first}. And: {text[0].lower()}{text[1:]}", None
+        text, panel = f"{typing.get_args(shared.annotation)[1].help} Also: {text}", None
     if kind == int | None:
         kind, default = int, default or 0
     elif typing.get_origin(kind) is tuple:
