@@ -18,7 +18,7 @@ from .tasks import Sizes, digits
 #: Optimizer → what it is.
 OPTIMIZERS = {
     "sgd": "gradient descent",
-    "preconditioned": "gradient descent, divided by E[g²]^½ at the start",
+    "preconditioned": "descent divided by E[g²]^½",
     "adam": "Adam, batches of 1",
 }
 #: Steps of the first two, at the greatest rate that every mode of the limit follows without overshooting.

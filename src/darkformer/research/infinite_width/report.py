@@ -74,11 +74,11 @@ def _draw_distances(axes: Any, lines: Lines) -> None:
         for color, (name, title) in zip(COLORS[2::2], OPTIMIZERS.items(), strict=False):
             if (found := slopes(lines).get((depth, name))) is not None:
                 by, power = found
-                label = f"{title}, {depth} hidden: width^{power:.2f}"
+                label = f"{title},\n{depth} hidden: width^{power:.2f}"
                 axes.plot(list(by), list(by.values()), marker="o", linestyle=style, color=color, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("width of the finite network")
     axes.set_title("relative distance to the limit", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
