@@ -69,6 +69,10 @@ def rankings(_: list[str]) -> str:
     return script("rankings")["table"](read("rankings"))
 
 
+def trained_alike(_: list[str]) -> str:
+    return script("trained_alike")["table"](read("trained-alike"))
+
+
 def drift(_: list[str]) -> str:
     record = read("drift")
     paths = {"native": "`native`, whole", "step": "single steps", "chunked": "`chunked`, whole"}
@@ -109,6 +113,7 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "untrained": untrained,
     "generation": generation,
     "rankings": rankings,
+    "trained-alike": trained_alike,
     "drift": drift,
     "representations": lambda _: script("representations")["table"](read("representations")),
     "bench": lambda _: measurements_markdown(read("bench")),

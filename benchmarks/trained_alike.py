@@ -58,18 +58,23 @@ def table(record: dict[str, Any]) -> str:
     """The rows as a Markdown table; shares are of the softmax model that was trained alike."""
     rows = record["rows"]
     softmax, exact = rows["softmax"]["trained"], rows.get("exact part", {}).get("trained")
-    lines = [
-        "| trained alike | loss | of softmax's accuracy | recovery of the far field | recalled at "
-        f"{', '.join(str(x['distance']) for x in softmax['recall'])} |",
-        "|---|---:|---:|---:|---:|",
+    recalled = f"recalled at {', '.join(str(x['distance']) for x in softmax['recall'])}"
+    titles = [
+        "trained alike",
+        "loss",
+        "of softmax's accuracy",
+        *(["recovery of the far field"] if exact else []),
+        recalled,
     ]
+    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for name, row in rows.items():
-        found, recovery = row["trained"], ""
-        if exact and name not in ("softmax", "exact part"):
-            recovery = f"{(exact['loss'] - found['loss']) / (exact['loss'] - softmax['loss']):.0%}"
-        recalled = " / ".join(f"{x['accuracy']:.0%}" for x in found["recall"])
-        share = found["accuracy"] / softmax["accuracy"]
-        lines.append(f"| {name} | {found['loss']:.3f} | {share:.1%} | {recovery} | {recalled} |")
+        found = row["trained"]
+        cells = [name, f"{found['loss']:.3f}", f"{found['accuracy'] / softmax['accuracy']:.1%}"]
+        if exact:
+            share = (exact["loss"] - found["loss"]) / (exact["loss"] - softmax["loss"])
+            cells.append("" if name in ("softmax", "exact part") else f"{share:.0%}")
+        cells.append(" / ".join(f"{x['accuracy']:.0%}" for x in found["recall"]))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -89,6 +89,13 @@ def test_a_folder_of_something_else_is_never_touched(model_folder: Path, text_gl
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_a_converted_model_is_not_converted_again(linearized: Path, text_glob: str, tmp_path: Path) -> None:
+    for model, message in ((linearized / "model", "is converted already"), (linearized, "Its run's model is in")):
+        words = ["linearize", str(model), "--out", str(tmp_path / "r"), "--data", text_glob, *SMALL]
+        with pytest.raises(darkformer.InputError, match=message):
+            CliRunner().invoke(app, words, catch_exceptions=False)
+
+
 def test_overwrite_starts_afresh(model_folder: Path, text_glob: str, tmp_path: Path) -> None:
     words = ["linearize", str(model_folder), "--out", str(tmp_path / "r"), "--data", text_glob, *SMALL]
     run(*words, "--steps", "1", "--train", "none")

@@ -268,3 +268,12 @@ def test_other_configs_stay_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(named), "utf-8")
     assert LlamaForCausalLM.from_pretrained(tmp_path).config.transformers_weights == "model.safetensors"
     assert PreTrainedConfig.get_config_dict(tmp_path)[0] == named
+
+
+def test_the_config_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Qwen3's layers have norms that Llama's weights lack: they would be left as they were initialised."""
+    linear("llama").save_pretrained(tmp_path)
+    config = _config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, OWN_MODEL_TYPE: "qwen3"}))
+    with pytest.raises(InputError, match=r"lacks .* tensors of converted layers .*q_norm"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -306,3 +307,29 @@ class TestCommand:
             [sys.executable, "-c", code, str(folder / "model")], capture_output=True, text=True, timeout=HANG_SECONDS
         )
         assert run.returncode == 1 and "model type `darkformer`" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": ""}),
+        ("completions", {"prompt": TEXT, "max_tokens": 0}),
+        ("completions", {"prompt": TEXT, "max_tokens": "many"}),
+        ("chat/completions", {"messages": []}),
+        ("chat/completions", {"messages": "hi"}),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused(
+    path: str, body: dict[str, object], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with _client(model, tokenizer) as client:
+        answer = client.post(f"/v1/{path}", json={"model": NAME, **body})
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
+        assert _complete(client, TEXT)  # and it goes on
+
+
+def test_a_port_in_use_is_noticed_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["serve", "/nowhere", "--port", str(taken.getsockname()[1])]
+        with pytest.raises(darkformer.InputError, match="choose another --port"):
+            CliRunner().invoke(app, words, catch_exceptions=False)

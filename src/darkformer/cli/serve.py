@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer
 
 from ..config import CONTEXT, DarkConfig, TrainConfig
 from ..console import RichReporter
-from ..errors import MissingExtraError
+from ..errors import InputError, MissingExtraError
 from .linearize import BudgetAt, MemoryBudget
 from .options import Base, Context, Data, Device, Model, Weights, model_folder
 from .terminal import console
@@ -72,6 +73,7 @@ def serve(
     from ..hf.prompt import load_prompt
     from ..hf.server import build_app
 
+    _check_port(host, port)
     reporter, folder = RichReporter(), model_folder(model)
     if budget:
         from ..train.linearize import linearize
@@ -94,3 +96,14 @@ def serve(
     console.print(f"Requests call the model {name or model!r}.")
     with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop it
         uvicorn.run(app, host=host, port=port, log_level="info")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuses an address that nothing can listen on, before a model is loaded for it."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
+            trial.bind(address)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {host}, port {port} ({error}): choose another --port or --host.") from error

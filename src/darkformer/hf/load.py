@@ -55,7 +55,8 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
                 f"{model} holds the light form: load its base model, then darkformer.load_light(base, …). "
                 "Commands that take --base do both."
             )
-        raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.")
+        hint = f" Its run's model is in {path / 'model'}." if (path / "model" / "config.json").is_file() else ""
+        raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.{hint}")
     return (str(path) if os.path.isdir(path) else model), {}
 
 

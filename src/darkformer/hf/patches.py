@@ -100,6 +100,14 @@ def _checking(original: Any) -> Any:
                 f"({', '.join(missing[:3])}, …), though its config.json says darkformer: save the model again. "
                 "To convert softmax weights, load them with their own config and call darkformer.convert."
             )
+        attention = tuple(f"{name.rpartition('.')[0]}." for name, _ in feature_maps(model))
+        optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+        needed = (name for name in loading_info.missing_keys - older if name.startswith(attention))
+        if missing := sorted(name for name in needed if not any(x.search(name) for x in optional)):
+            raise InputError(
+                f"{load_config.pretrained_model_name_or_path} lacks {len(missing)} tensors of converted layers "
+                f"({', '.join(missing[:3])}): its config.json is that of another model ({type(model).__name__})."
+            )
         ignored = model._keys_to_ignore_on_load_missing
         model._keys_to_ignore_on_load_missing = {*(ignored or ()), *map(re.escape, older)}
         try:

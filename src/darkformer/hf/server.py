@@ -25,7 +25,7 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from ..errors import InputError
+from ..errors import DarkformerError, InputError
 from .prompt import StoredPrompt, longest
 from .saved_cache import Prompt
 
@@ -92,6 +92,8 @@ class Continuing:
     def generate(self, **inputs: Any) -> Tensor:
         """`model.generate`, in the thread that generates."""
         model: Any = self.model
+        if not inputs["input_ids"].shape[1]:
+            raise InputError("the prompt has no tokens: send some text.")
         if not _has_one_row(inputs["generation_config"]):
             answers: Tensor = model.generate(**inputs)
             return answers
@@ -158,7 +160,7 @@ def build_app(
         cors: whether pages of any origin may send requests.
     """
     manager, state = OneModel(model, tokenizer, name), OneGeneration(PromptStates(stored, kept))
-    return build_server(
+    app = build_server(
         manager,
         ChatCompletionHandler(manager, state),
         completion_handler=CompletionHandler(manager, state),
@@ -168,3 +170,14 @@ def build_app(
         generation_state=state,
         enable_cors=cors,
     )
+    # What transformers and `generate` say of a request that cannot be answered; unhandled it would be an error of ours.
+    for kind in (ValueError, TypeError, DarkformerError):
+        app.add_exception_handler(kind, _refused)
+    return app
+
+
+async def _refused(request: Any, error: Exception) -> Any:
+    from fastapi.responses import JSONResponse
+
+    _log.warning("%s was refused: %s: %s", request.url.path, type(error).__name__, error)
+    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)

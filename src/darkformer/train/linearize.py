@@ -26,7 +26,7 @@ from ..calibration.sensitivity import sensitivity
 from ..config import CONTEXT, EVALUATION_TOKENS, DarkConfig, TrainConfig
 from ..errors import ConfigError, InputError, RunFolderError
 from ..hf.convert import convert, plan_conversion
-from ..hf.layers import config_of
+from ..hf.layers import config_of, converted_modules
 from ..hf.load import load_model, load_tokenizer, save_model
 from ..records import RUN_FILE, check_folder, environment, finished_record, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
@@ -282,6 +282,8 @@ def linearize(
     blocks = blocks_of(tokens[0], budget.seq_len, "the training")
     with reporter.stage("load the model", 1):
         model = load_model(model_name)
+    if converted_modules(model):
+        raise InputError(f"{model_name} is converted already: give the softmax model that it was made from.")
     check_context(model, context)
     limit = None if memory is None else Budget.parse(memory, memory_at or full_context(model))
     element_bytes = cache_element_bytes(model, budget.dtype)

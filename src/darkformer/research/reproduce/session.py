@@ -35,7 +35,10 @@ def chosen_figures(name: str) -> tuple[str, ...]:
         return (name,)
     found = tuple(figure for figure in FIGURES if figure == name or figure.split("-")[0] == name)
     if not found:
-        raise ConfigError(f"figure {name!r}: there is none; choose all, 2, {', '.join(FIGURES)}.")
+        names = ", ".join(sorted(FIGURES))
+        raise ConfigError(
+            f"figure {name!r}: there is none; choose all, 2, {names}, 3.grown and the like, time or width."
+        )
     return found
 
 
