@@ -179,6 +179,7 @@ class Expected(NamedTuple):
     output: Tensor  # (H, n, d_v) of a row's real tokens
     sums: Tensor  # (G, m, d_v + 1) over the far keys at the end, scaled by exp(-log_scale)
     log_scale: Tensor  # (G, m)
+    key_size: Tensor  # (G, m): the largest term of a logarithm that has a share in the sums
     size: Tensor  # (H, n): the largest logarithm that has a share in the output
     top: Tensor  # (H, n): the row's largest logit, and what float32 may have to hold beside it
 
@@ -202,7 +203,7 @@ def formula(case: Case, tensors: dict[str, Tensor], root: Tensor | None, q: Tens
     if case.softcap is not None:
         logits = case.softcap * torch.tanh(logits / case.softcap)
     bias = tensors["far_bias"][:, None, None, None] if "far_bias" in tensors else 0.0
-    lk = torch.zeros(groups, n, 0, dtype=torch.float64)
+    lk, key_sizes = torch.zeros(groups, n, 0, dtype=torch.float64), None
     if case.method == "constant":
         kernel = torch.zeros_like(logits) + bias
         lk = torch.full((groups, n, case.features), -0.5 * math.log(case.features), dtype=torch.float64)
@@ -237,18 +238,21 @@ def formula(case: Case, tensors: dict[str, Tensor], root: Tensor | None, q: Tens
         far = size_q[..., None] + (norm_k + dot_k.abs().amax(-1) + linear_k.abs())[:, None, None]
         sizes = torch.where(near, sizes, far)
         lk = dot_k - norm_k[..., None] + linear_k[..., None] + (log_w[:, None] - math.log(m)) / 2
+        key_sizes = dot_k.abs() + (norm_k + linear_k.abs())[..., None]
     weight = torch.where(near, logits, kernel) if lk.shape[-1] else logits
     visible = seen & near if not lk.shape[-1] else seen
     weight = weight.masked_fill(~visible, -torch.inf)
     share = weight.softmax(-1)
     gone = (t >= case.sinks) & (t < n - case.window)
+    key_sizes = lk.abs() if key_sizes is None else key_sizes
     lk = lk.masked_fill(~gone[:, None], LOG_ZERO)
     log_scale = lk.amax(1).detach()
     entering = (lk - log_scale[:, None]).exp() * gone[:, None]
+    key_size = (key_sizes * (entering > 1e-8)).amax(1).detach()
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     size = (sizes * (share > 1e-8)).amax(-1)
     return Expected(
-        (share @ v[:, None]).flatten(0, 1), entering.mT @ ones, log_scale, size.flatten(0, 1).detach(),
+        (share @ v[:, None]).flatten(0, 1), entering.mT @ ones, log_scale, key_size, size.flatten(0, 1).detach(),
         torch.maximum(weight.amax(-1).abs(), size).flatten(0, 1).detach(),
     )  # fmt: skip
 
@@ -360,7 +364,8 @@ def check(case: Case) -> str:
         if sums is not None and case.method != "local":
             unit = (sums.log_scale[b].double() - row.log_scale).exp()[..., None]
             total = torch.cat([sums.feature_values[b], sums.feature_sum[b][..., None]], -1).double() * unit
-            lost = eps * (16 + 4 * row.log_scale.abs().clamp_max(-LOG_ZERO / 2))[..., None]
+            terms = torch.maximum(row.log_scale.abs().clamp_max(-LOG_ZERO / 2), row.key_size)
+            lost = eps * (16 + 4 * terms)[..., None]
             size = row.sums[..., -1:].detach() * max(hull, 1)
             allowed = torch.where(lost < 0.05, ROUNDING[dtype] + lost, torch.inf) * size.clamp_min(1e-30)
             empty = row.log_scale == LOG_ZERO
