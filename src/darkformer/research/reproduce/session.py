@@ -35,7 +35,7 @@ def chosen_figures(name: str) -> tuple[str, ...]:
         return (name,)
     found = tuple(figure for figure in FIGURES if figure == name or figure.split("-")[0] == name)
     if not found:
-        names = ", ".join(sorted(FIGURES))
+        names = ", ".join(FIGURES)
         raise ConfigError(
             f"figure {name!r}: there is none; choose all, 2, {names}, 3.grown and the like, time or width."
         )
