@@ -7,6 +7,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,21 @@ def text_glob(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) ->
     for i, document in enumerate(documents):
         (folder / f"{i:02d}.txt").write_text(document, encoding="utf-8")
     return str(folder / "*.txt")
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command line, which must refuse with one line; returns it."""
+
+    def run(*words: str) -> str:
+        from darkformer.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["darkformer", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert caught.value.code == 1 and len(said) == 1, said
+        return said[0]
+
+    return run

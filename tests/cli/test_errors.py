@@ -40,22 +40,6 @@ SMALL = [
 Refused = Callable[..., str]
 
 
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the command line, which must refuse; returns what it said."""
-
-    def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["darkformer", *words])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-        assert caught.value.code == 1 and len(said) == 1, said
-        return said[0]
-
-    return run
-
-
 def linearize(model: str | Path, out: str | Path, data: str, *more: str) -> list[str]:
     return ["linearize", str(model), "--out", str(out), "--data", data, *SMALL, *more]
 

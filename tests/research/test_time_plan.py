@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from darkformer import ConfigError, DarkConfig, InputError, RunFolderError, TrainConfig
-from darkformer.cli import app, main
+from darkformer.cli import app
 from darkformer.console import RichReporter
 from darkformer.hf.load import load_config
 from darkformer.ops.native.build import cache_folder
@@ -72,22 +71,6 @@ def calibrated(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Calibration:
     monkeypatch.setenv("DARKFORMER_NATIVE_CACHE", str(cache_folder()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     return load_calibration()
-
-
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the command line, which must refuse with one line; returns it."""
-
-    def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["darkformer", *words])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-        assert caught.value.code == 1 and len(said) == 1, said
-        return said[0]
-
-    return run
 
 
 @pytest.fixture
