@@ -38,6 +38,8 @@ MODELS = {"softmax": "softmax", "budget-0": "constant state", "budget-10": "budg
 SOFTMAX_BYTES = 30 * 3 * 2 * 64 * 2
 #: Tokens beside the prompt that memory is set aside for.
 ROOM = 512
+#: The longest request, the same for all rows: vLLM compiles a model anew for each value.
+POSITIONS = 8192
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -73,13 +75,13 @@ class Engine:
         memory: bytes for keys, values and states.
     """
 
-    def __init__(self, folder: Path, *, requests: int, length: int, memory: int, prefixes: bool, eager: bool) -> None:
+    def __init__(self, folder: Path, *, requests: int, memory: int, prefixes: bool, eager: bool) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from vllm import LLM
 
         self.engine = LLM(
-            model=str(folder), dtype="bfloat16", max_model_len=min(8192, length + ROOM), max_num_seqs=requests,
+            model=str(folder), dtype="bfloat16", max_model_len=POSITIONS, max_num_seqs=requests,
             max_num_batched_tokens=2048, kv_cache_memory_bytes=memory, enable_prefix_caching=prefixes,
             enforce_eager=eager, disable_log_stats=True,
         ).llm_engine  # fmt: skip
@@ -144,9 +146,7 @@ def first_token(engine: Engine, tokens: list[int]) -> float:
 def measure(options: argparse.Namespace, length: int, requests: int, model: str) -> dict[str, Any]:
     """One row, in this process."""
     memory = min(int(1.1 * requests * (length + ROOM) * SOFTMAX_BYTES) + 256 * MIB, options.memory * GIB)
-    engine = Engine(
-        options.folder / model, requests=requests, length=length, memory=memory, prefixes=False, eager=options.eager
-    )
+    engine = Engine(options.folder / model, requests=requests, memory=memory, prefixes=False, eager=options.eager)
     decode(engine, argparse.Namespace(steps=2), 32, requests)  # threads and kernels come with the first calls
     row = decode(engine, options, length, requests)
     return {"model": model, "prompt": length, "requests": requests, "memory_bytes": memory, **row}
@@ -154,9 +154,7 @@ def measure(options: argparse.Namespace, length: int, requests: int, model: str)
 
 def measure_first(options: argparse.Namespace, length: int, model: str) -> dict[str, Any]:
     """Time to the first token with and without a prefix that was read before."""
-    engine = Engine(
-        options.folder / model, requests=1, length=length, memory=2 * GIB, prefixes=True, eager=options.eager
-    )
+    engine = Engine(options.folder / model, requests=1, memory=2 * GIB, prefixes=True, eager=options.eager)
     first_token(engine, prompt(64, 9))
     new, cached = [], []
     for seed in range(3):
