@@ -5,8 +5,8 @@
     .venv/bin/python benchmarks/serving.py picture benchmarks/records/serving.json docs/figures/serving.png
 
 `prepare` writes SmolLM2-135M as it is and converted; it needs darkformer's environment, `run` the one of
-`make test-vllm`. A row (prompt, requests at once, model) runs in a process of its own; the models take turns, and rows
-that the record has already are not run again, so an interrupted run goes on where it was. Prompts are random tokens and
+`make test-vllm`. All rows of a prompt's length and a model run in one process; the models take turns, and rows that
+the record has already are not run again, so an interrupted run goes on where it was. Prompts are random tokens and
 the converted models are not calibrated: neither changes what is computed, only what the numbers are. Budget 10% has the
 heads and windows that `darkformer linearize --budget 10%` chose (benchmarks/records/frontier-smollm2.json).
 
@@ -143,28 +143,35 @@ def first_token(engine: Engine, tokens: list[int]) -> float:
     return time.perf_counter() - started
 
 
-def measure(options: argparse.Namespace, length: int, requests: int, model: str) -> dict[str, Any]:
-    """One row, in this process."""
-    memory = min(int(1.1 * requests * (length + ROOM) * SOFTMAX_BYTES) + 256 * MIB, options.memory * GIB)
-    engine = Engine(options.folder / model, requests=requests, memory=memory, prefixes=False, eager=options.eager)
-    decode(engine, argparse.Namespace(steps=2), 32, requests)  # threads and kernels come with the first calls
-    row = decode(engine, options, length, requests)
-    return {"model": model, "prompt": length, "requests": requests, "memory_bytes": memory, **row}
+def measure(options: argparse.Namespace, length: int, model: str, requests: list[int]) -> list[dict[str, Any]]:
+    """Rows of one prompt length and model, in this process: one engine, whose start takes longer than they do."""
+    most = max(requests)
+    memory = min(int(1.1 * most * (length + ROOM) * SOFTMAX_BYTES) + 256 * MIB, options.memory * GIB)
+    engine = Engine(options.folder / model, requests=most, memory=memory, prefixes=False, eager=options.eager)
+    rows: list[dict[str, Any]] = []
+    for number in requests:
+        decode(engine, argparse.Namespace(steps=2), 32, number)  # threads and kernels come with the first calls
+        row = {"model": model, "prompt": length, "requests": number, "memory_bytes": memory}
+        rows.append(row | decode(engine, options, length, number))
+    return rows
 
 
-def measure_first(options: argparse.Namespace, length: int, model: str) -> dict[str, Any]:
+def measure_first(options: argparse.Namespace, lengths: list[int], model: str) -> list[dict[str, Any]]:
     """Time to the first token with and without a prefix that was read before."""
     engine = Engine(options.folder / model, requests=1, memory=2 * GIB, prefixes=True, eager=options.eager)
     first_token(engine, prompt(64, 9))
-    new, cached = [], []
-    for seed in range(3):
-        tokens = prompt(length, seed)
-        new.append(first_token(engine, tokens))
-        cached.append(first_token(engine, [*tokens, *prompt(16, 100 + seed)]))
-    return {
-        "model": model, "prompt": length, "requests": 0, "first_token_seconds": statistics.median(new),
-        "first_token_seconds_cached": statistics.median(cached),
-    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        new, cached = [], []
+        for seed in range(3):
+            tokens = prompt(length, 1000 * length + seed)
+            new.append(first_token(engine, tokens))
+            cached.append(first_token(engine, [*tokens, *prompt(16, 100 + seed)]))
+        rows.append({
+            "model": model, "prompt": length, "requests": 0, "first_token_seconds": statistics.median(new),
+            "first_token_seconds_cached": statistics.median(cached),
+        })  # fmt: skip
+    return rows
 
 
 def run(options: argparse.Namespace, words: list[str]) -> None:
@@ -175,28 +182,31 @@ def run(options: argparse.Namespace, words: list[str]) -> None:
         if record["settings"] != settings:
             sys.exit(f"{options.out} was made with {record['settings']}: repeat them, or choose another --out.")
     done = {(row["turn"], row["prompt"], row["requests"], row["model"]) for row in record["rows"]}
+    # One process: all requests of a prompt, and the first tokens of all prompts.
+    groups = [[(length, x) for x in options.requests] for length in options.prompts]
+    groups.append([(length, 0) for length in options.prompts])
     for turn in range(options.turns):
-        for length in options.prompts:
-            for requests in (*options.requests, 0):
-                for model in MODELS:
-                    if (turn, length, requests, model) in done:
-                        continue
-                    command = [sys.executable, __file__, *words, "--row", str(length), str(requests), model]
-                    print(f"turn {turn + 1}, prompt {length}, {requests or 'first token'}: {MODELS[model]}", flush=True)
-                    row = _row(command, {"model": model, "prompt": length, "requests": requests})
+        for group in groups:
+            for model in MODELS:
+                missing = [(length, x) for length, x in group if (turn, length, x, model) not in done]
+                if not missing:
+                    continue
+                print(f"turn {turn + 1}, (prompt, requests) {missing}: {MODELS[model]}", flush=True)
+                command = [sys.executable, __file__, *words, "--rows", model, *(f"{n}:{x}" for n, x in missing)]
+                for row in _rows(command, [{"model": model, "prompt": n, "requests": x} for n, x in missing]):
                     record["rows"].append({"turn": turn, **row})
-                    write_json(options.out, record)
                     print(json.dumps(row), flush=True)
+                write_json(options.out, record)
     print(table(record))
 
 
-def _row(command: list[str], names: dict[str, Any]) -> dict[str, Any]:
+def _rows(command: list[str], names: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a process prints last; where it fails (memory), its last line."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        return list(json.loads(done.stdout.splitlines()[-1]))
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return {**names, "error": lines[-1][-400:] if lines else f"exit {done.returncode}"}
+    return [{**name, "error": lines[-1][-400:] if lines else f"exit {done.returncode}"} for name in names]
 
 
 def medians(record: dict[str, Any], name: str) -> dict[tuple[int, int, str], float]:
@@ -289,7 +299,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     work.add_argument("--turns", type=int, default=3, help="How often each row is measured.")
     work.add_argument("--memory", type=int, default=13, help="GiB at most for keys, values and states.")
     work.add_argument("--eager", action="store_true", help="Without torch.compile, for all models.")
-    work.add_argument("--row", nargs=3, metavar=("PROMPT", "REQUESTS", "MODEL"), help=argparse.SUPPRESS)
+    work.add_argument("--rows", nargs="+", help=argparse.SUPPRESS)  # model, then prompt:requests of each
     return parser.parse_args(words)
 
 
@@ -299,10 +309,14 @@ def main(words: list[str]) -> None:
         prepare(options)
     elif options.command == "picture":
         picture(read_json(options.record), options.path)
-    elif options.row:
-        length, requests, model = int(options.row[0]), int(options.row[1]), options.row[2]
-        row = measure(options, length, requests, model) if requests else measure_first(options, length, model)
-        print(json.dumps(row))
+    elif options.rows:
+        model, *texts = options.rows
+        pairs = [(int(n), int(x)) for n, _, x in (text.partition(":") for text in texts)]
+        if any(x for _, x in pairs):
+            rows = measure(options, pairs[0][0], model, [x for _, x in pairs])
+        else:
+            rows = measure_first(options, [n for n, _ in pairs], model)
+        print(json.dumps(rows))
     else:
         run(options, words)
 
