@@ -180,7 +180,7 @@ class Expected(NamedTuple):
     sums: Tensor  # (G, m, d_v + 1) over the far keys at the end, scaled by exp(-log_scale)
     log_scale: Tensor  # (G, m)
     key_size: Tensor  # (G, m): the largest term of a logarithm that has a share in the sums
-    size: Tensor  # (H, n): the largest logarithm that has a share in the output
+    size: Tensor  # (H, n): the largest logarithm that has a share in the output, or term of one
     top: Tensor  # (H, n): the row's largest logit, and what float32 may have to hold beside it
 
 
@@ -199,6 +199,7 @@ def formula(case: Case, tensors: dict[str, Tensor], root: Tensor | None, q: Tens
     near = (offset if case.causal else offset.abs()) < case.window
     near = near | (t < case.sinks)[None] if case.method != "exact" else torch.ones_like(near)
     logits = (q[:, :, :, None] * k[:, None, None]).sum(-1)
+    terms = (q.abs()[:, :, :, None] * k.abs()[:, None, None]).sum(-1)  # of a logit, which may cancel
     sizes = logits.abs()
     if case.softcap is not None:
         logits = case.softcap * torch.tanh(logits / case.softcap)
@@ -250,10 +251,11 @@ def formula(case: Case, tensors: dict[str, Tensor], root: Tensor | None, q: Tens
     entering = (lk - log_scale[:, None]).exp() * gone[:, None]
     key_size = (key_sizes * (entering > 1e-8)).amax(1).detach()
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    size = (sizes * (share > 1e-8)).amax(-1)
+    top = torch.maximum(weight.amax(-1).abs(), (sizes * (share > 1e-8)).amax(-1))
+    size = (torch.where(near, terms, sizes) * (share > 1e-8)).amax(-1)
     return Expected(
         (share @ v[:, None]).flatten(0, 1), entering.mT @ ones, log_scale, key_size, size.flatten(0, 1).detach(),
-        torch.maximum(weight.amax(-1).abs(), size).flatten(0, 1).detach(),
+        top.flatten(0, 1).detach(),
     )  # fmt: skip
 
 
