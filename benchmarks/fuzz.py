@@ -251,7 +251,9 @@ def formula(case: Case, tensors: dict[str, Tensor], root: Tensor | None, q: Tens
     entering = (lk - log_scale[:, None]).exp() * gone[:, None]
     key_size = (key_sizes * (entering > 1e-8)).amax(1).detach()
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    top = torch.maximum(weight.amax(-1).abs(), (sizes * (share > 1e-8)).amax(-1))
+    # Without causality `chunked` merges two passes, each of which may have to refuse what the other one outweighs.
+    shown = share > 1e-8 if case.causal else visible.expand_as(share)
+    top = torch.maximum(weight.amax(-1).abs(), (sizes * shown).amax(-1))
     size = (torch.where(near, terms, sizes) * (share > 1e-8)).amax(-1)
     return Expected(
         (share @ v[:, None]).flatten(0, 1), entering.mT @ ones, log_scale, key_size, size.flatten(0, 1).detach(),
