@@ -36,9 +36,9 @@ test: lint ## lint, then the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # In an environment of its own, as vLLM wants an older transformers. The models are made in ours.
-test-vllm: $(DEV) $(VLLM_STAMP) ## install vLLM for processors and test the plugin
+test-vllm: $(DEV) $(VLLM_STAMP) ## install vLLM for processors and test the plugin; options with ARGS="…"
 	@$(BIN)/python tests/vllm/make_models.py build/vllm-models
-	@$(VLLM)/bin/python -m pytest -q tests/vllm
+	@$(VLLM)/bin/python -m pytest -q tests/vllm $(ARGS)
 
 lint: $(DEV) ## ruff (rules and format) and mypy
 	@$(BIN)/python -m ruff check .

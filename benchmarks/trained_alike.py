@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/alike"), help="Folder of the runs.")
     parser.add_argument("--out", type=Path, help="Where to write the record (JSON).")
     options = parser.parse_args()
+    if not options.texts:
+        parser.error("no texts to score: give --texts, or put some into runs/text")
     path, reporter = str(demo_model_path()), RichReporter()
     tokenizer = load_tokenizer(path)
     settings = {k: v for k, v in vars(options).items() if k not in ("work", "out", "rows", "texts")}

@@ -355,7 +355,9 @@ class TrainConfig:
         0.0, "Weight of the softmax model's next-token distribution in the loss, 0 to 1; the rest is the text's."
     )
     window_dropout: float = option(
-        0.0, "Share of the steps, from the first one, that draw a narrower window, so that the features must do more."
+        0.0,
+        "Share of the steps, from the first one, that draw a narrower window (of 16 keys at least), so that the "
+        "features must do more.",
     )
     redraw_every: int = option(0, "Optimizer steps between fresh draws of the projection Ω; 0 keeps the first ones.")
     seed: int = option(0, "Seed of the data order.")
@@ -382,6 +384,16 @@ class TrainConfig:
     def warmup_steps(self) -> int:
         """Warm-up steps really taken: `warmup`, but a fifth of the run at most."""
         return min(self.warmup, self.steps // 5)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a training, after what conversion and transfer do."""
+        return self.steps > 0 and self.train != "none"
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is fitted after calibration: transfer, training, or both."""
+        return self.trains or self.transfer_steps > 0
 
 
 def field_help(config_class: type, name: str) -> str:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,6 +276,40 @@ def test_a_run_of_all_stages_goes_on_after_transfer(
     for name in whole["scores"]:
         assert again["scores"][name]["loss"] == pytest.approx(whole["scores"][name]["loss"], rel=1e-6)
     assert again["transfer"] == whole["transfer"] and not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def test_what_is_done_before_an_interruption_is_not_done_again(
+    model_folder: Path, text_glob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from darkformer.train import linearize as module
+
+    words = ["linearize", str(model_folder), "--data", text_glob, "--transfer-steps", "2", "--steps", "2", *SMALL]
+    run(*words, "--out", str(tmp_path / "whole"))
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    cut = [*words, "--out", str(tmp_path / "cut")]
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(module, "transfer", killed)  # before its first checkpoint
+        CliRunner().invoke(app, cut, catch_exceptions=False)
+    titles: list[str] = []
+    real = module.scored
+
+    def scored(*args: Any) -> dict[str, Any]:
+        titles.append(args[-1])
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "calibrate", killed)
+        patched.setattr(module, "scored", scored)
+        run(*cut, "--resume")
+    assert titles == ["transferred", "finetuned"]
+    whole, again = (json.loads((tmp_path / n / "record.json").read_text()) for n in ("whole", "cut"))
+    assert list(again["scores"]) == ["softmax", "converted", "transferred", "finetuned"]
+    for name in whole["scores"]:
+        assert again["scores"][name]["loss"] == pytest.approx(whole["scores"][name]["loss"], rel=1e-6)
+    assert again["calibration"] == whole["calibration"]
 
 
 def test_a_budget_in_the_record_is_what_the_saved_model_keeps(

@@ -74,7 +74,8 @@ def finished(model_folder: Path, text_glob: str, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 2500, "~nobody-has-this-name/x", "x" * 300 + ".gguf", "a\0b", ""])
 def test_any_name_of_a_model_or_of_data(name: str, refused: Refused, tmp_path: Path, text_glob: str) -> None:
     model = refused(*generate(name))
-    assert ("cannot be loaded" in model or "GGUF" in model or "no config.json" in model) and "Error: " not in model[:15]
+    said = ("cannot be loaded", "GGUF", "no config.json", "no such folder")
+    assert any(x in model for x in said) and "Error: " not in model[:15]
     refused("evaluate", name, "--data", text_glob, "--out", str(tmp_path / "e"))
     data = refused(*linearize("x.gguf", tmp_path / "r", text_glob))
     assert "GGUF" in data
@@ -128,6 +129,16 @@ def test_a_damaged_file_of_a_run(
         assert "record" in said and "Error: " not in said
         if content != "{}":  # a file of no options
             refused(*linearize(model_folder, tmp_path / "other", text_glob, "--config", str(out / name)))
+
+
+def test_a_converted_model_is_refused_before_its_text_is_read(finished: Path, refused: Refused, tmp_path: Path) -> None:
+    said = refused(*linearize(finished / "model", tmp_path / "again", "nosuch.txt"))
+    assert "is converted already: give the softmax model" in said
+
+
+def test_a_folder_that_is_not_there(refused: Refused, text_glob: str, tmp_path: Path) -> None:
+    for name in (str(tmp_path / "nosuch"), "nosuch/", "./nosuch"):
+        assert f"{name}: no such folder." in refused(*linearize(name, tmp_path / "run", text_glob))
 
 
 def test_a_missing_or_edited_record(

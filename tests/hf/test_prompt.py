@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from darkformer import ConversionError, InputError, load_cache, save_cache
+from darkformer import ConfigError, ConversionError, InputError, load_cache, save_cache
 from darkformer.hf import prompt as prompts
 from darkformer.hf import saved_cache
 from darkformer.hf.prompt import (
@@ -93,6 +93,10 @@ class TestTokens:
         assert prompt.tokens.equal(whole[0, : whole.shape[1] - OPEN_END])
         ids = StoredPrompt(prompt, DynamicCache()).continued(tokenizer, more)
         assert ids.equal(text_ids(tokenizer, self.TEXT + more))
+
+    def test_a_role_that_no_chat_begins_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        with pytest.raises(ConfigError, match=r"role='pirate': chats begin with a message by one of system, dev"):
+            prompt_of(tokenizer, self.TEXT, "pirate")
 
     @pytest.mark.parametrize("role", ["system", "user"])
     def test_a_chats_first_message(self, role: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -159,7 +159,8 @@ def test_a_class_that_is_called_directly(tmp_path: Path, caplog: pytest.LogCaptu
     try:
         loaded = LlamaForCausalLM.from_pretrained(tmp_path)
         assert "to instantiate a model of type" not in caplog.text
-        GPT2LMHeadModel.from_pretrained(tmp_path)
+        with pytest.raises(InputError, match="does not say darkformer"):
+            GPT2LMHeadModel.from_pretrained(tmp_path)
         assert "of type `llama` to instantiate a model of type `gpt2`" in caplog.text  # the control
     finally:
         logging.getLogger("transformers").removeHandler(caplog.handler)
@@ -277,3 +278,11 @@ def test_the_config_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, OWN_MODEL_TYPE: "qwen3"}))
     with pytest.raises(InputError, match=r"lacks .* tensors of converted layers .*q_norm"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_config_that_does_not_say_darkformer_is_refused(tmp_path: Path) -> None:
+    linear("llama").save_pretrained(tmp_path)
+    foreign = tiny("llama").config
+    for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained):
+        with pytest.raises(InputError, match=r"is a converted model .* does not say darkformer"):
+            load(str(tmp_path), config=foreign)

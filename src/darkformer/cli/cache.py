@@ -66,4 +66,5 @@ def cache(
         stored = read_prompt(network, wanted, begin=begin, progress=advance, save=save)
     save(stored)
     console.print(f"{out}: {len(wanted.tokens):,} tokens, a state of {cache_bytes(stored.cache) / 1e6:.2f} MB.")
-    console.print(f"Go on from it: darkformer generate {model} --cache {out} --prompt '…'")
+    command = f"serve {model} --cache {out}" if role else f"generate {model} --cache {out} --prompt '…'"
+    console.print(f"Go on from it: darkformer {command}")

@@ -39,7 +39,9 @@ HeldOut = Annotated[list[str], typer.Option("--held-out", help=field_help(Budget
 Context = Annotated[int, typer.Option("--context", help=field_help(BudgetTask, "context"), min=2)]
 Dtype = Annotated[str, typer.Option("--dtype", help=field_help(TrainConfig, "dtype"))]
 RunFolder = Annotated[Path, typer.Option("--out", help="Run folder: the model goes to OUT/model.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in the output folder; begin it if there is none.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder and start afresh.")]
 
 

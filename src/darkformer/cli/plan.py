@@ -44,6 +44,7 @@ def plan(
     if model == CALIBRATE:
         _calibrate(out, overwrite)
         return
+    from ..calibration.budget import Budget
     from ..hf.load import load_config
     from ..research.time.calibration import load_calibration
     from ..research.time.estimate import estimate
@@ -53,6 +54,7 @@ def plan(
 
     if task.budget:
         check_budget_config(config)
+        Budget.parse(task.budget, task.sequence)  # what cannot be a budget is said before anything is loaded
     settings = load_config(model)
     shape = shape_of(settings, model)
     check_context(SimpleNamespace(config=settings), task.sequence)

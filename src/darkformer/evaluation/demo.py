@@ -55,7 +55,7 @@ class Demo:
             raise ConfigError(f"train='geometry' with method={default.method!r}, which has none: use all, qkv or none.")
         self.demo, self.default, self.budget, self.out, self.reporter = demo, default, budget, out, reporter
         self.frontier = replace(settings, dtype=budget.dtype, element_bytes=None)
-        self.steps = budget.steps if budget.train != "none" else 0
+        self.steps = budget.steps if budget.trains else 0
         self.model_name = demo.model or str(demo_model_path())
         # The package's path differs from machine to machine; its file's name says which model it is.
         shown = demo.model or Path(self.model_name).name

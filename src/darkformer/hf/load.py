@@ -57,7 +57,11 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
             )
         hint = f" Its run's model is in {path / 'model'}." if (path / "model" / "config.json").is_file() else ""
         raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.{hint}")
-    return (str(path) if os.path.isdir(path) else model), {}
+    if os.path.isdir(path):
+        return str(path), {}
+    if path.is_absolute() or model.startswith(".") or model.endswith(os.sep):  # no hub id looks like that
+        raise InputError(f"{model}: no such folder.")
+    return model, {}
 
 
 def _forget_quantization(model: Any) -> None:

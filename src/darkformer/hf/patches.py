@@ -90,6 +90,12 @@ def _checking(original: Any) -> Any:
         from .plan import refuse_tensor_parallel
 
         if next(feature_maps(model), None) is None:  # the config may have the entry for a part of the model only
+            if added := sorted(name for name in loading_info.unexpected_keys if ".dark." in name):
+                raise InputError(
+                    f"{load_config.pretrained_model_name_or_path} is a converted model ({added[0]} and "
+                    f"{len(added) - 1} more tensors of it), and the config it was given does not say darkformer, so "
+                    "that softmax attention would be computed with its weights: leave `config` out."
+                )
             return original(model, load_config, loading_info)
         refuse_tensor_parallel(model)
         older = left_out(model, loading_info.missing_keys)

@@ -20,11 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from .saved_cache import Prompt, load_with_prompt, save_cache
 
 #: Tokens at the end of a prompt that are not kept.
 OPEN_END = 8
+#: Who may speak first in a chat.
+ROLES = ("system", "developer", "user")
 #: Tokens read in one forward pass, and passes after which a prompt that is being read is saved.
 CHUNK, SAVED_EVERY = 1024, 16
 
@@ -77,8 +79,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str, role: str, question:
     """Ids (1, L) of a chat whose first message is `text`, whose user asks `question`, and that the model answers.
 
     Raises:
-        InputError: the tokenizer has no chat template, or not one for that.
+        ConfigError: a role that no request begins with. InputError: the tokenizer has no chat template, or not one for
+        that.
     """
+    if role not in ROLES:
+        raise ConfigError(f"role={role!r}: chats begin with a message by one of {', '.join(ROLES)}.")
     if not tokenizer.chat_template:
         raise InputError("this model's tokenizer has no chat template: store the prompt as plain text.")
     messages = [{"role": role, "content": text}, {"role": "user", "content": question}]

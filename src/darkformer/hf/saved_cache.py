@@ -333,7 +333,7 @@ def load_with_prompt(file: str | Path, model: PreTrainedModel) -> tuple[DynamicC
     meaning = {
         "configuration": f"its configuration is another one, {fields}",
         "features": "its draws or what calibration and training made of its features are others",
-        "weights": "its weights are others",
+        "weights": "its weights are others, or the same in another dtype",
     }
     if reasons := [text for name, text in meaning.items() if header[name] != identity[name]]:
         raise InputError(f"{file}: belongs to another model ({'; '.join(reasons)}): compute the prompt again.")

@@ -57,7 +57,9 @@ def read_sealed(
             metadata = content.metadata() or {}
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{damaged} it cannot be read ({error}).") from error
+        raise InputError(
+            f"{file} cannot be read: it is damaged (cut short or altered), or no safetensors file of {what} ({error})."
+        ) from error
     if kind not in metadata:
         raise InputError(f"{file} holds no {what}: it was not written by {writer}.")
     try:

@@ -295,7 +295,7 @@ def finetune(
         checkpoints and `resume` is False. NonFiniteError: loss, queries, keys or values stopped being finite (names the
         step, the layer or parameter, the last good checkpoint). Interrupted: Ctrl-C, after a checkpoint was written.
     """
-    if budget.train == "none" or budget.steps == 0:
+    if not budget.trains:
         return []
     if budget.distill and teacher is None:
         raise ConfigError(f"distill={budget.distill} needs a teacher: give finetune the softmax model (`teacher_of`).")

@@ -26,8 +26,9 @@ from ..calibration.sensitivity import sensitivity
 from ..config import CONTEXT, EVALUATION_TOKENS, DarkConfig, TrainConfig
 from ..errors import ConfigError, InputError, RunFolderError
 from ..hf.convert import convert, plan_conversion
-from ..hf.layers import config_of, converted_modules
-from ..hf.load import load_model, load_tokenizer, save_model
+from ..hf.layers import config_of
+from ..hf.load import load_config, load_model, load_tokenizer, save_model
+from ..hf.saved_config import is_converted
 from ..records import RUN_FILE, check_folder, environment, finished_record, open_run, read_json, write_json
 from ..reporting import Reporter, Silent
 from .card import model_card
@@ -37,10 +38,22 @@ from .evaluate import TOKENS_AT_ONCE, evaluate
 from .finetune import finetune
 from .transfer import transfer
 
-#: Reports of the stages before finetuning, beside the model that they left.
+#: Reports of the stages so far, beside the model that they left.
 STAGES_FILE = "stages.json"
+#: Scores of the softmax model, among the checkpoints.
+SOFTMAX_FILE = "softmax.json"
 #: Tokens of the calibration pass, and of the text that heads are chosen on.
 CALIBRATION_TOKENS, CHOICE_TOKENS = 12288, 8192
+
+
+class _Inputs(NamedTuple):
+    """What a run begins with: the softmax model, and its text in blocks of token ids."""
+
+    model: Any
+    tokenizer: Any
+    blocks: Tensor  # (N, seq_len), to train on
+    long_blocks: Tensor  # (N, context), the same text, to choose heads and calibrate on
+    validation: Tensor  # (N, context), what scores are measured on
 
 
 class Within(NamedTuple):
@@ -93,7 +106,7 @@ def trained(
     model: nn.Module, blocks: Tensor, budget: TrainConfig, folder: Path, reporter: Reporter, title: str, **options: Any
 ) -> list[float]:
     """`finetune` as a stage, if there is anything to do; resumes at the last checkpoint in `folder`."""
-    if budget.train == "none" or budget.steps == 0:
+    if not budget.trains:
         return []
     with reporter.stage(f"{title}: finetune", budget.steps) as advance:
         return finetune(
@@ -121,28 +134,45 @@ def transferred(
     return [asdict(layer) for layer in layers]
 
 
+def _softmax_scores(
+    model: Any, validation: Tensor, budget: TrainConfig, folder: Path, reporter: Reporter
+) -> dict[str, Any]:
+    """Scores before anything is done to the model, measured once a run."""
+    file = folder / SOFTMAX_FILE
+    if not file.is_file():
+        write_json(file, scored(model, validation, budget, reporter, "softmax"))
+    return dict(read_json(file))
+
+
 def _calibrated_and_transferred(
     model: Any, tokenizer: Any, config: DarkConfig, blocks: Tensor, validation: Tensor, budget: TrainConfig,
     within: Within | None, folder: Path, reporter: Reporter,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """The stages before finetuning: the model, and their reports `calibration` and `transfer`, and `scores`.
 
-    A transferred model is kept in the folder, from where a run that goes on takes it.
+    What each leaves is kept in the folder, from where a run that goes on takes it, as long as anything is left to do.
     """
-    title, file = config.method, folder / "transferred" / STAGES_FILE
-    if file.is_file():
-        return load_model(str(file.parent)), read_json(file)
-    # Transfer decides itself, later, which features pay.
-    choices = calibrated(model, config, blocks, reporter, title, within, drop=not budget.transfer_steps)
-    stages: dict[str, Any] = {
-        "calibration": choices, "transfer": [],
-        "scores": {"converted": scored(model, validation, budget, reporter, "converted")},
-    }  # fmt: skip
-    if budget.transfer_steps:
+    title, files = config.method, {name: folder / name / STAGES_FILE for name in ("calibrated", "transferred")}
+
+    def keep(name: str) -> None:
+        save_model(model, tokenizer, files[name].parent)
+        write_json(files[name], stages)  # last: it says that the model is complete
+
+    done = next((name for name in ("transferred", "calibrated") if files[name].is_file()), None)
+    if done is not None:
+        model, stages = load_model(str(files[done].parent)), read_json(files[done])
+    else:
+        # Transfer decides itself, later, which features pay.
+        choices = calibrated(model, config, blocks, reporter, title, within, drop=not budget.transfer_steps)
+        scores = {"converted": scored(model, validation, budget, reporter, "converted")}
+        stages = {"calibration": choices, "transfer": [], "scores": scores}
+        if budget.learns:
+            keep("calibrated")
+    if budget.transfer_steps and done != "transferred":
         stages["transfer"] = transferred(model, blocks, budget, folder, reporter, title)
         stages["scores"]["transferred"] = scored(model, validation, budget, reporter, "transferred")
-        save_model(model, tokenizer, file.parent)
-        write_json(file, stages)
+        keep("transferred")
+        shutil.rmtree(files["calibrated"].parent)
     return model, stages
 
 
@@ -190,6 +220,16 @@ def check_context(model: Any, context: int) -> None:
         raise InputError(f"context={context}: this model has positions for {most} tokens. Give a smaller --context.")
 
 
+def check_not_converted(model_name: str) -> None:
+    """Refuses a converted model before its weights are read. GGUF files hold none.
+
+    Raises:
+        InputError: it is converted.
+    """
+    if not model_name.lower().endswith(".gguf") and is_converted(load_config(model_name).to_dict()):
+        raise InputError(f"{model_name} is converted already: give the softmax model that it was made from.")
+
+
 def check_budget_config(config: DarkConfig) -> None:
     """What a budget chooses must be open in the configuration that it starts from.
 
@@ -223,6 +263,21 @@ def chosen(
         )  # fmt: skip
     write_json(file, choice.to_dict())
     return choice
+
+
+def _inputs(
+    model_name: str, data: Sequence[str], held_out: Sequence[str], context: int, seq_len: int, reporter: Reporter
+) -> _Inputs:
+    """Reads model and text, and checks that they fit together."""
+    tokenizer = load_tokenizer(model_name)
+    check_not_converted(model_name)
+    tokens = load_tokens(data, held_out, tokenizer, reporter)
+    long_blocks, validation = _in_context(tokens, context)
+    blocks = blocks_of(tokens[0], seq_len, "the training")
+    with reporter.stage("load the model", 1):
+        model = load_model(model_name)
+    check_context(model, context)
+    return _Inputs(model, tokenizer, blocks, long_blocks, validation[: max(1, EVALUATION_TOKENS // context)])
 
 
 def linearize(
@@ -264,6 +319,7 @@ def linearize(
         DarkformerError: bad input, a folder that holds another run, a diverging loss.
     """
     out, reporter = Path(out), reporter or Silent()
+    checkpoints = out / "checkpoints"
     if resume and overwrite:
         raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
     if memory is not None:
@@ -275,16 +331,9 @@ def linearize(
         "config": config.to_dict(), "budget": asdict(budget), "context": context, "memory": memory,
         "memory_at": memory_at,
     }  # fmt: skip
-    tokenizer = load_tokenizer(model_name)
-    tokens = load_tokens(data, held_out, tokenizer, reporter)
-    long_blocks, validation = _in_context(tokens, context)
-    validation = validation[: max(1, EVALUATION_TOKENS // context)]
-    blocks = blocks_of(tokens[0], budget.seq_len, "the training")
-    with reporter.stage("load the model", 1):
-        model = load_model(model_name)
-    if converted_modules(model):
-        raise InputError(f"{model_name} is converted already: give the softmax model that it was made from.")
-    check_context(model, context)
+    model, tokenizer, blocks, long_blocks, validation = _inputs(
+        model_name, data, held_out, context, budget.seq_len, reporter
+    )
     limit = None if memory is None else Budget.parse(memory, memory_at or full_context(model))
     element_bytes = cache_element_bytes(model, budget.dtype)
     number = budget.dtype if budget.dtype == "bfloat16" else str(model.dtype).removeprefix("torch.")
@@ -294,24 +343,22 @@ def linearize(
     if continues and (record := finished_record(out, (*settings, "scores"))) is not None:
         reporter.say(f"{out} is finished: nothing left to do.")
         return record
-    scores = {"softmax": scored(model, validation, budget, reporter, "softmax")}
+    scores = {"softmax": _softmax_scores(model, validation, budget, checkpoints, reporter)}
     choice, within, frontier, kept = None, None, None, None
-    trains = budget.steps > 0 and budget.train != "none"
-    learns = trains or budget.transfer_steps > 0
     if limit is not None:
         choice = chosen(
             model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype,
-            learns or not config.drop_features,
+            budget.learns or not config.drop_features,
         )  # fmt: skip
         reporter.say(f"a budget of {limit}, {counted}: {choice}")
         config = choice.config
         frontier = None if before is None else before(model, tokenizer, long_blocks, validation, out)
-        if not learns:  # else features may learn what they do not do yet, and were counted
+        if not budget.learns:  # else features may learn what they do not do yet, and were counted
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
             within = Within(size, limit.length, element_bytes)
-    teacher = teacher_of(model) if trains and budget.distill else None
+    teacher = teacher_of(model) if budget.trains and budget.distill else None
     model, stages = _calibrated_and_transferred(
-        model, tokenizer, config, long_blocks, validation, budget, within, out / "checkpoints", reporter
+        model, tokenizer, config, long_blocks, validation, budget, within, checkpoints, reporter
     )
     scores |= stages["scores"]
     if limit is not None:
@@ -319,8 +366,8 @@ def linearize(
         reporter.say(
             f"after calibration: {kept / 1e6:.1f} MB at {limit.length:,} tokens, {counted}, with the features left on."
         )
-    losses = trained(model, blocks, budget, out / "checkpoints", reporter, config.method, teacher=teacher)
-    if trains:
+    losses = trained(model, blocks, budget, checkpoints, reporter, config.method, teacher=teacher)
+    if budget.trains:
         scores["finetuned"] = scored(model, validation, budget, reporter, "finetuned")
     with reporter.stage("save the model", 1):
         save_model(model, tokenizer, out / "model")
@@ -334,5 +381,5 @@ def linearize(
     write_json(out / "record.json", record)
     model_card(record).save(out / "model" / "README.md")
     write_json(out / RUN_FILE, {"settings": settings, "finished": True})
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return record
