@@ -369,7 +369,7 @@ def check(case: Case) -> str:
             unit = (sums.log_scale[b].double() - row.log_scale).exp()[..., None]
             total = torch.cat([sums.feature_values[b], sums.feature_sum[b][..., None]], -1).double() * unit
             terms = torch.maximum(row.log_scale.abs().clamp_max(-LOG_ZERO / 2), row.key_size)
-            lost = eps * (16 + 4 * terms)[..., None]
+            lost = eps * (16 + 8 * terms)[..., None]  # as a logit loses
             size = row.sums[..., -1:].detach() * max(hull, 1)
             allowed = torch.where(lost < 0.05, ROUNDING[dtype] + lost, torch.inf) * size.clamp_min(1e-30)
             empty = row.log_scale == LOG_ZERO
