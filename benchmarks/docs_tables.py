@@ -115,6 +115,7 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "rankings": rankings,
     "trained-alike": trained_alike,
     "drift": drift,
+    "serving": lambda _: script("serving")["table"](read("serving")),
     "representations": lambda _: script("representations")["table"](read("representations")),
     "bench": lambda _: measurements_markdown(read("bench")),
     "bench-amx": lambda _: measurements_markdown(read("bench-amx")),
