@@ -275,10 +275,10 @@ def near_part(
 ) -> tuple[Tensor, Tensor]:
     """Stands in for FlexAttention."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    logits = q @ k.mT * scaling
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     b, t, j = (torch.arange(n) for n in (len(q), q.shape[2], k.shape[2]))
     mask = seen(b[:, None, None], b[:0], t[:, None], j)[:, None]
+    logits = torch.where(mask, q @ k.mT * scaling, 0.0)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logits = torch.where(mask, logits, LOG_ZERO)
     return logits.softmax(-1) * mask @ v, torch.where(mask.any(-1), logits.logsumexp(-1), LOG_ZERO)
 

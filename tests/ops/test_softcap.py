@@ -88,3 +88,22 @@ def test_a_cap_is_a_positive_number(softcap: float) -> None:
     case = Case(length=17, window=3)
     with pytest.raises(InputError, match=r"softcap=.*above 0"):
         attention(*make_inputs(case), make_map(case), softcap=softcap)
+
+
+@pytest.mark.parametrize(
+    ("backend", "method"), [("reference", "constant"), ("chunked", "constant"), ("exact", "exact")]
+)
+def test_masked_logits_beyond_the_range_have_no_gradient(backend: str, method: str) -> None:
+    """A query and a key that it does not see exactly, with a product of infinity less infinity: the cap would make NaN."""
+    case = Case(length=6, method=method)
+    query, key, value = (x.float() for x in make_inputs(case))
+    key[:, :, 4] = 3e30
+    key[:, :, 4, ::2] *= -1
+    query[:, :, 1 if method == "exact" else 4] = 3e30
+    rows = slice(0, 4) if method == "exact" else slice(4, 5)  # later ones see the key, and have no value
+    tokens = slice(0, 6) if method == "exact" else rows
+    leaves = [x[:, :, tokens].clone().requires_grad_() for x in (query, key, value)]
+    output = attention(*leaves, make_map(case).float(), softcap=5.0, backend=backend)
+    output = output[:, :, rows] if method == "exact" else output
+    gradients = torch.autograd.grad(output.sum(), leaves)
+    assert output.isfinite().all() and all(x.isfinite().all() for x in gradients)

@@ -48,12 +48,14 @@ def _capped_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, allowed: Tensor | None, is_causal: bool, softcap: float
 ) -> Tensor:
     heads = query.shape[1] // key.shape[1]
-    logits = capped(query.unflatten(1, (-1, heads)) @ key[:, :, None].mT * scaling, softcap)
+    logits = query.unflatten(1, (-1, heads)) @ key[:, :, None].mT * scaling
     if allowed is None and is_causal and query.shape[2] > 1:
         allowed = torch.ones(1, *logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if allowed is None:
         allowed = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
     allowed = allowed[:, None, None]
+    # Masked logits may be beyond the range, and the cap's gradient there NaN.
+    logits = capped(logits.masked_fill(~allowed, 0), softcap)
     logits = logits.float() if logits.dtype.itemsize < 4 else logits  # as eager attention does
     weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
     weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0)

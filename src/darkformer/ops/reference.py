@@ -60,7 +60,9 @@ def _row(problem: Problem, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The others may have features beyond the range, and then gradients of NaN.
     featured = k.masked_fill(~(done | (far & seen).any(0))[:, None], 0)
     lk = key_form(featured[None], j[None])[0]  # (G, K, m)
-    weight = capped(torch.einsum("grtd,gjd->grtj", q, k), problem.softcap)
+    # So may the logits of what is masked, and then the cap's.
+    logits = torch.einsum("grtd,gjd->grtj", q, k).masked_fill(far | ~seen, 0)
+    weight = capped(logits, problem.softcap)
     if config.feature_count:
         kernel = torch.logsumexp(lq[:, :, :, None, :] + lk[:, None, None, :, :], dim=-1)
         weight = torch.where(far, kernel, weight)
