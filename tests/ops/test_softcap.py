@@ -94,7 +94,7 @@ def test_a_cap_is_a_positive_number(softcap: float) -> None:
     ("backend", "method"), [("reference", "constant"), ("chunked", "constant"), ("exact", "exact")]
 )
 def test_masked_logits_beyond_the_range_have_no_gradient(backend: str, method: str) -> None:
-    """A query and a key that it does not see exactly, with a product of infinity less infinity: the cap would make NaN."""
+    """A query and a key it does not see exactly, whose product is infinity less infinity: the cap would make NaN."""
     case = Case(length=6, method=method)
     query, key, value = (x.float() for x in make_inputs(case))
     key[:, :, 4] = 3e30
