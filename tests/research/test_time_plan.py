@@ -262,7 +262,7 @@ def test_bad_input_is_one_line(
     assert "softmax everywhere" in refused("plan", model, "--budget", "100%", "--dtype", "float32")
     assert "--keep-exact" in refused("plan", model, "--budget", "50%", "--keep-exact", "1")
     assert "calibrated in float32" in refused("plan", model, "--dtype", "bfloat16")
-    assert "configuration cannot be loaded" in refused("plan", str(tmp_path / "nothing-here"))
+    assert "no such folder" in refused("plan", str(tmp_path / "nothing-here"))
     copy = shutil.copytree(model_folder, tmp_path / "model")
     settings = json.loads((copy / "config.json").read_text())
     for values, said in (
