@@ -65,6 +65,10 @@ def test_rows_hold_together(result: dict[str, Any]) -> None:
     assert sum(result["recommendations"]["helps"].values()) == 6
 
 
+def test_windows_leave_the_features_most_of_the_text(result: dict[str, Any]) -> None:
+    assert set(result["recommendations"]["window"]["mean_error"]) == {8, 16}  # the configured one, a quarter of 64
+
+
 @pytest.mark.parametrize(
     ("log_least", "isotropic", "optimal", "m", "helps"),
     [

@@ -144,7 +144,8 @@ class Layer:
         """
         own, m_own = self.config.window, self.config.num_features
         counts = tuple(sorted({*self.effort.counts, m_own}))
-        every: dict[int, dict[int, list[Tensor]]] = {w: {} for w in sorted({*WINDOWS, own})}
+        windows = {w for w in WINDOWS if 4 * w <= self.probe.k.shape[2]} | {own}
+        every: dict[int, dict[int, list[Tensor]]] = {w: {} for w in sorted(windows)}
         alone = []
         parameters = self._map("balanced", self.far, counts[-1]).parameters_for(torch.float64)
         for scale in SCALES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,8 @@ from .transfer import transfer
 STAGES_FILE = "stages.json"
 #: Scores of the softmax model, among the checkpoints.
 SOFTMAX_FILE = "softmax.json"
+#: Heads and windows of a budget, beside the scores that they were chosen by.
+CHOICE_FILE = "choice.json"
 #: Tokens of the calibration pass, and of the text that heads are chosen on.
 CALIBRATION_TOKENS, CHOICE_TOKENS = 12288, 8192
 
@@ -134,13 +136,10 @@ def transferred(
     return [asdict(layer) for layer in layers]
 
 
-def _softmax_scores(
-    model: Any, validation: Tensor, budget: TrainConfig, folder: Path, reporter: Reporter
-) -> dict[str, Any]:
-    """Scores before anything is done to the model, measured once a run."""
-    file = folder / SOFTMAX_FILE
+def _kept(file: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What `make` gives, as JSON: made once a run, then read from the file where it was kept."""
     if not file.is_file():
-        write_json(file, scored(model, validation, budget, reporter, "softmax"))
+        write_json(file, make())
     return dict(read_json(file))
 
 
@@ -249,20 +248,21 @@ def chosen(
     dtype: str, count_features: bool,
 ) -> Choice:  # fmt: skip
     """Exact heads and windows for one budget, from the first blocks (N, context) of the training text."""
-    batches, file = choice_batches(blocks), folder / "choice.json"
-    if file.is_file():  # of a run that goes on
-        return Choice.from_dict(read_json(file))
-    with reporter.stage("which heads need softmax", 1) as advance:
-        found = sensitivity(
-            model, batches, tokenizer=tokenizer, sinks=config.sinks, folder=folder, dtype=dtype, progress=advance
-        )  # fmt: skip
-    with reporter.stage("heads and windows for the budget", 1) as advance:
-        (choice,) = choose_budget(
-            model, batches, [limit], tokenizer=tokenizer, config=config, measured=found, dtype=dtype,
-            count_features=count_features, progress=advance,
-        )  # fmt: skip
-    write_json(file, choice.to_dict())
-    return choice
+
+    def choice() -> dict[str, Any]:
+        batches = choice_batches(blocks)
+        with reporter.stage("which heads need softmax", 1) as advance:
+            found = sensitivity(
+                model, batches, tokenizer=tokenizer, sinks=config.sinks, folder=folder, dtype=dtype, progress=advance
+            )  # fmt: skip
+        with reporter.stage("heads and windows for the budget", 1) as advance:
+            (best,) = choose_budget(
+                model, batches, [limit], tokenizer=tokenizer, config=config, measured=found, dtype=dtype,
+                count_features=count_features, progress=advance,
+            )  # fmt: skip
+        return best.to_dict()
+
+    return Choice.from_dict(_kept(folder / CHOICE_FILE, choice))
 
 
 def _inputs(
@@ -343,7 +343,8 @@ def linearize(
     if continues and (record := finished_record(out, (*settings, "scores"))) is not None:
         reporter.say(f"{out} is finished: nothing left to do.")
         return record
-    scores = {"softmax": _softmax_scores(model, validation, budget, checkpoints, reporter)}
+    softmax = _kept(checkpoints / SOFTMAX_FILE, lambda: scored(model, validation, budget, reporter, "softmax"))
+    scores = {"softmax": softmax}
     choice, within, frontier, kept = None, None, None, None
     if limit is not None:
         choice = chosen(
