@@ -42,7 +42,7 @@ def reproduce_width(
     plan = plan.shortened(steps) if steps else plan
     work = Experiment(plan, out, RichReporter())
     if dry_run:
-        print_rows(work.table(), "plan of reproduce width")
+        print_rows(work.table(), "plan of reproduce width; all of it takes some eight minutes on two cores")
         return
     print_tables(draw(out) if plot_only else work.run(resume=resume, overwrite=overwrite))
     console.print(f"Record: {out / 'records'}   plot: {out / 'plots'}   tables: {out / 'tables'}")
