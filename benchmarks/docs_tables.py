@@ -114,6 +114,7 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "generation": generation,
     "rankings": rankings,
     "trained-alike": trained_alike,
+    "far-rank": lambda _: script("far_rank")["table"](read("far-rank")),
     "drift": drift,
     "serving": lambda _: script("serving")["table"](read("serving")),
     "representations": lambda _: script("representations")["table"](read("representations")),

@@ -208,9 +208,10 @@ def losses(model: Any, tokens: Tensor) -> dict[str, float]:
 def table(record: dict[str, Any]) -> str:
     """Markdown: a row for each thing that stands for the far field."""
     rows = record["rows"]
+    finished = [name for name, found in rows.items() if len(found) == len(rows["softmax"])]
     mean = {
-        name: {field: fmean(x[field] for x in found.values()) for field in ("loss", "accuracy")}
-        for name, found in rows.items()
+        name: {field: fmean(x[field] for x in rows[name].values()) for field in ("loss", "accuracy")}
+        for name in finished
     }
     none, full = mean["nothing"], mean["softmax"]
     lines = ["| far field | loss | of softmax's accuracy | recovery |", "|---|---:|---:|---:|"]
