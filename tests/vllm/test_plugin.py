@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,13 +252,16 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.full
-def test_ten_thousand_requests_leave_no_trace() -> None:
-    """Random lengths, every tenth aborted at some time: blocks and memory as before, and 100 answers are right."""
-    chance, total = random.Random(0), int(os.environ.get("REQUESTS", "10000"))
+def under_load(name: str, total: int) -> tuple[int, int, int]:
+    """Requests of random lengths, every tenth aborted at some time, 100 of them kept to ask again alone.
+
+    Returns:
+        Blocks that are missing afterwards, bytes that the process grew by after the first tenth, and wrong answers.
+    """
+    chance = random.Random(0)
     sampled: dict[str, tuple[list[int], int]] = {}
     answers: dict[str, list[int]] = {}
-    with engine("llama-heads", max_num_seqs=32, max_num_batched_tokens=256) as served:
+    with engine(name, max_num_seqs=32, max_num_batched_tokens=256) as served:
         free, started, running = served.free_blocks, 0, set()
         after_a_tenth = 0
         while started < total or running:
@@ -271,14 +276,26 @@ def test_ten_thousand_requests_leave_no_trace() -> None:
                 if started == total // 10:
                     after_a_tenth = resident()
             if chance.random() < 0.01 * len(running) and (others := sorted(running - set(sampled))):
-                name = chance.choice(others)
-                served.engine.abort_request([name])
-                running.discard(name)
+                aborted = chance.choice(others)
+                served.engine.abort_request([aborted])
+                running.discard(aborted)
             for output in served.engine.step():
                 if output.finished:
                     running.discard(output.request_id)
                     answers[output.request_id] = list(output.outputs[0].token_ids)
-        assert served.free_blocks == free
-        assert resident() - after_a_tenth < 32 << 20
-        for name, (prompt, new) in sampled.items():
-            assert [answers[name]] == served.tokens([prompt], new)
+        grown = resident() - after_a_tenth
+        wrong = sum([answers[x]] != served.tokens([prompt], new) for x, (prompt, new) in sampled.items())
+        return free - served.free_blocks, grown, wrong
+
+
+@pytest.mark.full
+def test_ten_thousand_requests_leave_no_trace() -> None:
+    """Blocks as before, and 100 answers are right; memory grows as vLLM's own softmax does, which is not by nothing."""
+    grown = {}
+    for name in ("softmax", "llama-heads"):  # a process each: what one gave back the other would take
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            missing, grown[name], wrong = pool.submit(
+                under_load, name, int(os.environ.get("REQUESTS", "10000"))
+            ).result()
+        assert (missing, wrong) == (0, 0)
+    assert grown["llama-heads"] - grown["softmax"] < 16 << 20, grown
