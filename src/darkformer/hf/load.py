@@ -96,6 +96,10 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
+#: Code in a model's repository is not run, nor is anyone asked whether it may be.
+CODE = {"trust_remote_code": False}
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Weights (safetensors), config and tokenizer, as `load_model` and transformers read them, and their checksums."""
     with without_bars():
@@ -134,7 +138,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
     try:
         _check_files(Path(source))
         with without_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **{**CODE, **options})
     except (DarkformerError, ImportError):
         raise
     except UnpicklingError as error:
@@ -159,7 +163,7 @@ def load_config(model: str) -> Any:
     """
     source, extra = _source(model)
     try:
-        return AutoConfig.from_pretrained(source, **extra)
+        return AutoConfig.from_pretrained(source, **CODE, **extra)
     except (DarkformerError, ImportError):
         raise
     except Exception as error:  # as above
@@ -174,7 +178,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     source, extra = _source(model)
     try:
-        return AutoTokenizer.from_pretrained(source, **extra)
+        return AutoTokenizer.from_pretrained(source, **CODE, **extra)
     except (DarkformerError, ImportError):
         raise
     except Exception as error:  # as above; `tokenizers` raises plain ones
