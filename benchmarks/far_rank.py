@@ -8,10 +8,10 @@ and the keys of its first half beyond the window, with the query heads that shar
 place of their weights stand
 
 - rank m: the nearest matrix of that rank (in squares; a truncated singular value decomposition, made for this very
-  sequence, its signs free), which no m features can be nearer than;
+  sequence, its signs free), which no m features can be nearer to the weights than;
 - m clusters: the block's keys merged into so many of their own;
 - m fixed features: chosen in advance, the first singular functions of these weights on other text;
-- m drawn features: the default form, calibrated on other text;
+- m drawn features: the default form with none switched off, calibrated on other text;
 - softmax in the six heads of the 10 % budget, nothing in others.
 
 Everything else stays softmax, nothing is trained. Recovery is (loss of nothing - loss) / (loss of nothing - loss of
@@ -91,7 +91,7 @@ def six_heads() -> Far:
 
 
 def drawn(num_features: int, blocks: Tensor) -> Far:
-    """The default form's features beside this window, calibrated on `blocks` (N, CONTEXT)."""
+    """The default form's features beside this window, none switched off, calibrated on `blocks` (N, CONTEXT)."""
     model = load_model(str(demo_model_path()))
     convert(model, DarkConfig(window=WINDOW, sinks=SINKS, num_features=num_features, drop_features=False))
     calibrate(model, list(blocks.split(1)), drop=False)

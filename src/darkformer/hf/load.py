@@ -21,6 +21,8 @@ from .light import LIGHT_FILE, load_light
 
 #: The file of checksums that `save_model` writes beside the weights, in the format of `sha256sum -c`.
 CHECKSUMS = "SHA256SUMS"
+#: Code in a model's repository is not run, nor is anyone asked whether it may be.
+CODE = {"trust_remote_code": False}
 #: Dtypes of weights, by the names that the command line takes.
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: The demo's model, a GGUF file inside a Python package, which need not be imported.
@@ -94,10 +96,6 @@ def _digests(folder: Path) -> dict[str, str]:
         with file.open("rb") as content:
             digests[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
     return digests
-
-
-#: Code in a model's repository is not run, nor is anyone asked whether it may be.
-CODE = {"trust_remote_code": False}
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
