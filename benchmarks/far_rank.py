@@ -10,7 +10,9 @@ place of their weights stand
 - rank m: the nearest matrix of that rank (in squares; a truncated singular value decomposition, made for this very
   sequence, its signs free), which no m features can be nearer to the weights than;
 - m clusters: the block's keys merged into so many of their own;
-- m fixed features: chosen in advance, the first singular functions of these weights on other text;
+- m fixed features: chosen in advance, the first singular functions of these weights on other text, from so many
+  landmarks (queries, and as many keys);
+- m own features: the same from landmarks of the very block, which shows what a change of text costs;
 - m drawn features: the default form with none switched off, calibrated on other text;
 - softmax in the six heads of the 10 % budget, nothing in others.
 
@@ -40,14 +42,13 @@ from darkformer.hf.load import demo_model_path, load_tokenizer
 from darkformer.records import environment, read_json, write_json
 from darkformer.train.data import load_documents, token_blocks
 
-RECORD = Path(__file__).parent / "records" / "far-rank.json"
+RECORDS = Path(__file__).parent / "records"
+RECORD, FRONTIER = RECORDS / "far-rank.json", RECORDS / "frontier-smollm2.json"
 CONTEXT, SINKS, WINDOW = 2048, 4, 256
 HALF = CONTEXT // 2
 KEYS = slice(SINKS, HALF - WINDOW)  # far from every query of the second half
-#: Queries, and keys, of other text that fixed features are made from; the clusters' rounds of Lloyd's algorithm.
-LANDMARKS, LLOYD_STEPS = 1024, 12
-#: The six heads of the 10 % budget (docs/budget.md), as (layer, kv head).
-EXACT = ((7, 2), (8, 0), (17, 1), (18, 2), (20, 2), (23, 0))
+#: Rounds of Lloyd's algorithm that clusters take.
+LLOYD_STEPS = 12
 
 
 class Block(NamedTuple):
@@ -77,14 +78,15 @@ def every_head(rank: int) -> Far:
     return lambda block: of_rank(block.weights, rank)
 
 
-def six_heads() -> Far:
-    """Softmax in the heads of `EXACT`, nothing in the blocks of the others."""
+def budget_heads() -> Far:
+    """Softmax in the heads that the 10 % budget keeps exact (docs/budget.md), nothing in the blocks of the others."""
+    (budget,) = (row for row in read_json(FRONTIER)["rows"] if row["name"] == "budget-10")
+    config = DarkConfig.from_dict(budget["config"])
 
     def far(block: Block) -> Tensor:
         found = torch.zeros_like(block.weights)
-        for layer, head in EXACT:
-            if layer == block.layer:
-                found[head] = block.weights[head]
+        for head in config.head_kinds(block.layer, len(found)).exact:
+            found[head] = block.weights[head]
         return found
 
     return far
@@ -107,42 +109,62 @@ def drawn(num_features: int, blocks: Tensor) -> Far:
     return far
 
 
-def fixed(rank: int, model: Any, attention: FarCut, blocks: Tensor) -> Far:
-    """Features that are chosen in advance: singular functions of the weights on other text, `blocks`.
+class SingularFunctions:
+    """The first singular functions of the weights between landmarks, continued to other queries and keys (Nyström).
 
-    Weights between `LANDMARKS` queries and as many keys of that text have a singular value decomposition; its first
-    singular vectors, continued to other queries and keys (Nyström's way), are the features.
+    Args:
+        query, key: (G, n, d) landmarks, times √s. log_normalizer: (G, n), of softmax over every key of the queries.
+        ridge: added to the squared singular values, as a share of the largest; small ones are badly determined.
     """
-    seen: dict[int, list[Block]] = {}
-    generator, count = torch.Generator().manual_seed(0), LANDMARKS // len(blocks)
+
+    def __init__(self, query: Tensor, key: Tensor, log_normalizer: Tensor, rank: int, ridge: float) -> None:
+        self.query, self.key, self.log_normalizer = query, key, log_normalizer
+        weights = (query @ key.mT - log_normalizer[..., None]).double().exp()
+        squares, vectors = torch.linalg.eigh(weights.mT @ weights)
+        least = squares[:, -1:] * ridge
+        squares, self.vectors = squares[:, -rank:].clamp(min=1e-12) + least, vectors[..., -rank:]
+        self.left = weights @ self.vectors / squares[:, None]
+
+    def __call__(self, block: Block) -> Tensor:
+        """Weights of rank m in place of the block's."""
+        phi = (block.query @ self.key.mT - block.log_normalizer[..., None]).double().exp() @ self.vectors
+        psi = self.left.mT @ (self.query @ block.key.mT - self.log_normalizer[..., None]).double().exp()
+        return (phi @ psi).float()
+
+
+def landmarks(block: Block, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and log-normalizers of a block, `count` of each at most."""
+    rows = torch.randperm(block.query.shape[1], generator=generator)[:count]
+    keys = torch.randperm(block.key.shape[1], generator=generator)[:count]
+    return block.query[:, rows], block.key[:, keys], block.log_normalizer[:, rows]
+
+
+def fixed(rank: int, count: int, ridge: float, model: Any, attention: FarCut, blocks: Tensor) -> Far:
+    """Features that are chosen in advance, from `count` landmarks of other text, `blocks`."""
+    seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    generator = torch.Generator().manual_seed(0)
 
     def collect(block: Block) -> Tensor:
-        rows = torch.randperm(block.query.shape[1], generator=generator)[:count]
-        keys = torch.randperm(block.key.shape[1], generator=generator)[:count]
-        chosen = block._replace(
-            query=block.query[:, rows], key=block.key[:, keys], log_normalizer=block.log_normalizer[:, rows]
-        )
-        seen.setdefault(block.layer, []).append(chosen)
+        seen.setdefault(block.layer, []).append(landmarks(block, count // len(blocks), generator))
         return block.weights
 
     attention.far = collect
     with torch.inference_mode():
         for row in blocks:
             model.model(row[None], use_cache=False)
-    maps = {}
-    for layer, parts in seen.items():
-        query, key = (torch.cat([getattr(x, name) for x in parts], 1) for name in ("query", "key"))
-        log_z = torch.cat([x.log_normalizer for x in parts], 1)
-        weights = (query @ key.mT - log_z[..., None]).double().exp()
-        squares, vectors = torch.linalg.eigh(weights.mT @ weights)
-        squares, vectors = squares[:, -rank:].clamp(min=1e-12), vectors[..., -rank:]
-        maps[layer] = query, key, log_z, vectors, weights @ vectors / squares[:, None]
+    functions = {
+        layer: SingularFunctions(*(torch.cat(x, 1) for x in zip(*parts, strict=True)), rank, ridge)
+        for layer, parts in seen.items()
+    }
+    return lambda block: functions[block.layer](block)
+
+
+def own(rank: int, count: int, ridge: float) -> Far:
+    """Features from `count` landmarks of the block itself."""
 
     def far(block: Block) -> Tensor:
-        query, key, log_z, vectors, left = maps[block.layer]
-        phi = (block.query @ key.mT - block.log_normalizer[..., None]).double().exp() @ vectors
-        psi = left.mT @ (query @ block.key.mT - log_z[..., None]).double().exp()
-        return (phi @ psi).float()
+        generator = torch.Generator().manual_seed(block.layer)
+        return SingularFunctions(*landmarks(block, count, generator), rank, ridge)(block)
 
     return far
 
@@ -206,22 +228,25 @@ def losses(model: Any, tokens: Tensor) -> dict[str, float]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown: a row for each thing that stands for the far field."""
-    rows = record["rows"]
-    finished = [name for name, found in rows.items() if len(found) == len(rows["softmax"])]
-    mean = {
-        name: {field: fmean(x[field] for x in rows[name].values()) for field in ("loss", "accuracy")}
-        for name in finished
-    }
-    none, full = mean["nothing"], mean["softmax"]
-    lines = ["| far field | loss | of softmax's accuracy | recovery |", "|---|---:|---:|---:|"]
-    for name, found in mean.items():
-        share = (
-            ""
-            if name in ("nothing", "softmax")
-            else f"{(none['loss'] - found['loss']) / (none['loss'] - full['loss']):.0%}"
-        )
-        lines.append(f"| {name} | {found['loss']:.3f} | {found['accuracy'] / full['accuracy']:.1%} | {share} |")
+    """Markdown: a row for each thing that stands for the far field; recovery in all, and of each text alone."""
+    texts = list(record["rows"]["softmax"])
+    rows = {way: found for way, found in record["rows"].items() if len(found) == len(texts)}
+    losses = {way: [found[text]["loss"] for text in texts] for way, found in rows.items()}
+    accuracy = {way: fmean(x["accuracy"] for x in found.values()) for way, found in rows.items()}
+
+    def recovery(way: str, over: slice) -> str:
+        nothing, found, softmax = (fmean(losses[name][over]) for name in ("nothing", way, "softmax"))
+        return f"{(nothing - found) / (nothing - softmax):.0%}"
+
+    lines = [
+        f"| far field | loss | of softmax's accuracy | recovery | {' | '.join(texts)} |",
+        "|---|" + "---:|" * (3 + len(texts)),
+    ]
+    for way in rows:
+        parts = [slice(None), *(slice(i, i + 1) for i in range(len(texts)))]
+        shares = ["" if way in ("nothing", "softmax") else recovery(way, part) for part in parts]
+        cells = [way, f"{fmean(losses[way]):.3f}", f"{accuracy[way] / accuracy['softmax']:.1%}", *shares]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -233,6 +258,12 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--blocks", type=int, default=1, help="Sequences of each text.")
     parser.add_argument("--ranks", type=int, nargs="*", default=[32, 128, 512], help="Ranks m.")
+    parser.add_argument(
+        "--landmarks", type=int, nargs="*", default=[1024, 512, 2048], help="Numbers of landmarks of fixed features."
+    )
+    parser.add_argument(
+        "--ridges", type=float, nargs="*", default=[0.0, 1e-6, 1e-6], help="Ridge of each of these numbers."
+    )
     parser.add_argument("--features", type=int, nargs="*", default=[128, 1024], help="Numbers of drawn features.")
     parser.add_argument("--data", nargs="+", default=["pydoc"], help="Text that features are calibrated on.")
     parser.add_argument("--out", type=Path, default=RECORD, help="The record; finished sequences are kept.")
@@ -248,13 +279,18 @@ def main() -> None:
         ways[f"rank {m}"] = partial(every_head, m)
     for m in options.ranks:
         ways[f"{m} clusters"] = partial(clusters, m)
-    for m in (m for m in options.ranks if m <= LANDMARKS // 8):  # more are noise: 512 of 1,024 diverge
-        ways[f"{m} fixed features"] = partial(fixed, m, model, attention, text[:4])
+    for count, ridge in zip(options.landmarks, options.ridges, strict=True):
+        for m in (m for m in options.ranks if m <= count // 8):  # more are noise: 512 of 1,024 diverge
+            name = f"{count:,} landmarks" + (f", ridge {ridge:g}" if ridge else "")
+            ways[f"{m} fixed features, {name}"] = partial(fixed, m, count, ridge, model, attention, text[:4])
+            if count <= KEYS.stop - KEYS.start:
+                ways[f"{m} own features, {name}"] = partial(own, m, count, ridge)
     for m in options.features:
         ways[f"{m} drawn features"] = partial(drawn, m, text)
-    ways["softmax in six heads"] = six_heads
-    record = read_json(options.out) if options.out.is_file() else {"rows": {}}
-    record |= {"context": CONTEXT, "window": WINDOW, "sinks": SINKS, "environment": environment()}
+    ways["softmax in six heads"] = budget_heads
+    record = read_json(options.out) if options.out.is_file() else {"rows": {}, "made": {}}
+    record |= {"context": CONTEXT, "window": WINDOW, "sinks": SINKS}
+    here = {"data": options.data, "blocks": options.blocks, "environment": environment()}
     sequences = {
         f"{text.stem} {i}": row
         for text in options.texts
@@ -265,6 +301,7 @@ def main() -> None:
         left = {name: row for name, row in sequences.items() if name not in found}
         if left:
             attention.far = make()
+            record["made"][way] = here
         for name, row in tqdm(left.items(), way, leave=False):
             with torch.inference_mode():
                 found[name] = losses(model, row)

@@ -18,7 +18,7 @@ from darkformer.diagnostics.summary import layer_errors
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
 from darkformer.records import environment, read_json, write_json
 from darkformer.train.evaluate import evaluate
-from darkformer.train.linearize import calibration_batches, load_text
+from darkformer.train.linearize import calibration_batches, load_context_text
 
 
 def choices(rows: list[dict], window: str, m: str, count: int, randoms: int) -> dict[str, tuple[int, ...]]:
@@ -43,7 +43,7 @@ def main() -> None:
     diagnosis, path = read_json(options.diagnosis), str(demo_model_path())
     window, m = (str(diagnosis["config"][name]) for name in ("window", "num_features"))
     base = load_model(path)
-    blocks, held_out = load_text(["pydoc"], (), load_tokenizer(path), 512)
+    blocks, held_out = load_context_text(["pydoc"], (), load_tokenizer(path), 512)
     held_out = held_out[: options.blocks]
     rows = [{"kept": "all (softmax)", "layers": None, **evaluate(base, held_out).to_dict()}]
     for name, layers in choices(diagnosis["rows"], window, m, options.count, options.randoms).items():

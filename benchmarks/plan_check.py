@@ -60,8 +60,8 @@ def checked(name: str, task: PlanTask, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     clock = StageClock()
     linearize(
-        model, folder, data=["python"], config=DarkConfig(), context=task.sequence, memory=task.budget or None,
-        budget=TrainConfig(
+        model, folder, data=["python"], config=DarkConfig(), context=task.sequence, budget=task.budget or None,
+        training=TrainConfig(
             steps=task.steps, seq_len=task.sequence, batch_size=1, dtype=task.precision,
             transfer_steps=task.transfer_steps,
         ),

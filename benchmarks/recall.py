@@ -16,7 +16,7 @@ from darkformer.evaluation.recall import RecallTask, recall
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
 from darkformer.plots import recall_against_distance
 from darkformer.records import environment, write_json
-from darkformer.train.linearize import calibration_batches, load_text
+from darkformer.train.linearize import calibration_batches, load_context_text
 
 FORMS = {
     "softmax": None,
@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     path = str(demo_model_path())
     base, tokenizer = load_model(path), load_tokenizer(path)
-    blocks, _ = load_text(["pydoc"], (), tokenizer, 512)
+    blocks, _ = load_context_text(["pydoc"], (), tokenizer, 512)
     task = RecallTask(tuple(options.distances), options.trials)
     models: dict[str, dict[str, Any]] = {}
     for name, config in FORMS.items():

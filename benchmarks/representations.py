@@ -98,14 +98,14 @@ def main() -> None:
     blocks = token_blocks(tokenizer, load_documents(["pydoc"]), TOKENS)[:9]
     convert(model, DarkConfig(num_features=1, sinks=SINKS))
     collected, points = Collector(), {}
-    with observing(model, collected):
+    with observing(model, collected, softmax=True):
         for batch in blocks[:-1].split(2):
             model(batch, use_cache=False)
 
     def keep(fm: FeatureMap, *captured: Any) -> None:
         points[fm.layer] = points_of(fm, collected.far[fm.layer], captured[:-1])
 
-    with observing(model, keep):
+    with observing(model, keep, softmax=True):
         model(blocks[-1:], use_cache=False)
     rows = [row for layer in tqdm(sorted(points), desc="layers") for row in measured(layer, points[layer])]
     record = {

@@ -44,25 +44,37 @@ def configurations(window: int, features: int) -> dict[str, DarkConfig]:
     }
 
 
-def scored(model: Any, tokenizer: Any, texts: list[Path], blocks: int, dtype: str) -> dict[str, Any]:
-    """Loss and accuracy of each text, by position too, and what is recalled."""
+def by_text(model: Any, tokenizer: Any, texts: list[Path], context: int, blocks: int, dtype: str) -> dict[str, Any]:
+    """Loss and accuracy, in the mean and of each text, by position too."""
     scores = {}
     for text in texts:
-        rows = token_blocks(tokenizer, load_documents([str(text)]), CONTEXT)[:blocks]
+        rows = token_blocks(tokenizer, load_documents([str(text)]), context)[:blocks]
         scores[text.stem] = evaluate(model, rows, dtype=dtype).to_dict()
     mean = {name: sum(x[name] for x in scores.values()) / len(scores) for name in ("loss", "accuracy")}
-    return {**mean, "texts": scores, "recall": recall(model, tokenizer, TASK, dtype=dtype)}
+    return {**mean, "texts": scores}
+
+
+def scored(model: Any, tokenizer: Any, options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """What a trained row is worth: at the context it was trained at, at a longer one, and what it recalls."""
+    common = model, tokenizer, options.texts
+    return {
+        **by_text(*common, CONTEXT, options.blocks, dtype),
+        "long": {"context": options.long, **by_text(*common, options.long, 1, dtype)} if options.long else None,
+        "recall": recall(model, tokenizer, TASK, dtype=dtype),
+    }
 
 
 def table(record: dict[str, Any]) -> str:
     """The rows as a Markdown table; shares are of the softmax model that was trained alike."""
     rows = record["rows"]
     softmax, exact = rows["softmax"]["trained"], rows.get("exact part", {}).get("trained")
+    long = softmax.get("long")
     recalled = f"recalled at {', '.join(str(x['distance']) for x in softmax['recall'])}"
     titles = [
         "trained alike",
         "loss",
         "of softmax's accuracy",
+        *([f"at {long['context']:,} tokens"] if long else []),
         *(["recovery of the far field"] if exact else []),
         recalled,
     ]
@@ -70,6 +82,8 @@ def table(record: dict[str, Any]) -> str:
     for name, row in rows.items():
         found = row["trained"]
         cells = [name, f"{found['loss']:.3f}", f"{found['accuracy'] / softmax['accuracy']:.1%}"]
+        if long:
+            cells.append(f"{found['long']['accuracy'] / long['accuracy']:.1%}")
         if exact:
             share = (exact["loss"] - found["loss"]) / (exact["loss"] - softmax["loss"])
             cells.append("" if name in ("softmax", "exact part") else f"{share:.0%}")
@@ -95,6 +109,9 @@ def main() -> None:
         "--texts", nargs="+", type=Path, default=sorted(Path("runs/text").glob("*.txt")), help="Scored."
     )
     parser.add_argument("--blocks", type=int, default=4, help="Sequences of each scored text.")
+    parser.add_argument(
+        "--long", type=int, default=8192, help="Tokens of one longer sequence of each text; 0: none is scored."
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/alike"), help="Folder of the runs.")
     parser.add_argument("--out", type=Path, help="Where to write the record (JSON).")
     options = parser.parse_args()
@@ -114,13 +131,13 @@ def main() -> None:
         )  # fmt: skip
         folder = options.work / name.replace(" ", "-").replace("%", "")
         run = linearize(
-            path, folder, data=options.data, held_out=[str(options.texts[0])], config=config, budget=train,
+            path, folder, data=options.data, held_out=[str(options.texts[0])], config=config, training=train,
             context=CONTEXT, resume=True, reporter=reporter,
         )  # fmt: skip
         file = folder / "scored.json"
         if not file.is_file():
             model = load_model(str(folder / "model"))
-            write_json(file, scored(model, tokenizer, options.texts, options.blocks, train.dtype))
+            write_json(file, scored(model, tokenizer, options, train.dtype))
         rows[name] = {
             "config": config.to_dict(), "train": asdict(train), "losses": run["losses"], "seconds": run["seconds"],
             "trained": json.loads(file.read_text()),

@@ -84,15 +84,17 @@ def run(model_name: str, blocks: Tensor, out: Path) -> None:
         model, DarkConfig(num_features=1, window=FORMS["window"][0], sinks=FORMS["window"][1], convert_sliding=True)
     )
     collected = Collector()
-    with observing(model, collected):
+    with observing(model, collected, softmax=True):
         for batch in blocks[:-1].split(2):
             model(batch, use_cache=False)
     record = {
         "benchmark": "untrained", "model": Path(model_name).name, "features": FEATURES, "tokens": TOKENS,
         "forms": FORMS, "environment": environment(), "layers": read_json(out)["layers"] if out.exists() else {},
     }  # fmt: skip
-    with tqdm(total=len(collected.every), unit="layer") as bar, observing(model, Runner(collected, record, out, bar)):
-        model(blocks[-1:], use_cache=False)
+    with tqdm(total=len(collected.every), unit="layer") as bar:
+        observed = observing(model, Runner(collected, record, out, bar), softmax=True)
+        with observed:
+            model(blocks[-1:], use_cache=False)
     write_json(out, {**record, "environment": environment()})
 
 

@@ -180,3 +180,11 @@ def test_no_weights_are_tracked() -> None:
     weights = [path for path in tracked if path.suffix in {".safetensors", ".gguf"} and path.is_file()]
     large = [str(path.relative_to(ROOT)) for path in weights if path.stat().st_size > MAX_WEIGHTS_BYTES]
     assert not large, f"weights do not belong in the repository: {large}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_is_there(script: Path) -> None:
+    """Scripts run once in a while; a name that was changed since is found here."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "darkformer":
+            exec(ast.unparse(node), {})

@@ -1,4 +1,4 @@
-"""The one configuration (`DarkConfig`) and the training budget (`TrainConfig`).
+"""The one configuration (`DarkConfig`) and how a model is trained (`TrainConfig`).
 
 Every field carries its help text and, where it is not its own name, its flag: the command line is made from them.
 """
@@ -83,10 +83,10 @@ def _choices(table: dict[str, str]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in table.items())
 
 
-def _check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+def _check_integer(name: str, value: object, minimum: int, maximum: int = 2**63 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name}={value!r}: must be an integer of at least {minimum}.")
-    if maximum is not None and value > maximum:
+    if value > maximum:
         raise ConfigError(f"{name}={value!r}: must be {maximum} at most.")
 
 
@@ -97,13 +97,15 @@ def _check_choice(name: str, value: object, table: dict[str, str]) -> None:
 
 #: A layer (`6`) or one key/value head of it (`"18.2"`), as options name them.
 HeadName = int | str
+#: A number within a name: digits of ASCII, no more than any size needs.
+_NUMBER = r"[0-9]{1,18}"
 
 
 def _layer_and_head(name: str, value: object) -> tuple[int, int | None]:
     """(layer, kv head) of a `HeadName`, or of a pair; the head is None for a whole layer."""
     if isinstance(value, tuple | list) and len(value) == 2 and all(type(x) is int for x in value):
         value = f"{value[0]}.{value[1]}"
-    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value):
+    if isinstance(value, str) and re.fullmatch(rf"{_NUMBER}(\.{_NUMBER})?", value):
         layer, _, head = value.partition(".")
         return int(layer), int(head) if head else None
     if type(value) is int and value >= 0:
@@ -134,7 +136,7 @@ def _layer_windows(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
             if isinstance(value, list | tuple)
             else ()
         )
-        if len(pair) != 2 or not all(type(x) is int or (isinstance(x, str) and x.isdigit()) for x in pair):
+        if len(pair) != 2 or not all(type(x) is int or (type(x) is str and re.fullmatch(_NUMBER, x)) for x in pair):
             raise ConfigError(f"layer_windows={value!r}: give LAYER=WINDOW, such as 3=256, or a pair (3, 256).")
         layer, window = map(int, pair)
         _check_integer("layer_windows: the layer", layer, 0)
@@ -145,7 +147,7 @@ def _layer_windows(values: Iterable[object]) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True)
-class HeadParts:
+class HeadKinds:
     """What each key/value head of one layer computes, by its number; every head is in one of the three.
 
     Attributes:
@@ -249,7 +251,7 @@ class DarkConfig:
         )  # fmt: skip
         return cls(num_features=num_features, **{**form, **changes})
 
-    def parts_of(self, layer: int, num_kv_heads: int) -> HeadParts:
+    def head_kinds(self, layer: int, num_kv_heads: int) -> HeadKinds:
         """What each key/value head of one layer computes.
 
         Raises:
@@ -272,7 +274,7 @@ class DarkConfig:
         local = tuple(g for g in without if g not in exact)
         if local and self.window_of(layer) == 0:
             raise ConfigError(f"layer {layer} has window=0, and a head without features needs one: give it a window.")
-        return HeadParts(exact, local, tuple(g for g in every if g not in exact and g not in local))
+        return HeadKinds(exact, local, tuple(g for g in every if g not in exact and g not in local))
 
     def window_of(self, layer: int) -> int:
         """The window of one layer."""
@@ -283,7 +285,7 @@ class DarkConfig:
 
         Where none of them has features the method is `local`; where all heads are exact it is `exact`.
         """
-        parts = self.parts_of(layer, num_kv_heads)
+        parts = self.head_kinds(layer, num_kv_heads)
         method = self.method if parts.features else "local" if parts.local else "exact"
         return dataclasses.replace(self, method=method, window=self.window_of(layer))
 
@@ -328,7 +330,7 @@ class DarkConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The budget of a finetuning run.
+    """How a converted model is finetuned: steps, rates, what learns, precision.
 
     Raises:
         ConfigError: a field outside its rule.

@@ -57,7 +57,7 @@ def layer_bytes(
     A cache allocates windows whole: a sequence shorter than the window takes as much.
     """
     shape: dict[str, Any] = dict(head_dim=head_dim, value_dim=value_dim, element_bytes=element_bytes)
-    parts = config.parts_of(layer, num_kv_heads)
+    parts = config.head_kinds(layer, num_kv_heads)
     form = dataclasses.replace(config, window=config.window_of(layer))
     total = kv_cache_bytes(seq_len, num_kv_heads=len(parts.exact), **shape) if parts.exact else 0
     for heads, method in ((parts.local, "local"), (parts.features, config.method)):

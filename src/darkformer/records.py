@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -9,7 +10,8 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +20,10 @@ from typing import Any
 import torch
 
 from ._version import __version__
-from .errors import RunFolderError
+from .errors import DarkformerError, RunFolderError
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
-RUN_FILE = "run.json"
+RUN_FILE, RECORD_FILE = "run.json", "record.json"
 
 
 def _commit() -> str | None:
@@ -111,6 +113,49 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """A block that takes JSON apart which this library wrote.
+
+    Raises:
+        RunFolderError: a field is missing or of another type.
+    """
+    try:
+        yield
+    except DarkformerError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{path}: it is not as darkformer wrote it ({type(error).__name__}: {error}). Delete it, and what it holds "
+            "is measured again."
+        ) from error
+
+
+def write_kept(path: Path, value: Any) -> None:
+    """Writes plain values that a later run takes up again, with their checksum."""
+    write_json(path, {"checksum": _checksum(value), "value": value})
+
+
+def read_kept(path: Path) -> Any:
+    """Inverse of `write_kept`.
+
+    Raises:
+        RunFolderError: missing, or anything but what was written.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("checksum") != _checksum(content.get("value")):
+        raise RunFolderError(
+            f"{path}: it was altered, or an earlier version of darkformer wrote it. Delete it, and what it holds is "
+            "measured again."
+        )
+    return content["value"]
+
+
+def _checksum(value: Any) -> str:
+    """SHA-256 of a value as JSON: the same for what was written and for what is read of it."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def check_folder(out: Path) -> None:
     """Refuses an output folder that could not be written, before the work rather than after it. Creates nothing.
 
@@ -133,6 +178,17 @@ def check_folder(out: Path) -> None:
         return
 
 
+def check_file(out: Path) -> None:
+    """Refuses an output file that could not be written, before the work rather than after it. Creates nothing.
+
+    Raises:
+        RunFolderError: as `check_folder`, or something else than a file is in its place.
+    """
+    check_folder(out.parent)
+    if out.exists() and not out.is_file():
+        raise RunFolderError(f"{out} is a folder or a device: give the name of a file (--out).")
+
+
 def _claimed(out: Path) -> dict[str, Any]:
     """What `open_run` and the end of a run wrote.
 
@@ -148,21 +204,28 @@ def _claimed(out: Path) -> dict[str, Any]:
     return run
 
 
-def finished_record(out: Path, fields: Collection[str]) -> dict[str, Any] | None:
-    """The record of the run that `open_run` found in `out`; None if the run is not finished.
+def finish_run(out: Path, settings: Mapping[str, Any]) -> None:
+    """Marks a run as finished, once its record and everything else is written."""
+    record = out / RECORD_FILE
+    checksum = _checksum(read_json(record)) if record.is_file() else None
+    write_json(out / RUN_FILE, {"settings": settings, "finished": True, "record": checksum})
 
-    Args:
-        fields: what the record must have.
+
+def finished_record(out: Path) -> dict[str, Any] | None:
+    """The record of the run that `open_run` found in `out`; None if the run is not finished.
 
     Raises:
         RunFolderError: run or record is missing, damaged or altered.
     """
-    if not _claimed(out)["finished"]:
+    run = _claimed(out)
+    if not run["finished"]:
         return None
-    record = read_json(out / "record.json")
-    if not isinstance(record, dict) or (missing := [name for name in fields if name not in record]):
-        lacks = f"it lacks {', '.join(missing)}" if isinstance(record, dict) else "it is no record"
-        raise RunFolderError(f"{out / 'record.json'}: {lacks}: it was altered. Run again with --overwrite.")
+    record = read_json(out / RECORD_FILE)
+    if not isinstance(record, dict) or run.get("record") != _checksum(record):
+        raise RunFolderError(
+            f"{out / RECORD_FILE}: it was altered after the run, or an earlier version of darkformer made both. "
+            "Run again with --overwrite."
+        )
     return record
 
 
@@ -201,7 +264,7 @@ def open_run(out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite:
 
 def _clear(out: Path) -> None:
     """Deletes what runs of this library write, and nothing else; not `RUN_FILE`, which shows that they wrote it."""
-    for name in ("record.json", "report.html", "budget.json", "frontier.json", "frontier.png"):
+    for name in (RECORD_FILE, "report.html", "budget.json", "frontier.json", "frontier.png"):
         (out / name).unlink(missing_ok=True)
     for name in ("stages", "checkpoints", "model", "plots", "records", "sensitivity", "frontier", "tables", "text"):
         shutil.rmtree(out / name, ignore_errors=True)

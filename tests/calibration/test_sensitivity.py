@@ -185,6 +185,10 @@ def test_it_goes_on_where_it_stopped(method: str, tmp_path: Path) -> None:
     assert rest == whole and steps[0] == 3
     with pytest.raises(RunFolderError, match="another rows"):
         sensitivity(model, [ids(3)], folder=tmp_path, **options)
+    for content in ("[]", "3", "{}", (tmp_path / FILE).read_text().replace("0.", "1.", 1)):
+        (tmp_path / FILE).write_text(content)
+        with pytest.raises(RunFolderError, match="it was altered"):
+            sensitivity(model, [ids()], folder=tmp_path, **options)
 
 
 def test_window_changes() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import darkformer
 from darkformer.cli import main
 from darkformer.config import DarkConfig
-from darkformer.records import RUN_FILE, check_folder, finished_record, open_run
+from darkformer.hf.gguf_header import check_header
+from darkformer.records import RUN_FILE, check_folder, finished_record, open_run, read_kept, write_kept
 from darkformer.train.data import load_documents
 
 SMALL = [
@@ -151,12 +153,24 @@ def test_a_missing_or_edited_record(
     assert "record.json: budget_at" in refused(
         *linearize(model_folder, tmp_path / "b", text_glob, "--config", str(out / "record.json"))
     )
-    (out / "record.json").write_text(json.dumps({name: x for name, x in record.items() if name != "scores"}))
-    assert "lacks scores" in refused(*again)
+    for change in ({"scores": []}, {"scores": {"softmax": 3}}, {"scores": None}, {"seconds": 0}):
+        (out / "record.json").write_text(json.dumps({**record, **change}))
+        assert "record.json: it was altered after the run" in refused(*again)
     (out / "record.json").unlink()
     assert "record.json" in refused(*again)
     (out / RUN_FILE).unlink()
     assert "holds no run" in refused(*again)
+
+
+@pytest.mark.parametrize("value", [{"x": [1, 2.5, None, "é"]}, [], {"1": float("nan")}, 0.1 + 0.2])
+def test_what_a_run_keeps_is_taken_up_as_it_was_written(value: Any, tmp_path: Path) -> None:
+    write_kept(tmp_path / "kept.json", value)
+    assert repr(read_kept(tmp_path / "kept.json")) == repr(value)
+    whole = json.loads((tmp_path / "kept.json").read_text())
+    for content in ([], None, {}, value, {**whole, "value": [value]}, {**whole, "checksum": None}):
+        (tmp_path / "kept.json").write_text(json.dumps(content))
+        with pytest.raises(darkformer.RunFolderError, match="it was altered, or an earlier version"):
+            read_kept(tmp_path / "kept.json")
 
 
 @pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}, {}])
@@ -166,7 +180,7 @@ def test_a_run_that_was_killed_while_it_claimed_its_folder(flags: dict[str, bool
     assert not open_run(tmp_path, {"a": 1}, **asked)
     assert [path.name for path in tmp_path.iterdir()] == [RUN_FILE]
     assert open_run(tmp_path, {"a": 1}, resume=True, overwrite=False)
-    assert finished_record(tmp_path, ()) is None
+    assert finished_record(tmp_path) is None
 
 
 def test_a_run_that_was_killed_while_it_overwrote_can_be_overwritten(
@@ -219,6 +233,37 @@ def test_what_a_config_says_of_the_conversion(value: Any, refused: Refused, fini
     assert "DarkConfig" in said or "field" in said or "must be" in said or "unknown" in said, said
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 10**13}, "window=10000000000000"),
+        ({"sinks": 10**13}, "sinks=10000000000000"),
+        ({"window": 10**400}, "window=1000"),
+        ({"layer_windows": ["²=5"]}, "give LAYER=WINDOW"),
+        ({"layer_windows": ["1" * 5000 + "=5"]}, "give LAYER=WINDOW"),
+        ({"keep_exact": ["1" * 5000]}, "name a layer"),
+        ({"keep_exact": ["١"]}, "name a layer"),
+        ({"method": "exact"}, "tensors of feature maps that its config.json does not describe"),
+        ({"method": "performer"}, "tensors of feature maps that its config.json does not describe"),
+        ({"center": False}, "tensors of feature maps that its config.json does not describe"),
+    ],
+)  # fmt: skip
+def test_a_config_that_was_changed_beside_its_weights(
+    change: dict[str, Any], message: str, refused: Refused, finished: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    edited(model / "config.json", darkformer={**config["darkformer"], **change})
+    assert message in refused(*generate(model))
+
+
+@pytest.mark.parametrize("base", [[1], 3, {}, {"name": "x", "dtype": None, "fingerprint": 5}])
+def test_what_a_config_says_of_its_base(base: Any, refused: Refused, finished: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+    edited(model / "config.json", darkformer_base=base)
+    assert "darkformer_base in config.json does not say the" in refused(*generate(model))
+
+
 @pytest.mark.parametrize("layers", [True, [3], [{}], {"name": "x"}])
 def test_what_a_config_says_of_converted_layers(layers: Any, refused: Refused, finished: Path, tmp_path: Path) -> None:
     model = shutil.copytree(finished / "model", tmp_path / "model")
@@ -252,6 +297,46 @@ def test_a_damaged_gguf_file(content: bytes, refused: Refused, tmp_path: Path) -
     pytest.importorskip("gguf")
     (tmp_path / "m.gguf").write_bytes(content)
     assert "cannot be loaded" in refused(*generate(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(("order", "version"), [("<", 3), ("<", 2), (">", 3)])
+def test_a_gguf_header_with_every_kind_of_value(order: str, version: int, tmp_path: Path) -> None:
+    def text(value: bytes) -> bytes:
+        return struct.pack(f"{order}Q", len(value)) + value
+
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    fields = [struct.pack(f"{order}I", kind) + bytes(size) for kind, size in sizes.items()]
+    fields += [struct.pack(f"{order}IIQ", 9, kind, 3) + bytes(3 * size) for kind, size in sizes.items()]
+    fields.append(struct.pack(f"{order}I", 8) + text(b"a text"))
+    fields.append(struct.pack(f"{order}IIQ", 9, 8, 1000) + b"".join(text(b"x" * (i % 7)) for i in range(1000)))
+    start = b"GGUF" + struct.pack(f"{order}IQQ", version, 0, len(fields))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(start + b"".join(text(f"key.{i}".encode()) + field for i, field in enumerate(fields)))
+    check_header(file)
+    for cut in (1, 100, 6000):  # not even the last field is whole, and so on
+        (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:-cut])
+        with pytest.raises(darkformer.InputError, match="header is damaged"):
+            check_header(tmp_path / "cut.gguf")
+
+
+def test_a_gguf_header_that_counts_beyond_its_file(refused: Refused, tmp_path: Path) -> None:
+    def number(n: int, size: int = 8) -> bytes:
+        return n.to_bytes(size, "little")
+
+    def header(value: bytes, kind: int = 9, *, fields: int = 1, tensors: int = 0) -> bytes:
+        key = number(1) + b"k" + number(kind, 4)
+        return b"GGUF" + number(3, 4) + number(tensors) + number(fields) + key + value + bytes(64)
+
+    nested = b"".join(number(9, 4) + number(1) for _ in range(1000))
+    for content in (
+        header(number(0, 4) + number(2**50)),  # an array of bytes
+        header(number(8, 4) + number(2**50)),  # of strings
+        header(number(9, 4) + number(2**50)),  # of arrays
+        header(nested), header(number(2**60), 8), header(number(0), 8, tensors=2**40), header(b"", 77),
+        header(number(0), 8, fields=2**50), header(number(0, 4) + number(2**24) + bytes(2**24)),
+    ):  # fmt: skip
+        (tmp_path / "m.gguf").write_bytes(content)
+        assert "its header is damaged or altered" in refused(*generate(tmp_path / "m.gguf"))
 
 
 # values

@@ -164,6 +164,10 @@ class TestRefusals:
 
     def test_files_and_values(self, folder: Path, book: Path, tmp_path: Path) -> None:
         out = str(tmp_path / "x")
+        for where in (tmp_path, book / "below", "", "/dev/null/x", "/dev/full", "."):
+            for flag in ([], ["--overwrite"]):
+                with pytest.raises(RunFolderError, match=r"is a folder or a device|is a file, not a folder"):
+                    run("cache", "nosuchmodel", "--prompt", "nosuchprompt", "--out", str(where), *flag)
         book.write_bytes(b"\xff\xfe\xff" * 100)
         with pytest.raises(InputError, match="is not UTF-8 text"):
             run("cache", str(folder), "--prompt", str(book), "--out", out)

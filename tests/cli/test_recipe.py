@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def linearize(model: str, out: Path, **options: Any) -> dict[str, Any]:
         calls.append({"model": model, "out": out, **options})
-        del calls[-1]["reporter"], calls[-1]["before"]
+        del calls[-1]["reporter"], calls[-1]["measure_frontier"]
         return {"scores": {}}
 
     monkeypatch.setattr("darkformer.train.linearize.linearize", linearize)
@@ -74,7 +75,7 @@ def test_a_recipe_is_the_flags_it_names(calls: list[dict[str, Any]], recipe: Pat
         recipe.write_text(text)
         run("linearize", "--config", str(recipe))
     assert calls[1] == calls[0] == calls[2]
-    assert calls[0]["config"].keep_exact == (6, "18.10") and calls[0]["budget"].warmup == 7
+    assert calls[0]["config"].keep_exact == (6, "18.10") and calls[0]["training"].warmup == 7
 
 
 def test_flags_win(calls: list[dict[str, Any]], recipe: Path) -> None:
@@ -83,8 +84,8 @@ def test_flags_win(calls: list[dict[str, Any]], recipe: Path) -> None:
     )
     run("linearize", "y.gguf", "--config", str(recipe), "--out", "r", "--window", "16", "--center", "--keep-exact", "2")
     (call,) = calls
-    assert call["model"] == "y.gguf" and call["budget"].steps == 7 and call["budget"].train == "none"
-    assert call["config"] == DarkConfig(window=16, keep_exact=(2,)) and call["memory_at"] == 5
+    assert call["model"] == "y.gguf" and call["training"].steps == 7 and call["training"].train == "none"
+    assert call["config"] == DarkConfig(window=16, keep_exact=(2,)) and call["budget_at"] == 5
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,6 @@ def test_flags_win(calls: list[dict[str, Any]], recipe: Path) -> None:
         ("config: 8", "config: darkformer linearize has no such option"),
         ("window: {a: 8}", "give one value"),
         ("center: 1", "must be true or false"),
-        ("keep_exact: [18.10]", "in quotes: as a number 18.10 would be 18.1"),
         ("{config: {seed: 1}, train: {seed: 2}}", "train: seed: 2 here, 1 elsewhere in the file"),
         ("{window: 8, config: {window: 9}}", "9 here, 8 elsewhere"),
         ("window: -8", "window=-8: must be an integer of at least 0"),
@@ -105,6 +105,8 @@ def test_flags_win(calls: list[dict[str, Any]], recipe: Path) -> None:
         ("{window", "recipe.yaml"),
         ("command: budget", "a record of darkformer budget; darkformer linearize takes a record of linearize"),
         ("command: linearize", "a record without 'model'"),
+        ("a: &a [1]\ndata: *a", r"aliases \(\*name\) are not taken"),
+        ("x" * 1_000_001, "1,000,000 characters at most"),
     ],
 )  # fmt: skip
 def test_what_a_recipe_cannot_say(calls: list[dict[str, Any]], recipe: Path, text: str, message: str) -> None:
@@ -114,9 +116,32 @@ def test_what_a_recipe_cannot_say(calls: list[dict[str, Any]], recipe: Path, tex
     assert not calls
 
 
+def test_aliases_of_aliases_take_no_memory(calls: list[dict[str, Any]], recipe: Path) -> None:
+    """Lists of nine names each, of the list before: written out they are 12 MB, with three levels more 9 GB."""
+    lists = ["l0: &l0 [xxx,xxx,xxx,xxx,xxx,xxx,xxx,xxx,xxx]"]
+    lists += [f"l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 6)]
+    recipe.write_text("\n".join([*lists, "data: *l5"]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match="aliases"):
+            run("linearize", "x.gguf", "--out", "r", "--config", str(recipe))
+        assert tracemalloc.get_traced_memory()[1] < 3e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_values_are_what_is_written(calls: list[dict[str, Any]], recipe: Path) -> None:
+    """Not what YAML makes of them: no number loses a digit, and tags make nothing."""
+    recipe.write_text("keep_exact: [18.10, 6]\nlr: 2e-5\nseed: !!int 7\ntied: No\nheld_out: ~\nsteps: 0\n")
+    run("linearize", "x.gguf", "--out", "r", "--config", str(recipe))
+    config, training = calls[0]["config"], calls[0]["training"]
+    assert config.keep_exact == (6, "18.10") and config.seed == 7 and config.tied is False
+    assert (training.lr, training.steps) == (2e-5, 0)
+
+
 def test_the_example(calls: list[dict[str, Any]]) -> None:
     run("linearize", "--config", str(SOURCES.parents[1] / "recipes" / "linearize.yaml"))
-    assert calls[0]["budget"].steps == 500 and calls[0]["memory"] == "10%"
+    assert calls[0]["training"].steps == 500 and calls[0]["budget"] == "10%"
 
 
 def test_a_file_that_is_not_there_and_a_record_where_none_is_taken(tmp_path: Path) -> None:
@@ -173,15 +198,15 @@ def test_records_of_the_first_release(calls: list[dict[str, Any]], tmp_path: Pat
     }  # fmt: skip
     (tmp_path / "record.json").write_text(json.dumps(record))
     run("linearize", "--config", str(tmp_path / "record.json"), "--out", "r")
-    assert calls[0]["config"] == DarkConfig(num_features=9) and calls[0]["memory"] is None
-    assert calls[0]["budget"] == TrainConfig(steps=4, dtype="float32")
+    assert calls[0]["config"] == DarkConfig(num_features=9) and calls[0]["budget"] is None
+    assert calls[0]["training"] == TrainConfig(steps=4, dtype="float32")
 
 
 def test_a_budget_in_a_record(calls: list[dict[str, Any]], tmp_path: Path) -> None:
     run("linearize", "x.gguf", "--out", "r", "--budget", "20%", "--budget-at", "4096")
     record = {
         "command": "linearize", "model": "x.gguf", "data": ["pydoc"], "held_out": [], "memory": "20%",
-        "config": calls[0]["config"].to_dict(), "budget": vars(calls[0]["budget"]), "memory_at": 4096,
+        "config": calls[0]["config"].to_dict(), "budget": vars(calls[0]["training"]), "memory_at": 4096,
         "context": 2048, "frontier": None,
     }  # fmt: skip
     (tmp_path / "record.json").write_text(json.dumps(record))

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from darkformer import ConfigError, DarkConfig, TrainConfig
+from darkformer import ConfigError, DarkConfig, RunFolderError, TrainConfig
 from darkformer.calibration.budget import Choice
 from darkformer.cli import app
 from darkformer.console import RichReporter
@@ -26,6 +26,7 @@ from darkformer.evaluation.frontier_report import frontier_cells
 from darkformer.evaluation.recall import RecallTask
 from darkformer.evaluation.settings import DemoConfig, FrontierSettings
 from darkformer.hf.load import load_model
+from darkformer.records import finish_run
 from darkformer.train.finetune import Interrupted
 
 NAMES = ["softmax", "local", "constant", "budget"]
@@ -144,6 +145,9 @@ def test_its_record_is_a_recipe_of_the_same_run(
     for name in ("record.json", "run.json"):  # as if the command line had made it
         text = (out / name).read_text()
         (out / name).write_text(text.replace('"window": 8', '"window": 64'))
+    with pytest.raises(RunFolderError, match=r"record\.json: it was altered after the run"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    finish_run(out, json.loads((out / "run.json").read_text())["settings"])
     result = CliRunner().invoke(app, words, catch_exceptions=False)  # with other settings the folder is refused
     assert result.exit_code == 0 and "holds this run, finished" in " ".join(result.stderr.split())
 

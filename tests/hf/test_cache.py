@@ -368,6 +368,19 @@ class TestFiles:
         with pytest.raises(InputError, match=rf"layer 1 is not.*{match}"):
             load_cache(file, model)
 
+    def test_layers_that_have_read_different_numbers_of_tokens(self, tmp_path: Path) -> None:
+        model = linear("llama")
+        files = [
+            save_cache(model(tokens(1, n), use_cache=True).past_key_values, model, tmp_path / f"{n}") for n in (9, 12)
+        ]
+        (header, short), (_, long) = map(saved_cache._read, files)
+        mixed = {name: (short if name.startswith("layers.1.") else long)[name] for name in long}
+        for seen in (9, 12):
+            header["layers"] = [{**x, "seen": seen if i == 1 else 12} for i, x in enumerate(header["layers"])]
+            write_sealed(tmp_path / "mixed", "darkformer_cache", header, mixed)
+            with pytest.raises(InputError, match=r"mixed: its layers have read different numbers of tokens"):
+                load_cache(tmp_path / "mixed", model)
+
     def test_what_is_missing_or_too_much(self, tmp_path: Path) -> None:
         model = linear("llama")
         file = self._saved(tmp_path, model)
@@ -389,11 +402,46 @@ class TestFiles:
             with pytest.raises(InputError, match=match):
                 load_cache(file, model)
 
+    def test_every_tensor_in_another_type(self, tmp_path: Path) -> None:
+        """Half precision is what autocast leaves in a model of float32; float64 is nothing that such a model leaves."""
+        model, mask = linear("gpt2"), left_mask([0, 3], 12)
+        cache = DynamicCache(config=model.config)
+        with torch.autocast("cpu", torch.bfloat16):
+            _feed(model, tokens(2, 12), mask, 0, 12, cache)
+        file = save_cache(cache, model, tmp_path / "prompt.safetensors")
+        assert load_cache(file, model).get_seq_length() == 12
+        header, tensors = saved_cache._read(file)
+        assert tensors["layers.0.recent_key"].dtype == torch.bfloat16
+        wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+        write_sealed(file, "darkformer_cache", header, wide)
+        with pytest.raises(InputError, match=r"has dtype torch\.float64"):
+            load_cache(file, model)
+
+    @pytest.mark.parametrize(
+        "change", [lambda x: x[:, :1], lambda x: torch.cat([x, x], -1), lambda x: x.double(), lambda x: x[..., :0]]
+    )
+    @torch.no_grad()
+    def test_layers_that_keep_softmax(self, change: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+        model = linear("llama", DarkConfig(num_features=16, window=4, sinks=2, keep_exact=(1,)))
+        file = self._saved(tmp_path, model)
+        header, tensors = saved_cache._read(file)
+        both = {f"layers.1.{name}": change(tensors[f"layers.1.{name}"]) for name in ("keys", "values")}
+        write_sealed(file, "darkformer_cache", header, tensors | both)
+        with pytest.raises(InputError, match=r"layer 1 is not.*keys has"):
+            load_cache(file, model)
+
+    def test_a_shape_beyond_all_integers(self, tmp_path: Path) -> None:
+        content = json.dumps({"x": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}).encode()
+        (tmp_path / "crafted").write_bytes(len(content).to_bytes(8, "little") + content)
+        with pytest.raises(InputError, match="cannot be read"):
+            load_cache(tmp_path / "crafted", linear("llama"))
+
     def test_keys_of_a_sliding_layer(self, tmp_path: Path) -> None:
         model = linear("gemma3")
         file = self._saved(tmp_path, model)
         header, tensors = saved_cache._read(file)
-        for keys in (tensors["layers.0.keys"][:, :, 1:], tensors["layers.0.keys"][:0], torch.zeros(3)):
+        of_file = tensors["layers.0.keys"]
+        for keys in (of_file[:, :, 1:], of_file[:0], torch.zeros(3), of_file.double()):
             write_sealed(tmp_path / "crafted", "darkformer_cache", header, tensors | {"layers.0.keys": keys})
             with pytest.raises(InputError, match="layer 0 is not"):
                 load_cache(tmp_path / "crafted", model)

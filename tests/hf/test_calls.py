@@ -56,7 +56,7 @@ class TestThreads:
         wanted, seen, entered, done = logits(model, ids), [], threading.Event(), threading.Event()
 
         def observe() -> None:
-            with observing(model, lambda *call: seen.append(threading.get_ident())):
+            with observing(model, lambda *call: seen.append(threading.get_ident()), softmax=True):
                 entered.set()
                 done.wait()
                 model(ids)

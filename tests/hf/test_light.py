@@ -248,6 +248,9 @@ class TestLoadingIsRefused:
         header, tensors = light._read(file)
         write_sealed(file, "darkformer", header | {"base": {"name": "llama"}}, tensors)
         self._refused(file, InputError, "does not say the dtype, fingerprint of its base")
+        for value in (5, None, [], "\0"):
+            write_sealed(file, "darkformer", header | {"base": header["base"] | {"fingerprint": value}}, tensors)
+            self._refused(file, InputError, "fingerprint")
 
     def test_an_unknown_field_of_a_newer_version(self, file: Path) -> None:
         header, tensors = light._read(file)

@@ -78,7 +78,7 @@ def test_long_calls_multiply_by_a_triangle(case: Case, monkeypatch: pytest.Monke
     monkeypatch.setattr("darkformer.ops.native.maps.ORTHOGONAL", 0.0)  # else the norm needs no product at all
     made = make_map(case).float()
     maps = pack(made.parameters_for(torch.float32), case.kv_heads, case.dim, 0.5, tokens=1)
-    for w in (maps.wq, maps.wk):
+    for w in (maps.map_q, maps.map_k):
         assert not w[:, case.features :].tril(-1).any()
     assert not NATIVE.wrong(case)
 
@@ -101,7 +101,7 @@ FOLDED = dict(dim=24, features=40, value_dim=20)
 def test_orthogonal_draws_hold_the_norm(case: Case, count: int) -> None:
     """The norm is taken from the first log-features; outputs, states and every gradient stay what they are."""
     parameters = make_map(case).float().parameters_for(torch.float32)
-    assert pack(parameters, case.kv_heads, case.dim, 0.5, tokens=1).foldq.shape[1] == 3
+    assert pack(parameters, case.kv_heads, case.dim, 0.5, tokens=1).fold_q.shape[1] == 3
     with threads(count):
         assert not NATIVE.wrong(case)
 

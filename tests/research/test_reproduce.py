@@ -23,7 +23,7 @@ from darkformer.console import RichReporter
 from darkformer.research.reproduce import run as run_module
 from darkformer.research.reproduce import timing
 from darkformer.research.reproduce.figure5 import spikes
-from darkformer.research.reproduce.plan import METHODS, Base, Experiment, Run, Scale, budget, form, planned
+from darkformer.research.reproduce.plan import METHODS, Base, Experiment, Run, Scale, form, planned, training
 from darkformer.research.reproduce.records import Journal, read_lines, recorded, unfinished
 from darkformer.research.reproduce.scales import FULL, LAPTOP, SCALES
 from darkformer.research.reproduce.session import Reproduction, chosen_figures, draw, record_file
@@ -73,8 +73,8 @@ class TestPlan:
     def test_every_method_shares_everything_but_its_attention(self) -> None:
         base, scale = LAPTOP.bases["smollm2"], replace(LAPTOP, dtype="bfloat16")
         experiment = next(e for e in LAPTOP.experiments if e.key == "2-bottom.smollm2")
-        budgets = {budget(Run(experiment, method, 1, None), scale, 1e-3) for method in METHODS}
-        assert len(budgets) == 1 and budgets.pop().dtype == "bfloat16"
+        configs = {training(Run(experiment, method, 1, None), scale, 1e-3) for method in METHODS}
+        assert len(configs) == 1 and configs.pop().dtype == "bfloat16"
         forms = {m: form(Run(experiment, m, 1, None), base.num_features) for m in METHODS}
         assert forms["exact"] is None and {f.num_features for f in forms.values() if f} == {base.num_features}
         paper = [f for m, f in forms.items() if f and m != "ours"]

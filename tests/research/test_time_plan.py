@@ -172,8 +172,8 @@ def test_linearize_has_these_stages(known: Calibration, model_folder: Path, text
     planned = estimate(shape, task, config, known, positions=2048, name="tiny")
     reporter = Titles()
     linearize(
-        str(model_folder), tmp_path / "run", data=[text_glob], config=config, context=600, memory=task.budget,
-        budget=TrainConfig(steps=task.steps, transfer_steps=1, seq_len=600, batch_size=1, dtype="float32"),
+        str(model_folder), tmp_path / "run", data=[text_glob], config=config, context=600, budget=task.budget,
+        training=TrainConfig(steps=task.steps, transfer_steps=1, seq_len=600, batch_size=1, dtype="float32"),
         reporter=reporter,
     )  # fmt: skip
     not_planned = ("load the model", "tokenize the text", "save the model")

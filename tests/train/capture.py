@@ -30,7 +30,7 @@ def captured(model: PreTrainedModel, batches: list[Any]) -> dict[int, list[Call]
     def observer(fm: FeatureMap, *arguments: Any) -> None:
         calls.setdefault(fm.layer, []).append(Call(*arguments))
 
-    with observing(model, observer):
+    with observing(model, observer, softmax=True):
         for batch in batches:
             model(**(batch if isinstance(batch, dict) else {"input_ids": batch}), use_cache=False)
     return calls

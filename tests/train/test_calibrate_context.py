@@ -140,7 +140,7 @@ class TestOutputProjection:
             names = {"o_proj", "c_proj", "dense", "out_proj"}
             (projection,) = [m for name, m in module.named_children() if name in names]
             handle = projection.register_forward_hook(lambda m, args, out, to=received: to.append((args[0], out)))
-            with observing(model, observer):
+            with observing(model, observer, softmax=True):
                 model(ids, use_cache=False)
             handle.remove()
             (x, _), size = received[0], received[0][0].shape[-1] // layer_of(module).num_kv_heads

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from darkformer import InputError, MissingExtraError
 from darkformer.hf.load import demo_model_path, load_tokenizer
-from darkformer.train import data, docstrings
+from darkformer.train import data, installed_text
 from darkformer.train.data import (
     LargeText,
     blocks_of,
@@ -72,18 +72,18 @@ class TestDocstrings:
             f'            "{self.LONG} g"',
         ]
         source = "\n".join(lines)
-        assert docstrings.module_docstrings(source.encode()) == [self.LONG, f"{self.LONG} A", f"{self.LONG} g"]
+        assert installed_text.module_docstrings(source.encode()) == [self.LONG, f"{self.LONG} A", f"{self.LONG} g"]
 
     @pytest.mark.parametrize("source", [b"def f(:", b"x = '\x00'", b"# coding: nonsense\n"])
     def test_what_cannot_be_parsed_has_none(self, source: bytes) -> None:
-        assert docstrings.module_docstrings(source) == []
+        assert installed_text.module_docstrings(source) == []
 
     def test_one_document_a_module_each_text_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "tests").mkdir()
         for name, text in [("b.py", "b"), ("a.py", "a"), ("copy.py", "a"), ("tests/t.py", "t")]:
             (tmp_path / name).write_text(f'"""{self.LONG} {text}"""')
-        monkeypatch.setattr(docstrings, "PACKAGES", ())
-        monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        monkeypatch.setattr(installed_text, "PACKAGES", ())
+        monkeypatch.setattr(installed_text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
         documents = load_documents(["python"])
         assert documents == [*pydoc_documents(), f"{self.LONG} a", f"{self.LONG} b"]
 

@@ -11,7 +11,7 @@ from hf.families import DARK, linear, tiny, tokens
 from darkformer import ConfigError, ConversionError, TrainConfig, convert, dark_layers, finetune
 from darkformer.train.distill import distillation_loss, teacher_of
 from darkformer.train.evaluate import LOGITS_AT_ONCE
-from darkformer.train.windows import NARROWEST, drawn_window
+from darkformer.train.window_dropout import NARROWEST, drawn_window
 
 BLOCKS = tokens(12, 24)
 QUICK = dict(steps=4, warmup=0, seq_len=24, batch_size=2, dtype="float32", lr=1e-3, geometry_lr=1e-2)

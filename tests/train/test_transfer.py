@@ -40,7 +40,7 @@ def errors(model: torch.nn.Module, batch: Tensor) -> dict[int, float]:
         output = darkformer.attention(query, key, value, fm, scaling=scaling, backend="reference")
         found[fm.layer] = float((output - target).norm() / target.norm())
 
-    with observing(model, observer):
+    with observing(model, observer, softmax=True):
         model(batch)
     return found
 
@@ -68,7 +68,7 @@ def test_the_errors_are_those_after_the_output_projection() -> None:
         if fm.layer == report.layer:
             found.extend((darkformer.attention(query, key, value, fm, scaling=scaling, backend="reference"), target))
 
-    with observing(model, observer):
+    with observing(model, observer, softmax=True):
         model(BATCHES[-1])
     output, target = found
     per_head = layer.num_key_value_groups * layer.head_dim

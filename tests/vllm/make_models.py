@@ -31,6 +31,7 @@ import darkformer
 from darkformer import DarkConfig, dark_layers
 from darkformer.hf.load import demo_model_path, load_tokenizer
 
+FRONTIER = Path(__file__).parents[2] / "benchmarks" / "records" / "frontier-smollm2.json"
 #: Tokens of the prompts, below and above window, sinks, chunks and blocks; and of the answers.
 LENGTHS, NEW = (3, 120, 17, 1, 64, 65, 33, 200), 24
 VOCABULARY = 384
@@ -117,13 +118,20 @@ def main(root: Path) -> None:
 
 
 def make_real(root: Path, count: int) -> None:
-    """SmolLM2-135M in float32, with exact heads and random prompts, every tenth of at most 20 tokens."""
+    """SmolLM2-135M in float32, with the heads and windows of the 10 % budget, and answers to random prompts.
+
+    Every tenth prompt has at most 20 tokens, and every third begins as the one before it does.
+    """
     source, name = str(demo_model_path()), "smollm2"
+    (budget,) = (row for row in json.loads(FRONTIER.read_text())["rows"] if row["name"] == "budget-10")
     model = darkformer.load_model(source)
-    darkformer.convert(model, DarkConfig(keep_exact=("7.2", "8.0", "17.1", "18.2", "20.2", "23.0")))
+    darkformer.convert(model, DarkConfig.from_dict(budget["config"]))
     chance = random.Random(0)
     lengths = [chance.randint(1, 3000 if i % 10 else 20) for i in range(count)]
     prompts = make_prompts(lengths, model.config.vocab_size)
+    for i in range(2, count, 3):
+        shared = min(map(len, prompts[i - 1 : i + 1])) * 3 // 4
+        prompts[i][:shared] = prompts[i - 1][:shared]
     answers = []
     for i, prompt in enumerate(prompts, 1):
         answers += answer(model, [prompt])

@@ -16,7 +16,7 @@ from ..cost import model_bytes
 from ..errors import ConfigError
 from ..hf.convert import converted_modules, drop_features
 from ..hf.layers import config_of, layer_of
-from ..records import read_json, write_json
+from ..records import as_written, read_kept, write_kept
 from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
 from .measure import frozen, measurement
@@ -176,7 +176,7 @@ def calibrate_within(
         return choice.error_equal_bytes[i] - choice.error[i]
 
     config, layers = config_of(model), list(map(layer_of, converted_modules(model)))
-    left = {(x.layer, g) for x in layers for g in config.parts_of(x.layer, x.num_kv_heads).features}
+    left = {(x.layer, g) for x in layers for g in config.head_kinds(x.layer, x.num_kv_heads).features}
     for at in sorted(left, key=lambda at: (gain(at), at)):
         if converted_bytes(model, length, element_bytes) <= limit:
             break
@@ -271,8 +271,9 @@ class Chooser:
         window, exact = config.window, set(map(str, config.keep_exact))
         file = None if self.folder is None else self.folder / f"windows-{window}.json"
         if window not in self._changes and file is not None and file.is_file():
-            kept = read_json(file)
-            self._changes[window] = set(kept["exact"]), [WindowChange(**values) for values in kept["changes"]]
+            kept = read_kept(file)
+            with as_written(file):
+                self._changes[window] = set(kept["exact"]), [WindowChange(**values) for values in kept["changes"]]
         if window not in self._changes or not self._changes[window][0] <= exact:
             heads = [(layer, head) for layer, head in self.order if f"{layer}.{head}" in exact]
             changes = window_changes(
@@ -281,7 +282,7 @@ class Chooser:
             )  # fmt: skip
             self._changes[window] = exact, changes
             if file is not None:
-                write_json(file, {"exact": sorted(exact), "changes": list(map(dataclasses.asdict, changes))})
+                write_kept(file, {"exact": sorted(exact), "changes": list(map(dataclasses.asdict, changes))})
         return [change for change in self._changes[window][1] if f"{change.layer}.{change.head}" not in exact]
 
     def bytes_of(self, config: DarkConfig | None, length: int) -> int:
@@ -305,7 +306,7 @@ class Chooser:
         """The window of each kv head, layer by layer; EXACT for softmax."""
         rows = []
         for layer in self.layers:
-            exact = config.parts_of(layer.layer, layer.num_kv_heads).exact
+            exact = config.head_kinds(layer.layer, layer.num_kv_heads).exact
             rows.append([EXACT if g in exact else config.window_of(layer.layer) for g in range(layer.num_kv_heads)])
         return rows
 
@@ -324,7 +325,7 @@ class Chooser:
                 value += RECALL_SLOPE * change.recall
             key = (change.layer, change.window)
             values[key] = values.get(key, 0.0) + value
-        heads = {x.layer: x.num_kv_heads - len(config.parts_of(x.layer, x.num_kv_heads).exact) for x in self.layers}
+        heads = {x.layer: x.num_kv_heads - len(config.head_kinds(x.layer, x.num_kv_heads).exact) for x in self.layers}
         open_layers = [layer for layer, count in heads.items() if count]
         wider = sorted(open_layers, key=lambda x: values.get((x, 2 * window), 0.0) / heads[x])
         narrower = sorted(open_layers, key=lambda x: values.get((x, window // 2), 0.0) / heads[x])

@@ -64,7 +64,7 @@ def _collect(model: nn.Module, batches: list[Any], tick: Any) -> dict[int, Momen
         layer = moments.setdefault(fm.layer, Moments(fm.num_kv_heads, fm.head_dim))
         layer.add_layer(query, key, scaling, real_tokens(mask, query), fm.config.sinks)
 
-    with observing(model, observer):
+    with observing(model, observer, softmax=True):
         for batch in batches:
             run(model, inputs_of(batch))
             tick()
@@ -180,7 +180,7 @@ def _line_search(
 
     if searched:
         grams = output_grams(model, batch)
-        with observing(model, observer):
+        with observing(model, observer, softmax=True):
             run(model, inputs_of(batch))
     return choices
 

@@ -64,7 +64,7 @@ def output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
             for module in attention.modules():
                 if isinstance(module, nn.Linear | Conv1D):
                     handles.append(module.register_forward_pre_hook(hook_for(attention)))
-        with observing(model, observer):
+        with observing(model, observer, softmax=True):
             run(model, {"input_ids": inputs_of(batch)["input_ids"][:1, :_TRIAL_TOKENS]})
     finally:
         for handle in handles:

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import ConfigError, RunFolderError
 from ..hf.fingerprint import describe_base
-from ..records import read_json, write_json
+from ..records import as_written, read_kept, write_kept
 from ..reporting import Progress
 from .measure import MIDDLE, Measure, frozen, measurement
 from .mixed import EXACT
@@ -142,8 +142,9 @@ def sensitivity(
         "rounds": [list(ROUNDS), ROWS_A_ROUND, EVERY_ROW_FROM] if method == "elimination" else None,
     }  # fmt: skip
     steps = _Steps(None if folder is None else Path(folder) / FILE, settings, progress)
-    if "result" in steps.content:
-        return Sensitivity.from_dict(steps.content["result"])
+    if "result" in steps.content and steps.path is not None:
+        with as_written(steps.path):
+            return Sensitivity.from_dict(steps.content["result"])
     layers, heads = measure.mixed.layers, measure.mixed.heads
     rows, rounds = sum(map(len, measure.rows.values())), _rounds(len(heads))
     steps.total = 2 + {"ablation": rows * len(layers), "gradient": rows, "elimination": len(rounds)}[method]
@@ -201,8 +202,9 @@ class _Steps:
         self.content: dict[str, Any] = {"settings": settings}
         if path is None or not path.is_file():
             return
-        content = read_json(path)
-        before = content.get("settings", {})
+        content = read_kept(path)
+        with as_written(path):
+            before = dict(content["settings"])
         if different := [name for name in settings if before.get(name) != settings[name]]:
             raise RunFolderError(
                 f"{path} holds a sensitivity with another {' and '.join(different)}: choose another folder or "
@@ -214,7 +216,7 @@ class _Steps:
         """Keeps a result (plain values)."""
         self.content[name] = value
         if self.path is not None:
-            write_json(self.path, self.content)
+            write_kept(self.path, self.content)
 
     def step(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of `compute` (plain values), from now or from an earlier run."""

@@ -39,7 +39,9 @@ def cache(
     from ..hf.cache import cache_bytes
     from ..hf.load import check_converted, load_with_tokenizer
     from ..hf.prompt import StoredPrompt, load_prompt, prompt_of, read_prompt, save_prompt
+    from ..records import check_file
 
+    check_file(out)
     try:
         text = prompt.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

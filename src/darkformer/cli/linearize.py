@@ -93,9 +93,9 @@ def linearize(
         return record
 
     record = run(
-        model, out, data=data, held_out=held_out, config=config, budget=train, context=context, memory=budget or None,
-        memory_at=budget_at or None, before=measure_other_budgets if budget and frontier else None, resume=resume,
-        overwrite=overwrite, reporter=RichReporter(),
+        model, out, data=data, held_out=held_out, config=config, training=train, context=context, budget=budget or None,
+        budget_at=budget_at or None, measure_frontier=measure_other_budgets if budget and frontier else None,
+        resume=resume, overwrite=overwrite, reporter=RichReporter(),
     )  # fmt: skip
     print_scores(record["scores"], console)
     console.print(f"The model is in {out / 'model'}: darkformer generate {out} --prompt '…'")

@@ -16,6 +16,11 @@ import typer
 
 from ..errors import ConfigError
 
+#: Characters of a YAML file.
+LARGEST = 1_000_000
+#: Words of YAML, in small letters, that are no text.
+CONSTANTS = {"true": True, "false": False, "yes": True, "no": False, "null": None, "~": None, "": None}
+
 
 @dataclass(frozen=True)
 class Section:
@@ -91,7 +96,7 @@ class Recipe:
             for inner, x in (value or {}).items():
                 f = fields.get(inner)
                 # A record says every field. What this verb decides itself is there as it was before it did.
-                if f is None or f.name in section.fields or x != _plain(f.default):
+                if f is None or f.name in section.fields or str(x) != str(_plain(f.default)):
                     yield f"{key}: {inner}", self._parameter(file, inner, offered, f"{key}: "), x
 
     def _content(self, file: Path) -> dict[str, Any]:
@@ -99,12 +104,9 @@ class Recipe:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {file}: it cannot be read ({getattr(error, 'strerror', error)}).") from error
-        import yaml  # only here: not every call has a file
-
         try:
-            # YAML takes JSON's 2e-05 for text
-            content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            content = json.loads(text) if file.suffix == ".json" else _yaml(text)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--config {file}: {' '.join(str(error).split())}.") from error
         if not isinstance(content, dict):
             raise ConfigError(f"--config {file}: give options as NAME: VALUE, one a line.")
@@ -143,9 +145,37 @@ class Recipe:
                 raise ConfigError(f"{where}: {value!r}: give one value.")
             return str(value)
         items = value if isinstance(value, list) else [value]
-        if any(isinstance(x, float | Mapping) for x in items):
+        if any(isinstance(x, float | Mapping) for x in items):  # a float of JSON
             raise ConfigError(f"{where}: {value!r}: give a list of names; in quotes: as a number 18.10 would be 18.1.")
         return ["=".join(map(str, x)) if isinstance(x, list) else str(x) for x in items]
+
+
+def _yaml(text: str) -> Any:
+    """A YAML file's lists, mappings and texts, with its true, false and null; numbers stay as they are written.
+
+    Raises:
+        ValueError: it is none, or no recipe: larger than `LARGEST`, or with aliases, of which a few lines are
+            gigabytes.
+    """
+    import yaml  # only here: not every call has a file
+
+    if len(text) > LARGEST:
+        raise ValueError(f"a recipe has {LARGEST:,} characters at most, this file has {len(text):,}")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.BaseLoader)):
+            raise ValueError("aliases (*name) are not taken: write the values out")
+        return _with_constants(yaml.load(text, yaml.BaseLoader))  # makes nothing but dicts, lists and texts
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+def _with_constants(value: Any) -> Any:
+    """YAML's words for truth and nothing in place of their texts, all the way down."""
+    if isinstance(value, dict):
+        return {key: _with_constants(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_with_constants(x) for x in value]
+    return CONSTANTS.get(value.lower(), value)
 
 
 def _plain(value: Any) -> Any:

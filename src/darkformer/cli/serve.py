@@ -79,8 +79,8 @@ def serve(
         from ..train.linearize import linearize
 
         linearize(
-            model, out, data=data, config=DarkConfig(), budget=replace(TrainConfig(), steps=0), context=context,
-            memory=budget, memory_at=budget_at or None, resume=True, reporter=reporter,
+            model, out, data=data, config=DarkConfig(), training=replace(TrainConfig(), steps=0), context=context,
+            budget=budget, budget_at=budget_at or None, resume=True, reporter=reporter,
         )  # fmt: skip
         folder = model_folder(str(out))
     with reporter.stage("load the model", 1):

@@ -151,14 +151,15 @@ def diagnose(
         _check_tokens(blocks, first.head_dim)
         collected = Collector()
         batches = blocks[:-1].split(2)
-        with reporter.stage("moments of queries and keys", len(batches)) as advance, observing(model, collected):
+        stage = reporter.stage("moments of queries and keys", len(batches))
+        with stage as advance, observing(model, collected, softmax=True):
             for i, batch in enumerate(batches):
                 problems += _forward(model, batch)
                 advance(i + 1, len(batches))
         chosen = [layer for layer in wanted if layer in collected.far]
         with reporter.stage("layer by layer", len(chosen)) as advance:
             run = Diagnosis(collected, config, effort, chosen, advance)
-            with observing(model, run):
+            with observing(model, run, softmax=True):
                 problems += _forward(model, blocks[-1:])
         groups = {fm.layer: fm.num_kv_heads for fm in dark_layers(model)}
     finally:

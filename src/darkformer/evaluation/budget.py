@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..hf.convert import plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
-from ..records import RUN_FILE, check_folder, open_run, read_json, write_json
+from ..records import as_written, check_folder, finish_run, open_run, read_kept, write_json, write_kept
 from ..reporting import Reporter, Silent
 from ..train.linearize import calibration_batches, check_budget_config, check_context, choice_batches, load_context_text
 from .frontier import FrontierRow, measure_frontier
@@ -85,9 +85,13 @@ def measured_choices(
     with reporter.stage("heads and windows for each budget", len(budgets)) as advance:
         for i, text in enumerate(budgets):
             file = folder / f"choice-{i}.json"
-            kept = read_json(file) if file.is_file() else {}
-            if kept.get("budget") == [text, length]:
-                choices.append((text, Choice.from_dict(kept["choice"])))
+            known: Choice | None = None
+            if file.is_file():
+                kept = read_kept(file)
+                with as_written(file):
+                    known = Choice.from_dict(kept["choice"]) if kept["budget"] == [text, length] else None
+            if known is not None:
+                choices.append((text, known))
             else:
                 chooser = chooser or Chooser(
                     model, batches, found, tokenizer=tokenizer, config=config, dtype=dtype, prompts=rows or 4,
@@ -100,7 +104,7 @@ def measured_choices(
                     reporter.say(f"left out: {error}")
                 else:
                     choices.append((text, choice))
-                    write_json(file, {"budget": [text, length], "choice": choice.to_dict()})
+                    write_kept(file, {"budget": [text, length], "choice": choice.to_dict()})
             advance(i + 1, len(budgets))
     if not choices:
         raise ConfigError(f"no budget of {', '.join(budgets)} fits this model: {problem}")
@@ -172,7 +176,7 @@ def run_budget(
     record["task"]["model"] = Path(model_name).name
     record["seconds"] = round(time.perf_counter() - started, 1)
     write_json(out / RECORD, record)
-    write_json(out / RUN_FILE, {"settings": claim, "finished": True})
+    finish_run(out, claim)
     return record
 
 

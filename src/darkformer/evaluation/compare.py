@@ -56,7 +56,7 @@ def text_scores(
         InputError: the text is shorter than the context. ConfigError: no such dtype, or a context of one token.
     """
     check_folder(out)
-    budget = TrainConfig(seq_len=context, dtype=dtype)
+    training = TrainConfig(seq_len=context, dtype=dtype)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
         title = Path(name).name
@@ -65,10 +65,10 @@ def text_scores(
             check_context(model, context)
             blocks = text_blocks(tokenizer, data, context, whole=whole)
         blocks = blocks[: max(1, max_tokens // context)] if max_tokens else blocks
-        rows[name] = {"window": _window(model), "text": scored(model, blocks, budget, reporter, title)}
+        rows[name] = {"window": _window(model), "text": scored(model, blocks, training, reporter, title)}
     record = {
         "command": "evaluate", "models": rows, "data": list(data), "whole": whole, "context": context,
-        "dtype": budget.dtype, "environment": environment(),
+        "dtype": training.dtype, "environment": environment(),
     }  # fmt: skip
     write_json(out / RECORD, record)
     from ..plots import loss_by_position

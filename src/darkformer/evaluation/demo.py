@@ -17,7 +17,17 @@ from ..errors import ConfigError
 from ..hf.convert import plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
-from ..records import RUN_FILE, environment, finished_record, open_run, read_json, write_json
+from ..records import (  # fmt: skip
+    RECORD_FILE,
+    as_written,
+    environment,
+    finish_run,
+    finished_record,
+    open_run,
+    read_kept,
+    write_json,
+    write_kept,
+)
 from ..train.data import Document, load_documents, split_documents, token_blocks
 from ..train.distill import teacher_of
 from ..train.linearize import check_budget_config, trained
@@ -45,29 +55,29 @@ class Demo:
     """Measures the rows one after the other; each finished one is a JSON file that a later run starts from."""
 
     def __init__(
-        self, demo: DemoConfig, default: DarkConfig, budget: TrainConfig, out: Path, reporter: RichReporter,
+        self, demo: DemoConfig, default: DarkConfig, training: TrainConfig, out: Path, reporter: RichReporter,
         settings: FrontierSettings = SETTINGS,
     ) -> None:  # fmt: skip
         if default.window == 0:
             raise ConfigError("window=0: the demo also measures window and sinks alone: give a window of at least 1.")
         check_budget_config(default)
-        if budget.train == "geometry" and default.method not in ("dark", "lfk"):
+        if training.train == "geometry" and default.method not in ("dark", "lfk"):
             raise ConfigError(f"train='geometry' with method={default.method!r}, which has none: use all, qkv or none.")
-        self.demo, self.default, self.budget, self.out, self.reporter = demo, default, budget, out, reporter
-        self.frontier = replace(settings, dtype=budget.dtype, element_bytes=None)
-        self.steps = budget.steps if budget.trains else 0
+        self.demo, self.default, self.training, self.out, self.reporter = demo, default, training, out, reporter
+        self.frontier = replace(settings, dtype=training.dtype, element_bytes=None)
+        self.steps = training.steps if training.trains else 0
         self.model_name = demo.model or str(demo_model_path())
         # The package's path differs from machine to machine; its file's name says which model it is.
         shown = demo.model or Path(self.model_name).name
         self.settings = {
             "command": "demo", **asdict(demo), "model": shown, "data": list(demo.data), "config": default.to_dict(),
-            "train": asdict(budget),
+            "train": asdict(training),
         }  # fmt: skip
 
     def run(self, *, overwrite: bool = False) -> dict[str, Any]:
         """All rows, then table, plots, report and record. Returns the record."""
         if open_run(self.out, self.settings, resume=True, overwrite=overwrite):
-            if (record := finished_record(self.out, (*self.settings, "rows", "settings"))) is not None:
+            if (record := finished_record(self.out)) is not None:
                 self.reporter.say(f"{self.out} holds this run, finished: here is its record. --overwrite runs again.")
                 return record
             self.reporter.say(f"continuing the run in {self.out}")
@@ -87,9 +97,9 @@ class Demo:
             if self.steps and budget["error"] is None:
                 record["rows"].append(self._trained_row(budget, tokenizer, train, blocks, validation))
         record = {**self.settings, **record, "environment": environment()}
-        write_json(self.out / "record.json", record)
+        write_json(self.out / RECORD_FILE, record)
         write_report(record, self.out)
-        write_json(self.out / RUN_FILE, {"settings": self.settings, "finished": True})
+        finish_run(self.out, self.settings)
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         return record
 
@@ -119,8 +129,9 @@ class Demo:
                 model, tokenizer, blocks, ["0", self.demo.budget], self.default, at=None, dtype=self.frontier.dtype,
                 folder=self.out / "stages" / "sensitivity", reporter=self.reporter, rows=CHOICE_ROWS,
             )  # fmt: skip
-            write_json(file, [[text, choice.to_dict()] for text, choice in choices])
-        choices = [(text, Choice.from_dict(values)) for text, values in read_json(file)]
+            write_kept(file, [[text, choice.to_dict()] for text, choice in choices])
+        with as_written(file):
+            choices = [(text, Choice.from_dict(values)) for text, values in read_kept(file)]
         constant, chosen = choices[0][1].config, choices[-1][1].config
         batches = list(blocks[:CALIBRATION_BLOCKS].split(1))
         within = calibration(choices[1:], batches, self.frontier.element_bytes or 4)
@@ -150,22 +161,23 @@ class Demo:
         """The budget's row after training: quality anew; bytes and speed do not depend on the weights."""
         file = self.out / "stages" / "trained.json"
         if file.is_file():
-            return {**before, **read_json(file)}
+            with as_written(file):
+                return {**before, **read_kept(file)}
         title = f"{before['title']}, {self.steps} steps"
         row: dict[str, Any] = {"name": "trained", "title": title, "budget": ""}
         model = load_model(str(self.out / "model"))
-        text = token_blocks(tokenizer, train, self.budget.seq_len, "the training")
+        text = token_blocks(tokenizer, train, self.training.seq_len, "the training")
         self.reporter.weigh(STEP * self.steps)
-        teacher = teacher_of(load_model(self.model_name)) if self.budget.distill else None
+        teacher = teacher_of(load_model(self.model_name)) if self.training.distill else None
         checkpoints = self.out / "checkpoints" / "trained"
-        row["losses"] = trained(model, text, self.budget, checkpoints, self.reporter, title, teacher=teacher)
+        row["losses"] = trained(model, text, self.training, checkpoints, self.reporter, title, teacher=teacher)
         measure_quality(
             model, tokenizer, validation, self.frontier, row, filler=self._filler(blocks), reporter=self.reporter,
             title=title,
         )  # fmt: skip
         row |= self._generation(model, tokenizer)
         save_model(model, tokenizer, self.out / "model")
-        write_json(file, row)
+        write_kept(file, row)
         return {**before, **row}
 
     def _generation(self, model: Any, tokenizer: Any) -> dict[str, Any]:

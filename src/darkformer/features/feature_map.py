@@ -60,6 +60,9 @@ def _add(start: Tensor, offset: Tensor) -> Tensor:
 class FeatureMap(nn.Module):
     """Owns what the features of one attention layer are made of.
 
+    It does not compute them: calling it runs a function that reads it, with its weights in place, and features come
+    from `affine.query_log_features` and `key_log_features` of `parameters_for(dtype)`.
+
     What can be learned is a float32 buffer, where training starts (what conversion or calibration set), plus a
     parameter `<name>_offset`, zero at first, which is what training changes: weight decay, of any optimizer, pulls
     towards the start. The offsets have the model's dtype, because what shards a model wants one dtype in a unit; their

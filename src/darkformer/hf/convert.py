@@ -16,7 +16,7 @@ from ..config import DarkConfig
 from ..errors import ConversionError
 from ..features.feature_map import FeatureMap
 from .added import offset_dtype
-from .fingerprint import describe_base
+from .fingerprint import check_description, describe_base
 from .interface import NAME, enter, observing
 from .layers import (
     Layer,
@@ -29,7 +29,7 @@ from .layers import (
     inner_names,
     layer_of,
 )
-from .plan import Plan, check_names, plan_by_structure, plan_conversion, streaming_error
+from .plan import Plan, check_fits, check_names, plan_by_structure, plan_conversion, streaming_error
 from .trial import note_previous, tolerance
 
 __all__ = [
@@ -63,7 +63,7 @@ def _device(module: Any) -> torch.device:
 
 def _set_map(module: Any, layer: Layer, config: DarkConfig) -> FeatureMap:
     """Gives a module a new feature map for those heads that need one, and records what all of its heads compute."""
-    parts = config.parts_of(layer.layer, layer.num_kv_heads)
+    parts = config.head_kinds(layer.layer, layer.num_kv_heads)
     heads = parts.features or parts.local or parts.exact
     with torch.inference_mode(False):  # tensors made in inference mode can never be trained
         feature_map = FeatureMap(
@@ -110,7 +110,7 @@ def drop_features(model: nn.Module, heads: Iterable[tuple[int, int]]) -> None:
     layers = list(map(layer_of, modules))
     check_names(config, layers)
     for module, layer in zip(modules, layers, strict=True):
-        old, parts = module.dark, config.parts_of(layer.layer, layer.num_kv_heads)
+        old, parts = module.dark, config.head_kinds(layer.layer, layer.num_kv_heads)
         if old.config.method in ("local", "exact") or parts.features == old.heads:
             old.config = config.at_layer(layer.layer, layer.num_kv_heads)
             continue
@@ -216,7 +216,11 @@ def _check_streaming(model: PreTrainedModel, plan: Plan, config: DarkConfig) -> 
 
 
 def attach_saved(model: PreTrainedModel) -> None:
-    """Gives a model under construction the feature maps that its config describes; their weights are loaded later."""
+    """Gives a model under construction the feature maps that its config describes; their weights are loaded later.
+
+    Raises:
+        ConfigError: more features or a larger window than fit into memory. InputError: an altered config.
+    """
     config = DarkConfig.from_dict(model.config.darkformer)
     described = getattr(model.config, "darkformer_layers", None)
     if described is None:  # saved by 0.1.0
@@ -224,6 +228,9 @@ def attach_saved(model: PreTrainedModel) -> None:
     else:
         by_name = {layer.name: layer for layer in map(Layer.from_dict, described)}
         plan = Plan([(name, m, by_name[short]) for name, short, m in inner_names(model) if short in by_name])
+    check_fits(config, [layer for *_, layer in plan.layers])
+    if (base := getattr(model.config, "darkformer_base", None)) is not None:
+        check_description(base, "darkformer_base in config.json")
     waiting = [(name, module, layer) for name, module, layer in plan.layers if "dark" not in module._modules]
     if waiting:
         _attach(model, Plan(waiting), config)

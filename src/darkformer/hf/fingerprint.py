@@ -95,6 +95,17 @@ def digest_own(model: nn.Module, *, values: bool = False) -> str | None:
         return None
 
 
+def check_description(base: Any, where: str) -> None:
+    """Refuses what a file says of a base if `describe_base` cannot have written it.
+
+    Raises:
+        InputError: a name, dtype or fingerprint is missing.
+    """
+    said = base if isinstance(base, Mapping) else {}
+    if lacking := [name for name in ("dtype", "fingerprint", "name") if not isinstance(said.get(name), str)]:
+        raise InputError(f"{where} does not say the {', '.join(lacking)} of its base: save it again.")
+
+
 def describe_base(model: nn.Module) -> dict[str, Any] | None:
     """Name, dtype and fingerprint of the model's own weights; None if it has none (meta device).
 

@@ -56,7 +56,7 @@ _SUBSTITUTE: ContextVar[Callable[..., tuple[Tensor, Tensor | None]] | None] = Co
 
 
 @contextmanager
-def observing(model: nn.Module, observer: Observer, *, softmax: bool = True) -> Iterator[None]:
+def observing(model: nn.Module, observer: Observer, *, softmax: bool) -> Iterator[None]:
     """Within the block `observer` gets every converted layer's q, k, v and output, without gradients.
 
     Only calls of the same thread are observed.

@@ -17,7 +17,7 @@ from ..config import DarkConfig
 from ..errors import ConversionError, InputError
 from .added import DTYPES, added_values, check_finite, set_added
 from .convert import convert_by, dark_layers, plan_conversion, revert
-from .fingerprint import describe_base
+from .fingerprint import check_description, describe_base
 from .layers import config_of
 from .sealed import read_sealed, write_sealed
 
@@ -73,8 +73,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_base(model: nn.Module, wanted: dict[str, Any]) -> None:
-    if lacking := sorted({"fingerprint", "name", "dtype"} - set(wanted)):
-        raise InputError(f"the light form's header does not say the {', '.join(lacking)} of its base: save it again.")
+    check_description(wanted, "the light form's header")
     base = describe_base(model)
     if base is None:
         raise InputError("the base model has no weights (meta device): load them first.")

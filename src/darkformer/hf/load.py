@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from ..errors import ConfigError, DarkformerError, InputError, MissingExtraError
+from .gguf_header import check_header
 from .layers import dark_layers
 from .light import LIGHT_FILE, load_light
 
@@ -23,6 +24,10 @@ from .light import LIGHT_FILE, load_light
 CHECKSUMS = "SHA256SUMS"
 #: Code in a model's repository is not run, nor is anyone asked whether it may be.
 CODE = {"trust_remote_code": False}
+#: Options of `from_pretrained` that say which files are read.
+_WHERE = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
 #: Dtypes of weights, by the names that the command line takes.
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: The demo's model, a GGUF file inside a Python package, which need not be imported.
@@ -45,11 +50,22 @@ def demo_model_path() -> Path:
     return path
 
 
+def _check_adapter(folder: Path, model: str) -> None:
+    """Refuses a folder whose adapter would make transformers load the model that it names in place of this one."""
+    if os.path.exists(folder / "adapter_config.json"):
+        raise InputError(
+            f"{model}: {folder / 'adapter_config.json'} is an adapter of another model: load that model, and the "
+            "adapter with peft, or move the file away."
+        )
+
+
 def _source(model: str) -> tuple[str, dict[str, Any]]:
     path = Path(os.path.expanduser(model))  # neither this nor os.path below raises an error, whatever the name
     if path.suffix.lower() == ".gguf":
         if not os.path.isfile(path):
             raise InputError(f"{model}: no such GGUF file.")
+        _check_adapter(path.parent, model)
+        check_header(path)
         return str(path.parent), {"gguf_file": path.name}
     if os.path.isdir(path) and not (path / "config.json").is_file():
         if (path / LIGHT_FILE).is_file():
@@ -60,6 +76,7 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
         hint = f" Its run's model is in {path / 'model'}." if (path / "model" / "config.json").is_file() else ""
         raise InputError(f"{model}: this folder has no config.json, so it is not a saved transformers model.{hint}")
     if os.path.isdir(path):
+        _check_adapter(path, model)
         return str(path), {}
     if path.is_absolute() or model.startswith(".") or model.endswith(os.sep):  # no hub id looks like that
         raise InputError(f"{model}: no such folder.")
@@ -121,6 +138,18 @@ def _check_files(folder: Path) -> None:
         )
 
 
+def _check_kernels(config: Any, model: str) -> None:
+    """Refuses a config that makes transformers fetch somebody's compiled attention from the hub and run it."""
+    for kind in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(name := getattr(config, kind, None)):
+            raise InputError(
+                f"{model}: its config.json asks for {name!r}, code from the hub, which is not run. Remove "
+                f"{kind.removeprefix('_')} from the file if you trust the model otherwise."
+            )
+    for name in getattr(config, "sub_configs", ()):
+        _check_kernels(getattr(config, name, None), model)
+
+
 def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """A causal language model in `dtype`, in evaluation mode.
 
@@ -134,6 +163,9 @@ def load_model(model: str, dtype: torch.dtype = torch.float32, **options: Any) -
     """
     source, extra = _source(model)
     try:
+        if not extra and "config" not in options:
+            asked = {name: options[name] for name in _WHERE if name in options}
+            _check_kernels(AutoConfig.from_pretrained(source, **{**CODE, **asked}), model)
         _check_files(Path(source))
         with without_bars():
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra, **{**CODE, **options})

@@ -106,6 +106,12 @@ def _checking(original: Any) -> Any:
                 f"({', '.join(missing[:3])}, …), though its config.json says darkformer: save the model again. "
                 "To convert softmax weights, load them with their own config and call darkformer.convert."
             )
+        maps = tuple(f"{name}." for name, _ in feature_maps(model))
+        if unknown := sorted(name for name in loading_info.unexpected_keys if name.startswith(maps)):
+            raise InputError(
+                f"{load_config.pretrained_model_name_or_path} has {len(unknown)} tensors of feature maps that its "
+                f"config.json does not describe ({', '.join(unknown[:3])}, …): one of the two was altered."
+            )
         attention = tuple(f"{name.rpartition('.')[0]}." for name, _ in feature_maps(model))
         optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
         needed = (name for name in loading_info.missing_keys - older if name.startswith(attention))

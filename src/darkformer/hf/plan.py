@@ -151,11 +151,11 @@ def plan_conversion(model: PreTrainedModel, config: DarkConfig, example: Mapping
     layers = [layer for *_, layer in plan.layers]
     check_names(config, layers, plan.left)
     if has_weights(model):  # others may be meant for another machine
-        _check_memory(config, layers)
+        check_fits(config, layers)
     return plan
 
 
-def _check_memory(config: DarkConfig, layers: Iterable[Layer]) -> None:
+def check_fits(config: DarkConfig, layers: Iterable[Layer]) -> None:
     """Refuses a configuration whose projections and states, of one sequence, this machine cannot hold.
 
     Raises:
@@ -166,7 +166,7 @@ def _check_memory(config: DarkConfig, layers: Iterable[Layer]) -> None:
         shape = {"num_kv_heads": layer.num_kv_heads, "head_dim": layer.head_dim}
         size += layer_bytes(config, layer.layer, 1, **shape)
         size += (
-            4 * len(config.parts_of(layer.layer, layer.num_kv_heads).features) * config.feature_count * layer.head_dim
+            4 * len(config.head_kinds(layer.layer, layer.num_kv_heads).features) * config.feature_count * layer.head_dim
         )
     windows = max((config.window, *dict(config.layer_windows).values()))
     check_memory(size, f"num_features={config.num_features}, window={windows}, sinks={config.sinks} in every layer")
@@ -199,7 +199,7 @@ def check_names(config: DarkConfig, layers: Iterable[Layer], left: Mapping[str, 
                 "keep. Leave convert_sliding off, and it stays as it is."
             )
     for layer in known.values():
-        config.parts_of(layer.layer, layer.num_kv_heads)
+        config.head_kinds(layer.layer, layer.num_kv_heads)
 
 
 def _run_as_it_is(

@@ -24,7 +24,7 @@ from ..config import DarkConfig
 from ..errors import ConversionError, InputError, NonFiniteError
 from ..features.feature_map import FeatureMap
 from ..ops.state import LARGEST_COUNT, AttentionState, check_state, compute_dtype
-from .added import DTYPES, added_values
+from .added import added_values
 from .cache import DarkCacheLayer, Stream, check_even, has_all_keys
 from .fingerprint import digest, digest_own
 from .layers import config_of, converted_modules, layer_of, map_of
@@ -36,6 +36,10 @@ LAYOUT = 2
 FIELDS = [f.name for f in dataclasses.fields(AttentionState)]
 #: Relative, of a sum.
 _ROUNDING = 1e-3
+#: Names of tensors that are keys and values as they came.
+_OF_TOKENS = ("recent_key", "recent_value", "sink_key", "sink_value", "keys", "values")
+#: Types that autocast, and families that turn keys in float32, leave behind whatever the model's own is.
+_ANYWHERE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
@@ -49,10 +53,10 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
     return {"configuration": config_of(model).to_dict(), "features": digest(added_values(model)), "weights": weights}
 
 
-def _slots(model: PreTrainedModel) -> dict[int, Any]:
-    """Layer of the cache → the converted module that fills it, of those with a state."""
+def _slots(model: PreTrainedModel, *, exact: bool = False) -> dict[int, Any]:
+    """Layer of the cache → the converted module that fills it: of those with a state, or (`exact`) of the others."""
     layers = ((module, layer_of(module)) for module in converted_modules(model))
-    return {slot: module for module, layer in layers if not layer.exact for slot in layer.slots}
+    return {slot: module for module, layer in layers if layer.exact == exact for slot in layer.slots}
 
 
 def cache_of(model: PreTrainedModel, states: Mapping[int, AttentionState], seen: int) -> DynamicCache:
@@ -77,6 +81,8 @@ def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ConversionError: it holds the states of a recurrent mixer.
     """
+    if not hasattr(layer, "get_seq_length") and not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return {"kind": "softmax", "seen": 0}, {}  # it keeps nothing: its attention reads another layer's keys, or none
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         raise ConversionError("the cache holds states of a recurrent mixer (Mamba and its kin), which are not saved.")
     if isinstance(layer, DarkCacheLayer):
@@ -193,15 +199,13 @@ def _take(stored: dict[str, Tensor], name: str) -> Tensor:
 def _state(stored: dict[str, Tensor], prefix: str, fm: FeatureMap, seen: int, batch: int) -> AttentionState:
     """A state that `fm` can have left behind after `seen` tokens, padding included, of `batch` rows."""
     state = AttentionState(**{name: _take(stored, f"{prefix}{name}") for name in FIELDS})
-    config, dtype = fm.config, state.recent_key.dtype
+    config = fm.config
     value_dim = state.recent_value.shape[-1] if state.recent_value.dim() else 0
     for name, tokens in (("recent", config.window), ("sink", config.sinks)):  # before memory is taken for as many
         for kind, n in (("key", fm.head_dim), ("value", value_dim)):
             shape = getattr(state, f"{name}_{kind}").shape
             if shape != (batch, fm.num_kv_heads, tokens, n):
                 raise InputError(f"{prefix}{name}_{kind} has shape {tuple(shape)}.")
-    if dtype not in DTYPES:
-        raise InputError(f"{prefix}recent_key has dtype {dtype}.")
     key, value = (state.recent_key.new_empty(batch, fm.num_kv_heads, 0, n) for n in (fm.head_dim, value_dim))
     expected = AttentionState.expanded(config, key, value, batch=batch, compute=compute_dtype(key))
     for name in FIELDS:
@@ -216,13 +220,23 @@ def _state(stored: dict[str, Tensor], prefix: str, fm: FeatureMap, seen: int, ba
     return state
 
 
-def _kept(stored: dict[str, Tensor], prefix: str, batch: int, least: int, most: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, G, T, d) of softmax attention, T from `least` to `most`."""
+def _kept(
+    stored: dict[str, Tensor], prefix: str, batch: int, least: int, most: int, shape: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, G, T, d) of softmax attention, T from `least` to `most`.
+
+    Args:
+        shape: (G, d) of the keys, where it is known.
+    """
     keys, values = _take(stored, f"{prefix}keys"), _take(stored, f"{prefix}values")
     for name, x in (("keys", keys), ("values", values)):
         if x.dim() != 4 or x.shape[0] != batch or not least <= x.shape[2] <= most or x.shape[:3] != keys.shape[:3]:
             raise InputError(f"{prefix}{name} has shape {tuple(x.shape)}, after {most} tokens of {batch} rows.")
-        if x.dtype not in DTYPES or x.dtype != keys.dtype:
+        if x is keys and shape not in (None, (x.shape[1], x.shape[3])):
+            raise InputError(
+                f"{prefix}{name} has shape {tuple(x.shape)}, for {shape[0]} heads of dimension {shape[1]}."
+            )
+        if x.dtype != keys.dtype:
             raise InputError(f"{prefix}{name} has dtype {x.dtype}.")
         if not bool(x.isfinite().all()):
             raise NonFiniteError(f"{prefix}{name} holds NaN or infinity.")
@@ -250,15 +264,15 @@ def _fill(own: DarkCacheLayer, module: Any, described: Any, stored: dict[str, Te
     for stream, state in zip(own.streams, states, strict=True):
         stream.hold(state)
     for prefix, part in zip(_prefixes(len(exact)), exact, strict=True):
-        keys, values = _kept(stored, prefix, batch, seen, seen)
-        if (keys.shape[1], keys.shape[3]) != (len(part.heads), layer.head_dim):
-            raise InputError(f"{prefix}keys has shape {tuple(keys.shape)}.")
+        keys, values = _kept(stored, prefix, batch, seen, seen, (len(part.heads), layer.head_dim))
         own.exact_layers.append(DynamicLayer())
         own.exact_layers[-1].update(keys, values)
     own.seen, own.is_initialized = seen, True
 
 
-def _layer(module: Any, empty: Any, described: Any, stored: dict[str, Tensor], batch: int) -> Any:
+def _layer(
+    module: Any, empty: Any, described: Any, stored: dict[str, Tensor], batch: int, shape: tuple[int, int] | None
+) -> Any:
     """A layer of the cache with what was stored for it; of `stored` remains what does not belong to it.
 
     Whoever wrote a file could compute its checksum too, and compiled code will read as much memory as the layer needs:
@@ -266,7 +280,7 @@ def _layer(module: Any, empty: Any, described: Any, stored: dict[str, Tensor], b
 
     Args:
         module: the converted module that fills the layer; None for others.
-        empty: the layer in a new cache.
+        empty: the layer in a new cache. shape: (heads, dimension) of its keys, where it is known.
     """
     seen, kind = _number(described, "seen"), described.get("kind")
     sliding = isinstance(empty, DynamicSlidingWindowLayer)
@@ -281,7 +295,7 @@ def _layer(module: Any, empty: Any, described: Any, stored: dict[str, Tensor], b
         empty = DynamicLayer()  # a cache that was made without the model's config keeps all keys
     if seen:
         needed = min(seen, empty.sliding_window - 1) if kind == "sliding" else seen
-        keys, values = _kept(stored, "", batch, needed, seen)
+        keys, values = _kept(stored, "", batch, needed, seen, shape)
         first = keys.shape[2] - needed  # a recording layer keeps more than its window
         empty.lazy_initialization(keys, values)
         empty.keys, empty.values = keys[:, :, first:], values[:, :, first:]
@@ -338,6 +352,8 @@ def load_with_prompt(file: str | Path, model: PreTrainedModel) -> tuple[DynamicC
     if reasons := [text for name, text in meaning.items() if header[name] != identity[name]]:
         raise InputError(f"{file}: belongs to another model ({'; '.join(reasons)}): compute the prompt again.")
     cache, modules = DynamicCache(config=model.config.get_text_config(decoder=True)), _slots(model)
+    softmax = {slot: layer_of(module) for slot, module in _slots(model, exact=True).items()}
+    shapes = {slot: (layer.num_kv_heads, layer.head_dim) for slot, layer in softmax.items()}
     described = header["layers"]
     if not max(modules) < len(described) <= len(cache.layers):
         raise InputError(f"{file}: holds {len(described)} layers, the model's cache has {len(cache.layers)}.")
@@ -347,11 +363,19 @@ def load_with_prompt(file: str | Path, model: PreTrainedModel) -> tuple[DynamicC
         names = [name for name in tensors if name.startswith(prefix)]
         stored = {name.removeprefix(prefix): tensors.pop(name).to(model.device) for name in names}
         try:
-            cache.layers[i] = _layer(modules.get(i), cache.layers[i], described[i], stored, batch)
+            for name, x in stored.items():
+                if name.endswith(_OF_TOKENS) and x.dtype not in (model.dtype, *_ANYWHERE):
+                    raise InputError(f"{name} has dtype {x.dtype}, in a model of {model.dtype}.")
+            cache.layers[i] = _layer(modules.get(i), cache.layers[i], described[i], stored, batch, shapes.get(i))
             if stored:
                 raise InputError(f"{', '.join(sorted(stored)[:3])} belong to no layer of its kind.")
         except InputError as error:
             raise type(error)(f"{file}: layer {i} is not one that save_cache wrote for this model: {error}") from error
+    states = [layer.state for layer in cache.layers if isinstance(layer, DarkCacheLayer)]
+    counts = [state.count for state in states if state is not None]
+    read = {x["seen"] for x in described} - {0}  # layers that keep nothing have read 0
+    if len(read) > 1 or not all(torch.equal(x, counts[0]) for x in counts):
+        raise InputError(f"{file}: its layers have read different numbers of tokens ({sorted(read)}).")
     try:
         prompt = _prompt(header, tensors, _number(described[min(modules)], "seen"), batch)
     except InputError as error:

@@ -132,9 +132,9 @@ def _far(problem: Problem, part: FarPart) -> tuple[Tensor, Tensor, dict[str, Ten
         top = top.masked_fill(without_digits(after.amax(-1))[:, :, None, :, None], torch.nan)
     normaliser = sums_of_rows[..., -1]
     safe = torch.where(normaliser > 0, normaliser, 1)
-    log_normaliser = torch.where(normaliser > 0, top.flatten(1, 2)[..., 0] + safe.log(), LOG_ZERO)
+    log_normalizer = torch.where(normaliser > 0, top.flatten(1, 2)[..., 0] + safe.log(), LOG_ZERO)
     after_all = {"feature_values": sums[..., :-1], "feature_sum": sums[..., -1], "log_scale": scale[:, :, -1]}
-    return sums_of_rows[..., :-1] / safe[..., None], log_normaliser, after_all
+    return sums_of_rows[..., :-1] / safe[..., None], log_normalizer, after_all
 
 
 def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[Tensor, State]:
@@ -143,12 +143,12 @@ def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[
     sums = {name: getattr(state, name) for name in ("feature_values", "feature_sum", "log_scale")}
     exact, features = problem.config.window + problem.config.sinks > 0, problem.config.feature_count > 0
     if exact:
-        output, log_normaliser = _near(problem, near_part, buffers)
+        output, log_normalizer = _near(problem, near_part, buffers)
     if features:
         far, far_normaliser, sums = _far(problem, far_part)
         if exact:
-            share = torch.sigmoid(far_normaliser - log_normaliser)[..., None]
-            output, far_normaliser = share * far + (1 - share) * output, torch.maximum(far_normaliser, log_normaliser)
+            share = torch.sigmoid(far_normaliser - log_normalizer)[..., None]
+            output, far_normaliser = share * far + (1 - share) * output, torch.maximum(far_normaliser, log_normalizer)
         else:
             output = far
         output = output.masked_fill(without_digits(far_normaliser)[..., None], torch.nan)

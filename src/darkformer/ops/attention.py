@@ -15,7 +15,7 @@ from ..errors import ConfigError, InputError, NonFiniteError
 from ..features.affine import TENSOR_FIELDS, FeatureParameters
 from ..features.feature_map import FeatureMap
 from ..features.tracing import traced, transformed
-from . import functional
+from . import torch_func
 from .assembled import assembled
 from .assembled import why_not as _why_not_assembled
 from .chunked import chunked
@@ -74,7 +74,8 @@ def _why_not_chunked(problem: Problem) -> str | None:
     return "exact attention is not linear" if problem.config.method == "exact" else None
 
 
-#: In order of preference; `auto` takes the first without a reason against it.
+#: In order of preference; `auto` takes the first without a reason against it, and ends at `chunked`: the last two are
+#: taken by name only.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -252,9 +253,9 @@ def _attend_under_transforms(
         return (output, *(getattr(after, name) for name in names)) if return_state else (output,)
 
     without_gradient = [i for i, name in enumerate(names, 1) if name in ("count", "log_scale")] if return_state else []
-    operator = functional.Operator(function, 5 + len(names), tuple(without_gradient))
+    operator = torch_func.Operator(function, 5 + len(names), tuple(without_gradient))
     learned = [getattr(parameters, name) for name in TENSOR_FIELDS]
-    output, *after = functional.apply(operator, query, key, value, key_mask, documents, *state, *learned)
+    output, *after = torch_func.apply(operator, query, key, value, key_mask, documents, *state, *learned)
     return output, kind(*after) if return_state else None
 
 

@@ -19,7 +19,7 @@ from ..cost import Work, linear_attention_work, softmax_attention_work, times_as
 from ..errors import RunFolderError
 from ..ops import native
 from ..ops.native import Step
-from ..records import check_folder, environment, read_json, write_json
+from ..records import as_written, check_folder, environment, read_json, write_json
 from ..reporting import Reporter
 from .bench_machine import EMULATED, highest, limits, measure_in_turns, peak_scratch
 from .bench_model import model_points
@@ -233,13 +233,14 @@ class Bench:
         here = environment()
         if self.file.is_file() and not overwrite:
             self.record = read_json(self.file)
-            before = self.record["environment"]
-            for name in ("commit", "device", "threads"):
-                if before[name] != here[name] or self.record["plan"] != plan.name:
-                    raise RunFolderError(
-                        f"{out} holds a benchmark ({self.record['plan']}, {name} {before[name]!r}; now {plan.name}, "
-                        f"{here[name]!r}): --overwrite replaces it, --out avoids it."
-                    )
+            with as_written(self.file):
+                before = self.record["environment"]
+                for name in ("commit", "device", "threads"):
+                    if before[name] != here[name] or self.record["plan"] != plan.name:
+                        raise RunFolderError(
+                            f"{out} holds a benchmark ({self.record['plan']}, {name} {before[name]!r}; now "
+                            f"{plan.name}, {here[name]!r}): --overwrite replaces it, --out avoids it."
+                        )
             return
         self.record = {
             "benchmark": "attention", "plan": plan.name, "finished": False, "environment": here,

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..config import DarkConfig, TrainConfig
 from ..errors import InputError, RunFolderError
-from ..records import read_json
+from ..records import RECORD_FILE, read_json
 from ..reporting import printable
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -174,9 +174,9 @@ def push_run(out: str | Path, repo_id: str, *, private: bool = False) -> str:
         RunFolderError: the folder holds no finished run. InputError: an altered record, or the hub refused (why).
     """
     out = Path(out)
-    if not all(map(os.path.isfile, (out / "record.json", out / "model" / "config.json"))):
+    if not all(map(os.path.isfile, (out / RECORD_FILE, out / "model" / "config.json"))):
         raise RunFolderError(f"{out} holds no finished run of darkformer linearize (record.json and model/).")
-    record = read_json(out / "record.json")
+    record = read_json(out / RECORD_FILE)
     card = model_card(record, repo_id)
     api = HfApi()
     try:

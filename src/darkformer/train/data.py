@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError, MissingExtraError
 from ..reporting import Progress
-from .docstrings import docstring_documents, pydoc_documents
+from .installed_text import docstring_documents, pydoc_documents
 
 #: The text every machine with Python has: the language reference's topics.
 PYDOC = "pydoc"

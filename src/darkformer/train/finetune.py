@@ -27,7 +27,7 @@ from ..hf.convert import dark_layers
 from ..hf.load import without_bars
 from .distill import distillation_loss
 from .redraw import Redraw
-from .windows import WindowDropout
+from .window_dropout import WindowDropout
 
 #: Projections of queries, keys and values, by the names transformers' families use (fused ones included).
 QKV = re.compile(r"\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value|c_attn|Wqkv)\.(weight|bias)$")
@@ -70,10 +70,10 @@ class _Trainer(Trainer):
     """HF's Trainer with two learning rates and a loss that is checked at every step."""
 
     def __init__(
-        self, budget: TrainConfig, own: list[nn.Parameter], added: list[nn.Parameter], teacher: Any, **options: Any
+        self, training: TrainConfig, own: list[nn.Parameter], added: list[nn.Parameter], teacher: Any, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.budget, self.own, self.added, self.teacher = budget, own, added, teacher
+        self.training, self.own, self.added, self.teacher = training, own, added, teacher
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if self.teacher is None:
@@ -82,17 +82,17 @@ class _Trainer(Trainer):
         with torch.no_grad():
             expected = self.teacher.to(ids.device)(input_ids=ids, use_cache=False).logits
         logits = model(input_ids=ids, use_cache=False).logits
-        return distillation_loss(logits, expected, inputs["labels"], self.budget.distill)
+        return distillation_loss(logits, expected, inputs["labels"], self.training.distill)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            decay = self.budget.weight_decay
+            decay = self.training.weight_decay
             matrices = [p for p in self.own if p.dim() >= 2]
             rest = [p for p in self.own if p.dim() < 2]
             groups = [
-                {"params": matrices, "lr": self.budget.lr, "weight_decay": decay},
-                {"params": rest, "lr": self.budget.lr, "weight_decay": 0.0},
-                {"params": self.added, "lr": self.budget.geometry_lr, "weight_decay": 0.0},
+                {"params": matrices, "lr": self.training.lr, "weight_decay": decay},
+                {"params": rest, "lr": self.training.lr, "weight_decay": 0.0},
+                {"params": self.added, "lr": self.training.geometry_lr, "weight_decay": 0.0},
             ]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
         return self.optimizer
@@ -150,34 +150,34 @@ def _gentle_interrupt(steps: _Steps) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _sequences_here(budget: TrainConfig) -> int:
+def _sequences_here(training: TrainConfig) -> int:
     """This process's share of a step's sequences; `accelerate launch` and `torchrun` set WORLD_SIZE."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if budget.batch_size % processes:
+    if training.batch_size % processes:
         raise ConfigError(
-            f"batch_size={budget.batch_size} does not divide among {processes} processes: "
+            f"batch_size={training.batch_size} does not divide among {processes} processes: "
             "it counts the sequences of one optimizer step, so give a multiple of the processes."
         )
-    return budget.batch_size // processes
+    return training.batch_size // processes
 
 
-def _arguments(budget: TrainConfig, out: Path) -> TrainingArguments:
+def _arguments(training: TrainConfig, out: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
-        max_steps=budget.steps,
-        per_device_train_batch_size=_sequences_here(budget),
-        learning_rate=budget.lr,
+        max_steps=training.steps,
+        per_device_train_batch_size=_sequences_here(training),
+        learning_rate=training.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=budget.warmup_steps,
-        max_grad_norm=budget.max_grad_norm,
-        bf16=budget.dtype == "bfloat16",
+        warmup_steps=training.warmup_steps,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
-        seed=budget.seed,
-        data_seed=budget.seed,
+        seed=training.seed,
+        data_seed=training.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=budget.save_every,
+        save_steps=training.save_every,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
@@ -252,12 +252,12 @@ def _learning(model: Any, chosen: list[nn.Parameter]) -> Iterator[None]:
         model.eval()
 
 
-def _callbacks(budget: TrainConfig) -> list[TrainerCallback]:
+def _callbacks(training: TrainConfig) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = []
-    if budget.redraw_every:
-        callbacks.append(Redraw(budget.redraw_every))
-    if budget.window_dropout:
-        callbacks.append(WindowDropout(budget.window_dropout, budget.seed))
+    if training.redraw_every:
+        callbacks.append(Redraw(training.redraw_every))
+    if training.window_dropout:
+        callbacks.append(WindowDropout(training.window_dropout, training.seed))
     return callbacks
 
 
@@ -268,7 +268,7 @@ def _losses(state: TrainerState) -> list[float]:
 def finetune(
     model: Any,
     blocks: Tensor,
-    budget: TrainConfig,
+    training: TrainConfig,
     out: str | Path,
     *,
     teacher: Any = None,
@@ -279,8 +279,8 @@ def finetune(
     """Trains `model` in place on token blocks (N, L) with HF's Trainer.
 
     Args:
-        budget: steps, rates, which parameters learn, precision.
-        teacher: the softmax model whose distributions count `budget.distill` in the loss, see `distill.teacher_of`.
+        training: steps, rates, which parameters learn, precision.
+        teacher: the softmax model whose distributions count `training.distill` in the loss, see `distill.teacher_of`.
         out: folder of the checkpoints (`checkpoint-STEP`, by transformers).
         resume: continue at the last checkpoint in `out`; the losses are those of an uninterrupted run.
         on_step: called with (step, loss).
@@ -290,33 +290,33 @@ def finetune(
         The loss of each step, those before an interruption included.
 
     Raises:
-        ConfigError: nothing to train, a batch that does not divide among the processes, or `budget.distill` without a
+        ConfigError: nothing to train, a batch that does not divide among the processes, or `training.distill` without a
         teacher. RunFolderError: `out` holds
         checkpoints and `resume` is False. NonFiniteError: loss, queries, keys or values stopped being finite (names the
         step, the layer or parameter, the last good checkpoint). Interrupted: Ctrl-C, after a checkpoint was written.
     """
-    if not budget.trains:
+    if not training.trains:
         return []
-    if budget.distill and teacher is None:
-        raise ConfigError(f"distill={budget.distill} needs a teacher: give finetune the softmax model (`teacher_of`).")
-    own, added = trainable_parameters(model, budget.train)
+    if training.distill and teacher is None:
+        raise ConfigError(f"distill={training.distill} needs a teacher: the softmax model, by `teacher_of`.")
+    own, added = trainable_parameters(model, training.train)
     checkpoint = _checkpoint(Path(out), resume)
     steps = _Steps(on_step, after_step or {})
     with _learning(model, own + added):
         trainer = _Trainer(
-            budget,
+            training,
             own,
             added,
-            teacher if budget.distill else None,
+            teacher if training.distill else None,
             model=model,
-            args=_arguments(budget, Path(out)),
+            args=_arguments(training, Path(out)),
             train_dataset=_Blocks(blocks),
             data_collator=_collate,
             # A redraw before what is called after the step: an evaluation there sees what the next step trains.
-            callbacks=[*_callbacks(budget), steps],
+            callbacks=[*_callbacks(training), steps],
         )
         trainer.remove_callback(PrinterCallback)
-        if checkpoint and _step_of(checkpoint) >= budget.steps:
+        if checkpoint and _step_of(checkpoint) >= training.steps:
             trainer._load_from_checkpoint(checkpoint)  # `train` would take one step too many before it looks
             return _losses(TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")))
         with _gentle_interrupt(steps), without_bars():
@@ -328,5 +328,5 @@ def finetune(
     del trainer
     gc.collect()  # a Trainer is full of reference cycles, and its optimizer's state is twice the model
     if steps.interrupted:  # also in the last step: whoever called would go on with the next piece of work
-        raise Interrupted(f"interrupted at step {interrupted_at} of {budget.steps}; resume continues there.")
+        raise Interrupted(f"interrupted at step {interrupted_at} of {training.steps}; resume continues there.")
     return losses

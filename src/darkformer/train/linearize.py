@@ -29,7 +29,18 @@ from ..hf.convert import convert, plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_config, load_model, load_tokenizer, save_model
 from ..hf.saved_config import is_converted
-from ..records import RUN_FILE, check_folder, environment, finished_record, open_run, read_json, write_json
+from ..records import (  # fmt: skip
+    RECORD_FILE,
+    as_written,
+    check_folder,
+    environment,
+    finish_run,
+    finished_record,
+    open_run,
+    read_kept,
+    write_json,
+    write_kept,
+)
 from ..reporting import Reporter, Silent
 from .card import model_card
 from .data import blocks_of, load_documents, split_documents, text_size, tokens_of
@@ -79,7 +90,7 @@ def choice_batches(blocks: Tensor) -> list[Tensor]:
     return list(blocks[: max(2, CHOICE_TOKENS // blocks.shape[1])].split(1))
 
 
-def calibrated(
+def convert_and_calibrate(
     model: Any, config: DarkConfig, blocks: Tensor, reporter: Reporter, title: str, within: Within | None = None,
     *, drop: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -97,37 +108,38 @@ def calibrated(
         return [asdict(choice) for choice in choices]
 
 
-def scored(model: nn.Module, blocks: Tensor, budget: TrainConfig, reporter: Reporter, title: str) -> dict[str, Any]:
+def scored(model: nn.Module, blocks: Tensor, training: TrainConfig, reporter: Reporter, title: str) -> dict[str, Any]:
     """`evaluate` as a stage; plain values."""
     batch = max(1, TOKENS_AT_ONCE // blocks.shape[1])
     with reporter.stage(f"{title}: evaluate", -(-len(blocks) // batch)) as advance:
-        return evaluate(model, blocks, batch_size=batch, dtype=budget.dtype, progress=advance).to_dict()
+        return evaluate(model, blocks, batch_size=batch, dtype=training.dtype, progress=advance).to_dict()
 
 
 def trained(
-    model: nn.Module, blocks: Tensor, budget: TrainConfig, folder: Path, reporter: Reporter, title: str, **options: Any
-) -> list[float]:
+    model: nn.Module, blocks: Tensor, training: TrainConfig, folder: Path, reporter: Reporter, title: str,
+    **options: Any,
+) -> list[float]:  # fmt: skip
     """`finetune` as a stage, if there is anything to do; resumes at the last checkpoint in `folder`."""
-    if not budget.trains:
+    if not training.trains:
         return []
-    with reporter.stage(f"{title}: finetune", budget.steps) as advance:
+    with reporter.stage(f"{title}: finetune", training.steps) as advance:
         return finetune(
-            model, blocks, budget, folder, resume=True,
-            on_step=lambda step, loss: advance(step, budget.steps, loss), **options,
+            model, blocks, training, folder, resume=True,
+            on_step=lambda step, loss: advance(step, training.steps, loss), **options,
         )  # fmt: skip
 
 
 def transferred(
-    model: Any, blocks: Tensor, budget: TrainConfig, folder: Path, reporter: Reporter, title: str
+    model: Any, blocks: Tensor, training: TrainConfig, folder: Path, reporter: Reporter, title: str
 ) -> list[dict[str, Any]]:
     """`transfer` as a stage, if there are steps for it; continues where a checkpoint in `folder` stops."""
-    if not budget.transfer_steps:
+    if not training.transfer_steps:
         return []
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(budget.seed))
-    batches = list(blocks[order[: budget.transfer_steps + 1]].split(1))
-    with reporter.stage(f"{title}: transfer", budget.transfer_steps) as advance:
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(training.seed))
+    batches = list(blocks[order[: training.transfer_steps + 1]].split(1))
+    with reporter.stage(f"{title}: transfer", training.transfer_steps) as advance:
         layers = transfer(
-            model, batches, steps=budget.transfer_steps, lr=budget.transfer_lr, dtype=budget.dtype, folder=folder,
+            model, batches, steps=training.transfer_steps, lr=training.transfer_lr, dtype=training.dtype, folder=folder,
             progress=advance,
         )  # fmt: skip
     for layer in layers:
@@ -136,15 +148,16 @@ def transferred(
     return [asdict(layer) for layer in layers]
 
 
-def _kept(file: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def _once(file: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """What `make` gives, as JSON: made once a run, then read from the file where it was kept."""
     if not file.is_file():
-        write_json(file, make())
-    return dict(read_json(file))
+        write_kept(file, make())
+    with as_written(file):
+        return dict(read_kept(file))
 
 
 def _calibrated_and_transferred(
-    model: Any, tokenizer: Any, config: DarkConfig, blocks: Tensor, validation: Tensor, budget: TrainConfig,
+    model: Any, tokenizer: Any, config: DarkConfig, blocks: Tensor, validation: Tensor, training: TrainConfig,
     within: Within | None, folder: Path, reporter: Reporter,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """The stages before finetuning: the model, and their reports `calibration` and `transfer`, and `scores`.
@@ -155,21 +168,23 @@ def _calibrated_and_transferred(
 
     def keep(name: str) -> None:
         save_model(model, tokenizer, files[name].parent)
-        write_json(files[name], stages)  # last: it says that the model is complete
+        write_kept(files[name], stages)  # last: it says that the model is complete
 
     done = next((name for name in ("transferred", "calibrated") if files[name].is_file()), None)
     if done is not None:
-        model, stages = load_model(str(files[done].parent)), read_json(files[done])
+        model, stages = load_model(str(files[done].parent)), read_kept(files[done])
     else:
         # Transfer decides itself, later, which features pay.
-        choices = calibrated(model, config, blocks, reporter, title, within, drop=not budget.transfer_steps)
-        scores = {"converted": scored(model, validation, budget, reporter, "converted")}
+        choices = convert_and_calibrate(
+            model, config, blocks, reporter, title, within, drop=not training.transfer_steps
+        )
+        scores = {"converted": scored(model, validation, training, reporter, "converted")}
         stages = {"calibration": choices, "transfer": [], "scores": scores}
-        if budget.learns:
+        if training.learns:
             keep("calibrated")
-    if budget.transfer_steps and done != "transferred":
-        stages["transfer"] = transferred(model, blocks, budget, folder, reporter, title)
-        stages["scores"]["transferred"] = scored(model, validation, budget, reporter, "transferred")
+    if training.transfer_steps and done != "transferred":
+        stages["transfer"] = transferred(model, blocks, training, folder, reporter, title)
+        stages["scores"]["transferred"] = scored(model, validation, training, reporter, "transferred")
         keep("transferred")
         shutil.rmtree(files["calibrated"].parent)
     return model, stages
@@ -262,7 +277,9 @@ def chosen(
             )  # fmt: skip
         return best.to_dict()
 
-    return Choice.from_dict(_kept(folder / CHOICE_FILE, choice))
+    found = _once(folder / CHOICE_FILE, choice)
+    with as_written(folder / CHOICE_FILE):
+        return Choice.from_dict(found)
 
 
 def _inputs(
@@ -287,11 +304,11 @@ def linearize(
     data: Sequence[str],
     held_out: Sequence[str] = (),
     config: DarkConfig,
-    budget: TrainConfig,
+    training: TrainConfig,
     context: int = CONTEXT,
-    memory: str | None = None,
-    memory_at: int | None = None,
-    before: Callable[[Any, Any, Tensor, Tensor, Path], dict[str, Any]] | None = None,
+    budget: str | None = None,
+    budget_at: int | None = None,
+    measure_frontier: Callable[[Any, Any, Tensor, Tensor, Path], dict[str, Any]] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
@@ -304,13 +321,13 @@ def linearize(
             `record.json`, `checkpoints/` while training.
         data, held_out: text files, globs, `pydoc`, or dataset names.
         context: tokens of the sequences that calibration, the choice of heads and scores use; training has its own
-            (`budget.seq_len`).
-        memory: bytes a sequence may keep, as `calibration.budget.Budget.parse` reads them (`10%`, `64MB`, `0`): exact
+            (`training.seq_len`).
+        budget: bytes a sequence may keep, as `calibration.budget.Budget.parse` reads them (`10%`, `64MB`, `0`): exact
             heads and windows are chosen for it, in place of those of `config`. None: `config` as it is.
-        memory_at: tokens it is counted at; the most that the model reads without.
-        before: called once a budget's heads are chosen and before anything else happens to the model, with the softmax
-            model, the tokenizer, blocks (N, context) to choose and calibrate on, others that scores use, and the run's
-            folder; what it returns goes into the record as `frontier`.
+        budget_at: tokens it is counted at; the most that the model reads without.
+        measure_frontier: called once a budget's heads are chosen and before anything else happens to the model, with
+            the softmax model, the tokenizer, blocks (N, context) to choose and calibrate on, others that scores use,
+            and the run's folder; what it returns goes into the record as `frontier`.
 
     Returns:
         The record, as written to `record.json`.
@@ -322,44 +339,45 @@ def linearize(
     checkpoints = out / "checkpoints"
     if resume and overwrite:
         raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
-    if memory is not None:
+    if budget is not None:
         check_budget_config(config)
     check_folder(out)
     started = time.perf_counter()
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
-        "config": config.to_dict(), "budget": asdict(budget), "context": context, "memory": memory,
-        "memory_at": memory_at,
+        "config": config.to_dict(), "budget": asdict(training), "context": context, "memory": budget,
+        "memory_at": budget_at,
     }  # fmt: skip
     model, tokenizer, blocks, long_blocks, validation = _inputs(
-        model_name, data, held_out, context, budget.seq_len, reporter
+        model_name, data, held_out, context, training.seq_len, reporter
     )
-    limit = None if memory is None else Budget.parse(memory, memory_at or full_context(model))
-    element_bytes = cache_element_bytes(model, budget.dtype)
-    number = budget.dtype if budget.dtype == "bfloat16" else str(model.dtype).removeprefix("torch.")
+    limit = None if budget is None else Budget.parse(budget, budget_at or full_context(model))
+    element_bytes = cache_element_bytes(model, training.dtype)
+    number = training.dtype if training.dtype == "bfloat16" else str(model.dtype).removeprefix("torch.")
     counted = f"counted at {element_bytes} bytes a number ({number})"
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     continues = open_run(out, settings, resume=resume, overwrite=overwrite)
-    if continues and (record := finished_record(out, (*settings, "scores"))) is not None:
+    if continues and (record := finished_record(out)) is not None:
         reporter.say(f"{out} is finished: nothing left to do.")
         return record
-    softmax = _kept(checkpoints / SOFTMAX_FILE, lambda: scored(model, validation, budget, reporter, "softmax"))
+    softmax = _once(checkpoints / SOFTMAX_FILE, lambda: scored(model, validation, training, reporter, "softmax"))
     scores = {"softmax": softmax}
     choice, within, frontier, kept = None, None, None, None
     if limit is not None:
         choice = chosen(
-            model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", budget.dtype,
-            budget.learns or not config.drop_features,
+            model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", training.dtype,
+            training.learns or not config.drop_features,
         )  # fmt: skip
         reporter.say(f"a budget of {limit}, {counted}: {choice}")
         config = choice.config
-        frontier = None if before is None else before(model, tokenizer, long_blocks, validation, out)
-        if not budget.learns:  # else features may learn what they do not do yet, and were counted
+        if measure_frontier is not None:
+            frontier = measure_frontier(model, tokenizer, long_blocks, validation, out)
+        if not training.learns:  # else features may learn what they do not do yet, and were counted
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
             within = Within(size, limit.length, element_bytes)
-    teacher = teacher_of(model) if budget.trains and budget.distill else None
+    teacher = teacher_of(model) if training.trains and training.distill else None
     model, stages = _calibrated_and_transferred(
-        model, tokenizer, config, long_blocks, validation, budget, within, checkpoints, reporter
+        model, tokenizer, config, long_blocks, validation, training, within, checkpoints, reporter
     )
     scores |= stages["scores"]
     if limit is not None:
@@ -367,9 +385,9 @@ def linearize(
         reporter.say(
             f"after calibration: {kept / 1e6:.1f} MB at {limit.length:,} tokens, {counted}, with the features left on."
         )
-    losses = trained(model, blocks, budget, checkpoints, reporter, config.method, teacher=teacher)
-    if budget.trains:
-        scores["finetuned"] = scored(model, validation, budget, reporter, "finetuned")
+    losses = trained(model, blocks, training, checkpoints, reporter, config.method, teacher=teacher)
+    if training.trains:
+        scores["finetuned"] = scored(model, validation, training, reporter, "finetuned")
     with reporter.stage("save the model", 1):
         save_model(model, tokenizer, out / "model")
     record = {
@@ -379,8 +397,8 @@ def linearize(
         "choice": None if choice is None else choice.to_dict(), "converted_config": config_of(model).to_dict(),
         "kept_bytes": kept, "frontier": frontier,
     }  # fmt: skip
-    write_json(out / "record.json", record)
+    write_json(out / RECORD_FILE, record)
     model_card(record).save(out / "model" / "README.md")
-    write_json(out / RUN_FILE, {"settings": settings, "finished": True})
+    finish_run(out, settings)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return record

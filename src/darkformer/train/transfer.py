@@ -163,7 +163,8 @@ class _Transfer:
                 visit(layer, output, wanted)
 
         device = next(self.model.parameters()).device.type
-        with observing(self.model, observer), torch.autocast(device, torch.bfloat16, self.dtype == torch.bfloat16):
+        half = torch.autocast(device, torch.bfloat16, self.dtype == torch.bfloat16)
+        with observing(self.model, observer, softmax=True), half:
             run(self.model, inputs_of(batch))
 
     def check(self, batch: Any, step: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import DarkConfig, HeadParts
+from ..config import DarkConfig, HeadKinds
 from ..errors import ConversionError
 from ..ops.slots import slot_words
 
@@ -38,7 +38,7 @@ class LayerHeads:
 
     index: int
     number: int
-    parts: HeadParts
+    parts: HeadKinds
     features: DarkConfig | None
     local: DarkConfig | None
 
@@ -75,7 +75,7 @@ class Layout:
 
 
 def _of_layer(config: DarkConfig, index: int, number: int, num_kv_heads: int) -> LayerHeads:
-    parts = config.parts_of(number, num_kv_heads)
+    parts = config.head_kinds(number, num_kv_heads)
     form = dataclasses.replace(config, window=config.window_of(number))
     return LayerHeads(
         index,

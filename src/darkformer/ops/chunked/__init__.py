@@ -1,10 +1,10 @@
 """Linear-time attention in plain torch, on any device.
 
-A causal pass walks over super-chunks: the window and the sinks exactly, the far keys through their features,
+A causal call walks over super-chunks: the window and the sinks exactly, the far keys through their features,
 quadratic inside a chunk and through the running sums before it (`span`). Far keys are the keys `window` positions back,
-so "far" is ordinary causal linear attention. The backward pass keeps the sums before each super-chunk and computes the
-rest again (`autograd`). A bidirectional call is two such passes, the second one backwards, merged by their
-log-normalisers. In a trace a pass is one super-chunk without a loop over the length (`scan`).
+so "far" is ordinary causal linear attention. For gradients the sums before each super-chunk are kept and the rest is
+computed again (`autograd`). A bidirectional call is two such walks, left to right and right to left, merged by their
+log-normalizers. In a trace a walk is one super-chunk without a loop over the length (`scan`).
 Derivation: Φ(Q)(Φ(K)ᵀV) / Φ(Q)(Φ(K)ᵀ1) of the paper, with the stabiliser described in `span`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...features.affine import attention_forms
 from ..state import LOG_ZERO, AttentionState, Problem, State, next_buffers, without_digits
-from .autograd import Inputs, Pass, attend_pass
+from .autograd import Direction, Inputs, attend
 from .log_domain import count_log_domain
 from .span import Masks, Rules, Sizes
 
@@ -57,7 +57,7 @@ def _rows_that_see(masks: Masks, log_scale: Tensor, rules: Rules) -> Tensor:
     return seen | masks.sinks.any(-1)
 
 
-def _forward_pass(problem: Problem, sizes: Sizes) -> tuple[Inputs, Pass]:
+def _left_to_right(problem: Problem, sizes: Sizes) -> tuple[Inputs, Direction]:
     """Keys at or before the query, behind the state's recent keys; sinks included."""
     state, window, sinks = problem.state, problem.config.window, problem.state.sink_key.shape[2]
     length, device = problem.query.shape[3], problem.query.device
@@ -81,7 +81,7 @@ def _forward_pass(problem: Problem, sizes: Sizes) -> tuple[Inputs, Pass]:
         problem.query, problem.key, problem.value, state.recent_key, state.recent_value, state.sink_key,
         state.sink_value, torch.cat([state.feature_values, state.feature_sum[..., None]], dim=-1),
         query_form, key_form,
-    ), Pass(
+    ), Direction(
         rules, masks, state.log_scale.detach(), sink_slot.clamp(0, length - 1),
         (sink_slot >= 0) & (sink_slot < problem.lengths[:, None]),
         # The two directions are merged in full precision.
@@ -89,8 +89,8 @@ def _forward_pass(problem: Problem, sizes: Sizes) -> tuple[Inputs, Pass]:
     )  # fmt: skip
 
 
-def _backward_pass(problem: Problem, inputs: Inputs, forward: Pass) -> tuple[Inputs, Pass]:
-    """Keys after the query: everything reversed, offsets from 1, no sinks (the forward pass has them)."""
+def _right_to_left(problem: Problem, inputs: Inputs, forward: Direction) -> tuple[Inputs, Direction]:
+    """Keys after the query: everything reversed, offsets from 1, no sinks (the first direction has them)."""
     window, length, masks = problem.config.window, problem.query.shape[3], forward.masks
     prefix = max(window, 1)
     in_window = F.pad(masks.window[:, window:].flip(1), (prefix, 0))
@@ -125,17 +125,17 @@ def chunked(problem: Problem) -> tuple[Tensor, State]:
 
 def chunked_with(problem: Problem, sizes: Sizes) -> tuple[Tensor, State]:
     """`chunked` with other sizes than the fastest."""
-    inputs, forward = _forward_pass(problem, sizes)
-    result = attend_pass(inputs, forward)
-    output, log_normaliser = result.output, result.log_normaliser
+    inputs, forward = _left_to_right(problem, sizes)
+    result = attend(inputs, forward)
+    output, log_normalizer = result.output, result.log_normalizer
     # Without features and with window 1 a query sees no key after itself.
     if not problem.is_causal and (problem.config.feature_count or problem.config.window > 1):
-        other = attend_pass(*_backward_pass(problem, inputs, forward))
-        other_normaliser = other.log_normaliser.flip(3)
-        share = torch.sigmoid(log_normaliser - other_normaliser)[..., None]
+        other = attend(*_right_to_left(problem, inputs, forward))
+        other_normalizer = other.log_normalizer.flip(3)
+        share = torch.sigmoid(log_normalizer - other_normalizer)[..., None]
         output = share * output + (1 - share) * other.output.flip(3)
-        log_normaliser = torch.maximum(log_normaliser, other_normaliser)
-    lost = without_digits(log_normaliser) & (log_normaliser != LOG_ZERO)  # LOG_ZERO: the row sees nothing
+        log_normalizer = torch.maximum(log_normalizer, other_normalizer)
+    lost = without_digits(log_normalizer) & (log_normalizer != LOG_ZERO)  # LOG_ZERO: the row sees nothing
     if problem.traced or bool(lost.any()):
         output = output.masked_fill(lost[..., None], torch.nan)  # the public door reports it
     return output, AttentionState(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,14 @@ from .span import Masks, Operands, Result, Rules, attend_span, far_sums
 
 #: Super-chunks before which the sums are kept, of all: those of 512 tokens take as much memory as 64 of the tokens.
 STRIDE = 4
+#: Tensors of `Inputs` and of a span's `Operands` before the two forms, and tensors of a form.
+PLAIN: Final = 8
+SPAN_PLAIN: Final = 5
+FORM: Final = 3
 
 
 class Inputs(NamedTuple):
-    """The differentiable inputs of a pass, whole and in their own dtypes."""
+    """The differentiable inputs of one direction, whole and in their own dtypes."""
 
     query: Tensor  # (B, G, R, L, d)
     key: Tensor  # (B, G, L, d)
@@ -37,11 +41,11 @@ class Inputs(NamedTuple):
 
     def flat(self) -> tuple[Tensor | None, ...]:
         """All tensors."""
-        return (*self[:8], *self.query_form[:3], *self.key_form[:3])
+        return (*self[:PLAIN], *self.query_form[:FORM], *self.key_form[:FORM])
 
     def with_tensors(self, tensors: Any) -> Inputs:
         """The same with other tensors, in the order of `flat`."""
-        return Inputs._make([*tensors[:8], *_forms(tensors[8:], self.query_form, self.key_form)])
+        return Inputs._make([*tensors[:PLAIN], *_forms(tensors[PLAIN:], self.query_form, self.key_form)])
 
     def span(self, start: int, stop: int, sinks: tuple[Tensor, Tensor]) -> Operands:
         """The tokens start…stop."""
@@ -53,7 +57,7 @@ class Inputs(NamedTuple):
         return Operands(query, key, F.pad(value, (0, 1), value=1.0), *sinks, self.query_form, self.key_form)
 
 
-class Pass(NamedTuple):
+class Direction(NamedTuple):
     """One direction, except for its differentiable inputs."""
 
     rules: Rules
@@ -99,17 +103,17 @@ def _rows(before: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
     return torch.cat([before[:, :, start:stop].to(x.dtype), x[:, :, : max(stop - prefix, 0)]], dim=2)
 
 
-class ChunkedPass(torch.autograd.Function):
+class ChunkedAttention(torch.autograd.Function):
     """Keeps the inputs and the sums before every `STRIDE`-th super-chunk.
 
-    `forward` has the context, as what it keeps is no output; `functional` hides it from torch.func.
+    `forward` has the context, as what it keeps is no output; `torch_func` hides it from torch.func.
     """
 
     @staticmethod
-    def forward(ctx: Any, p: Pass, inputs: Inputs, keep: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, p: Direction, inputs: Inputs, keep: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         t = inputs.with_tensors(tensors)
         output = t.query.new_empty(*t.query.shape[:-1], t.value.shape[-1], dtype=p.output)
-        log_normaliser = t.query.new_empty(t.query.shape[:-1], dtype=t.sums.dtype)
+        log_normalizer = t.query.new_empty(t.query.shape[:-1], dtype=t.sums.dtype)
         sinks, sums = p.sinks(t), Sums(t.sums.clone(), p.log_scale.clone())
         spans = p.spans()
         count = -(-len(spans) // STRIDE) if keep else 0
@@ -119,40 +123,42 @@ class ChunkedPass(torch.autograd.Function):
             if keep and i % STRIDE == 0:
                 kept.values[i // STRIDE], kept.log_scale[i // STRIDE] = sums
             result = attend_span(t.span(start, stop, sinks), p.masks.span(start, stop, complete), sums, p.rules)
-            add_to_counts(result.log_normaliser.numel(), result.underflowed)
-            output[:, :, :, start:stop], log_normaliser[:, :, :, start:stop] = result.output, result.log_normaliser
+            add_to_counts(result.log_normalizer.numel(), result.underflowed)
+            output[:, :, :, start:stop], log_normalizer[:, :, :, start:stop] = result.output, result.log_normalizer
             sums = result.sums
         if keep:
             ctx.save_for_backward(*tensors)
         ctx.p, ctx.inputs = p, inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sums.log_scale)
-        return output, log_normaliser, *sums
+        return output, log_normalizer, *sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        do, d_log_normaliser, d_sums, _ = grads
+        do, d_log_normalizer, d_sums, _ = grads
         t, p = ctx.inputs.with_tensors(ctx.saved_tensors), ctx.p
         prefix, compute, sinks = t.key_before.shape[2], t.sums.dtype, p.sinks(t)
-        needed = (*(True,) * 5, *ctx.needs_input_grad[11:])
+        needed = (*(True,) * SPAN_PLAIN, *ctx.needs_input_grad[-2 * FORM :])
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (t.query, t.key, t.value))
         # Gradients of the keys that the windows of later super-chunks reach: only these need the compute dtype.
         dk_before, dv_before = (torch.zeros_like(x, dtype=compute) for x in (t.key_before, t.value_before))
-        d_shared: list[Tensor | None] = [None] * 8  # of the sinks and the forms, which all super-chunks use
+        # Of the two of the sinks and the forms, which all super-chunks use.
+        d_shared: list[Tensor | None] = [None] * (2 + 2 * FORM)
         for (start, stop, complete), sums in _in_reverse(t, p, sinks, ctx.kept):
             x = t.span(start, stop, sinks)
-            flat = [*x[:5], *x.query_form[:3], *x.key_form[:3]]
+            flat = [*x[:SPAN_PLAIN], *x.query_form[:FORM], *x.key_form[:FORM]]
             leaves = [y if y is None else y.detach().requires_grad_(n) for y, n in zip(flat, needed, strict=True)]
             before = Sums(sums.values.detach().requires_grad_(), sums.log_scale)
             with torch.enable_grad():
                 masks = p.masks.span(start, stop, complete)
-                operands = Operands._make([*leaves[:5], *_forms(leaves[5:], x.query_form, x.key_form)])
+                forms = _forms(leaves[SPAN_PLAIN:], x.query_form, x.key_form)
+                operands = Operands._make([*leaves[:SPAN_PLAIN], *forms])
                 result = attend_span(operands, masks, before, p.rules)
             here = slice(start, stop)
             outputs = [
                 (result.output, None if do is None else do[:, :, :, here].to(compute)),
-                (result.log_normaliser, None if d_log_normaliser is None else d_log_normaliser[:, :, :, here]),
+                (result.log_normalizer, None if d_log_normalizer is None else d_log_normalizer[:, :, :, here]),
                 (result.sums.values, d_sums),
             ]
             d_query, d_key, d_value, *rest, d_sums = _gradients(outputs, [*leaves, before.values])
@@ -162,15 +168,8 @@ class ChunkedPass(torch.autograd.Function):
                 whole[:, :, here] = grad[:, :, prefix:]
                 unfinished.copy_(grad[:, :, :prefix])
             d_shared = [a if b is None else b if a is None else a + b for a, b in zip(d_shared, rest, strict=True)]
-        new, slot = p.sink_new[:, None, :, None], p.sink_slot[:, None, :, None]
-        d_stored = []
-        for grad, whole, stored in zip(d_shared[:2], (dk, dv), (t.sink_key, t.sink_value), strict=True):
-            assert grad is not None
-            grad = grad[..., : whole.shape[3]]
-            if grad.shape[2]:  # of this call only the first tokens can be sinks
-                first = whole[:, :, : grad.shape[2]]
-                first.scatter_add_(2, slot.expand_as(grad), grad.masked_fill(~new, 0).to(whole.dtype))
-            d_stored.append(grad.masked_fill(new, 0).to(stored.dtype))
+        d_sinks = zip(d_shared[:2], (dk, dv), (t.sink_key, t.sink_value), strict=True)
+        d_stored = [_to_sinks(p, grad, whole).to(stored.dtype) for grad, whole, stored in d_sinks]
         # Scaled losses overflow by design, and whoever scaled them looks at the gradients.
         if non_finite(dq=dq, dk=dk, dv=dv) and not non_finite(
             **{str(i): x for i, x in enumerate(grads) if x is not None}
@@ -180,8 +179,18 @@ class ChunkedPass(torch.autograd.Function):
         return None, None, None, dq, dk, dv, *d_before, *d_stored, d_sums, *d_shared[2:]
 
 
+def _to_sinks(p: Direction, grad: Tensor | None, whole: Tensor) -> Tensor:
+    """Adds the gradient of the sinks' keys or values to those of this call that they are, and returns the state's."""
+    assert grad is not None
+    new, slot, grad = p.sink_new[:, None, :, None], p.sink_slot[:, None, :, None], grad[..., : whole.shape[3]]
+    if grad.shape[2]:  # of this call only the first tokens can be sinks
+        first = whole[:, :, : grad.shape[2]]
+        first.scatter_add_(2, slot.expand_as(grad), grad.masked_fill(~new, 0).to(whole.dtype))
+    return grad.masked_fill(new, 0)
+
+
 def _in_reverse(
-    t: Inputs, p: Pass, sinks: tuple[Tensor, Tensor], kept: Sums
+    t: Inputs, p: Direction, sinks: tuple[Tensor, Tensor], kept: Sums
 ) -> Iterator[tuple[tuple[int, int, bool], Sums]]:
     """The super-chunks from the last one, each with the sums before it; those that were not kept are added again."""
     spans = p.spans()
@@ -207,13 +216,15 @@ def _gradients(outputs: list[tuple[Tensor, Tensor | None]], leaves: list[Tensor 
     return [next(gradients) if y is not None and y.requires_grad else None for y in leaves]
 
 
-def attend_pass(t: Inputs, p: Pass) -> Result:
-    """A whole pass: output (B, G, R, L, d_v) in `p.output`, log-normaliser (B, G, R, L), sums after the last token."""
+def attend(t: Inputs, p: Direction) -> Result:
+    """One direction: output (B, G, R, L, d_v) in `p.output`, log-normalizer (B, G, R, L), sums after the last token."""
     if p.rules.traced:
         x = t.span(0, t.query.shape[3], p.sinks(t))
         result = attend_span(x, p.masks, Sums(t.sums, p.log_scale), p.rules)
         return result._replace(output=result.output.to(p.output))
     tensors = t.flat()
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    output, log_normaliser, *sums = ChunkedPass.apply(p, t.with_tensors((None,) * 14), keep, *tensors)
-    return Result(output, log_normaliser, Sums(*sums), None)
+    output, log_normalizer, *sums = ChunkedAttention.apply(
+        p, t.with_tensors((None,) * (PLAIN + 2 * FORM)), keep, *tensors
+    )
+    return Result(output, log_normalizer, Sums(*sums), None)

@@ -73,7 +73,7 @@ class Result(NamedTuple):
     """A super-chunk's share of the answer."""
 
     output: Tensor  # (B, G, R, T, d_v)
-    log_normaliser: Tensor  # (B, G, R, T), LOG_ZERO where a query sees nothing
+    log_normalizer: Tensor  # (B, G, R, T), LOG_ZERO where a query sees nothing
     sums: Sums  # (B, G, m, …) after the last token
     underflowed: Tensor | None  # (B, G, N, R·C) rows whose chunks were computed in the log domain; None for no row
 
@@ -216,19 +216,19 @@ def attend_span(x: Operands, masks: Masks, sums: Sums, rules: Rules) -> Result:
 
     normaliser = total[..., -1:]
     if masks.complete:
-        output, log_normaliser = total[..., :-1] / normaliser, top + normaliser.log()
+        output, log_normalizer = total[..., :-1] / normaliser, top + normaliser.log()
     else:
         dead = ~_by_row(masks.rows, count, chunk, heads)[..., None]
         normaliser = normaliser.masked_fill(dead, 1)
         output = (total[..., :-1] / normaliser).masked_fill_(dead, 0)
-        log_normaliser = (top + normaliser.log()).masked_fill_(dead, LOG_ZERO)
+        log_normalizer = (top + normaliser.log()).masked_fill_(dead, LOG_ZERO)
 
     def by_token(y: Tensor) -> Tensor:
         y = y.unflatten(3, (heads, chunk)).transpose(2, 3).flatten(3, 4)
         # A slice in a trace would ask whether it is all of y.
         return y.index_select(3, torch.arange(length, device=y.device)) if rules.traced else y[:, :, :, :length]
 
-    return Result(by_token(output), by_token(log_normaliser).squeeze(-1), sums, underflowed)
+    return Result(by_token(output), by_token(log_normalizer).squeeze(-1), sums, underflowed)
 
 
 def _by_row(x: Tensor, count: int, chunk: int, heads: int) -> Tensor:

@@ -24,12 +24,12 @@ ORTHOGONAL = 1e-5
 class Packed(NamedTuple):
     """The forms of raw (unscaled) tokens: fields of `load.Inputs`, under the same names."""
 
-    wq: Tensor  # (G, m + r, d) [P; N]
-    offq: Tensor  # (G, m + r) [a; b]
-    wk: Tensor
-    offk: Tensor
-    foldq: Tensor  # (G, 3, d) see `_fold`; (G, 0, d) where N has a product of its own
-    foldk: Tensor
+    map_q: Tensor  # (G, m + r, d) [P; N]
+    offset_q: Tensor  # (G, m + r) [a; b]
+    map_k: Tensor
+    offset_k: Tensor
+    fold_q: Tensor  # (G, 3, d) see `_fold`; (G, 0, d) where N has a product of its own
+    fold_k: Tensor
 
 
 #: Draws as they were when tested, and whether they are orthogonal.
@@ -121,8 +121,8 @@ def pack(p: FeatureParameters, groups: int, head_dim: int, scaling: float, *, to
             return _pack_side(form.of_raw(root), omega, folded=folded, triangular=triangular)
 
         query, key = affine(p)
-        wq, offq, foldq = side(query, p.query_map)
-        wk, offk, foldk = (wq, offq, foldq) if key is query else side(key, p.key_map)
-        return Packed(wq, offq, wk, offk, foldq, foldk)
+        map_q, offset_q, fold_q = side(query, p.query_map)
+        map_k, offset_k, fold_k = (map_q, offset_q, fold_q) if key is query else side(key, p.key_map)
+        return Packed(map_q, offset_q, map_k, offset_k, fold_q, fold_k)
 
     return p.cached((groups, head_dim, scaling, tokens >= TRIANGULAR_TOKENS, tokens > 0), build)

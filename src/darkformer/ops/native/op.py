@@ -82,7 +82,7 @@ attention_op.register_autograd(_backward, setup_context=_save)
 class _Eager(torch.autograd.Function):
     """`attention_op` without its dispatcher, whose 0.15 ms are a seventh of a short call.
 
-    `forward` has the context: with a `setup_context` torch looks at its signature in each call, 0.03 ms. `functional`
+    `forward` has the context: with a `setup_context` torch looks at its signature in each call, 0.03 ms. `torch_func`
     hides it from torch.func.
     """
 

@@ -152,7 +152,7 @@ def form(run: Run, num_features: int) -> DarkConfig | None:
     return DarkConfig.paper(num_features, method=run.method, seed=run.seed, convert_sliding=True)
 
 
-def budget(run: Run, scale: Scale, lr: float) -> TrainConfig:
+def training(run: Run, scale: Scale, lr: float) -> TrainConfig:
     """The training of a run at the rate `lr`."""
     base = scale.bases[run.experiment.base]
     return TrainConfig(

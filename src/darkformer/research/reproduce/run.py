@@ -19,11 +19,11 @@ from ...records import environment
 from ...reporting import Reporter
 from ...train.evaluate import evaluate
 from ...train.finetune import finetune
-from ...train.linearize import calibrated
+from ...train.linearize import convert_and_calibrate
 from .bases import grown_weights, keep_grown, make_model
 from .corpus import Corpus
 from .mechanism import measure
-from .plan import LEAST_GEOMETRY_LR, Run, Scale, budget, experiment_of, form, grid_runs, grower
+from .plan import LEAST_GEOMETRY_LR, Run, Scale, experiment_of, form, grid_runs, grower, training
 from .records import Journal, is_writer, recorded, write_lines
 
 #: Methods whose estimator (or, for softmax, whose queries and keys) is looked into along training.
@@ -104,7 +104,7 @@ class _Trial:
         self.run, self.runner, self.folder = run, runner, runner.out / "stages" / run.name
         self.base = runner.scale.bases[run.experiment.base]
         self.blocks = runner.corpus.blocks(self.base)
-        self.budget: TrainConfig = budget(run, runner.scale, runner.rate(run))
+        self.training: TrainConfig = training(run, runner.scale, runner.rate(run))
         self.config = form(run, self.base.num_features)
         self.resumed = (self.folder / "losses.jsonl").is_file()
         self.points, self.losses = Journal(self.folder / "points.jsonl"), Journal(self.folder / "losses.jsonl")
@@ -112,7 +112,7 @@ class _Trial:
         with runner.reporter.stage(f"{run.title}: load", 1):
             self.model = make_model(self.base, run.seed, runner.scale, runner.out)
         if self.config is not None and run.method == "ours" and self.base.pretrained:
-            calibrated(self.model, self.config, self.blocks.train, runner.reporter, run.title)
+            convert_and_calibrate(self.model, self.config, self.blocks.train, runner.reporter, run.title)
         elif self.config is not None:
             convert(self.model, self.config)
 
@@ -132,7 +132,7 @@ class _Trial:
 
             try:
                 finetune(
-                    self.model, self.blocks.train, self.budget, self.folder / "checkpoints", resume=True,
+                    self.model, self.blocks.train, self.training, self.folder / "checkpoints", resume=True,
                     on_step=on_step, after_step=hooks,
                 )  # fmt: skip
             except NonFiniteError as error:
@@ -171,7 +171,7 @@ class _Trial:
         logits = text.shape[1] * self.model.config.get_text_config().vocab_size
         batch = max(1, min(2048 // text.shape[1], LOGITS // logits))
         with self.runner.reporter.stage(f"{self.run.title}: evaluate", -(-len(text) // batch)) as advance:
-            score = evaluate(self.model, text, batch_size=batch, dtype=self.budget.dtype, progress=advance)
+            score = evaluate(self.model, text, batch_size=batch, dtype=self.training.dtype, progress=advance)
             looked = {"mechanism": measure(self.model, text)} if self._looked_into(step) else {}
         return score.to_dict() | looked
 
@@ -180,12 +180,12 @@ class _Trial:
         run, experiment = self.run, self.run.experiment
         common = {
             "run": run.name, "figure": experiment.figure, "base": experiment.base, "method": run.method,
-            "seed": run.seed, "grid": run.grid, "lr": self.budget.lr, "steps": run.steps,
+            "seed": run.seed, "grid": run.grid, "lr": self.training.lr, "steps": run.steps,
         }  # fmt: skip
         points = self.points.ordered()
         whole = {
             "kind": "run", **common, "final_loss": points[-1]["loss"], "diverged": self.diverged,
-            "losses": [row["loss"] for row in self.losses.ordered()], "budget": asdict(self.budget),
+            "losses": [row["loss"] for row in self.losses.ordered()], "budget": asdict(self.training),
             "config": None if self.config is None else self.config.to_dict(), "start": asdict(self.base),
             "weights": grown_weights(self.runner.out) if self.base.source == "grown" else None,
             "text": self.runner.corpus.facts, "train_blocks": len(self.blocks.train),

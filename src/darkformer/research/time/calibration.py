@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from ...config import DarkConfig, native_dtype
 from ...errors import ConfigError, InputError
 from ...hf.convert import convert
-from ...records import check_folder, environment, read_json, write_json
+from ...records import as_written, check_folder, environment, read_json, write_json
 from ...reporting import Reporter, Silent
 from ..bench_machine import limits, measure_in_turns
 from .copies import FORWARD, Totals, step_operations, totals
@@ -204,10 +204,26 @@ def analysed(record: dict[str, Any]) -> Calibration:
     )
 
 
+def read_calibration(file: Path) -> Calibration:
+    """A finished record from a file.
+
+    Raises:
+        RunFolderError: it is missing, damaged or altered.
+    """
+    record = read_json(file)
+    with as_written(file):
+        return analysed(record)
+
+
 def is_calibrated(file: Path) -> bool:
-    """Whether there is a finished calibration of this version."""
+    """Whether there is a finished calibration of this version.
+
+    Raises:
+        RunFolderError: the file is damaged or altered.
+    """
     record = read_json(file) if file.is_file() else {}
-    return record.get("finished", False) and record.get("layout") == LAYOUT
+    with as_written(file):
+        return record.get("finished", False) and record.get("layout") == LAYOUT
 
 
 def load_calibration(file: Path | None = None) -> Calibration:
@@ -223,7 +239,7 @@ def load_calibration(file: Path | None = None) -> Calibration:
             f"this machine ({machine()['device']}, {machine()['threads']} threads) {state}: `darkformer plan "
             f"calibrate` times training steps of small models for a few minutes and keeps them in {file}."
         )
-    return analysed(read_json(file))
+    return read_calibration(file)
 
 
 def calibrate_machine(
@@ -244,10 +260,11 @@ def calibrate_machine(
     record = read_json(file) if file.is_file() and not overwrite else {}
     digest = hashlib.sha256(repr(list(plan)).encode()).hexdigest()[:12]
     settings = {"layout": LAYOUT, "dtypes": list(precisions), "trials": digest}
-    if any(record.get(name) != value for name, value in settings.items()):
-        record = {**settings, "machine": machine(), "rows": [], "seconds": 0.0, "finished": False}
-    if record["finished"]:
-        return analysed(record)
+    with as_written(file):
+        if any(record.get(name) != value for name, value in settings.items()):
+            record = {**settings, "machine": machine(), "rows": [], "seconds": 0.0, "finished": False}
+        if record["finished"]:
+            return analysed(record)
     work = [(trial, dtype) for trial in plan for dtype in precisions]
     with reporter.stage("time training steps", len(work)) as advance:
         for i, (trial, dtype) in enumerate(work):

@@ -219,7 +219,7 @@ def attention(shape: Shape, batch: int, seq_len: int, config: DarkConfig | None,
     group, n, d = shape.heads // shape.kv_heads, batch * seq_len, shape.head_dim
     if config is None or (layer in shape.sliding and not config.convert_sliding):
         config = DarkConfig(method="exact")
-    heads = config.parts_of(layer, shape.kv_heads)
+    heads = config.head_kinds(layer, shape.kv_heads)
     window = config.window_of(layer) + config.sinks
     rows: list[Operation] = []
     for name, part, features in (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...console import RichReporter
 from ...errors import InputError, NonFiniteError
-from ...records import environment, open_run, read_json, write_json
+from ...records import environment, open_run, write_json
 from ...train.data import PYTHON
 from ...train.evaluate import evaluate
 from ..reproduce.corpus import Corpus
@@ -25,7 +25,6 @@ from ..reproduce.records import read_lines, write_lines
 from .calibration import (
     Calibration,
     adamw,
-    analysed,
     calibrate_machine,
     calibration_file,
     dtypes,
@@ -33,6 +32,7 @@ from .calibration import (
     load_calibration,
     machine,
     model_of,
+    read_calibration,
     training_step,
     trials,
 )
@@ -215,7 +215,7 @@ def read_study(out: Path) -> tuple[list[dict[str, Any]], Calibration]:
             f"{record_file(out)}: no such record, or an empty one. Run `darkformer reproduce time` first, or name the "
             "folder that has it with --out."
         )
-    return lines, analysed(read_json(file))
+    return lines, read_calibration(file)
 
 
 class TimeStudy:
@@ -231,7 +231,7 @@ class TimeStudy:
         """
         own, file = self.out / "records" / "calibration.json", calibration_file()
         if own.is_file() and not anew:
-            return analysed(read_json(own))
+            return read_calibration(own)
         if is_calibrated(file):
             return load_calibration(file)
         return calibrate_machine(trials(), dtypes(), file, reporter=self.reporter)
