@@ -2,8 +2,8 @@
 
     python benchmarks/plan_check.py --out runs/plan-check
 
-Each run has a folder of its own and is not repeated; the record is benchmarks/records/plan-check.json. The
-machine has to be calibrated: `darkformer plan calibrate`.
+Each run has a folder of its own and is not repeated; it is planned anew each time. The record is
+benchmarks/records/plan-check.json. The machine has to be calibrated: `darkformer plan calibrate`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from darkformer.console import RichReporter
 from darkformer.hf.load import demo_model_path, load_config
 from darkformer.records import environment, read_json, write_json
 from darkformer.research.time.calibration import load_calibration
-from darkformer.research.time.estimate import estimate
+from darkformer.research.time.estimate import Estimate, estimate
 from darkformer.research.time.settings import PlanTask
 from darkformer.research.time.shape import shape_of
 from darkformer.train.linearize import linearize
@@ -50,28 +50,28 @@ class StageClock(RichReporter):
         self.seconds[title] = time.perf_counter() - started
 
 
-def checked(name: str, task: PlanTask, folder: Path) -> dict[str, Any]:
-    """One run's stages, planned and measured."""
-    model = str(demo_model_path())
-    config = load_config(model)
-    planned_run = estimate(
+def planned(task: PlanTask) -> Estimate:
+    """What the machine's calibration says of a run."""
+    config = load_config(str(demo_model_path()))
+    return estimate(
         shape_of(config, MODEL), task, DarkConfig(), load_calibration(), positions=config.max_position_embeddings,
         name=MODEL,
     )  # fmt: skip
+
+
+def measured(task: PlanTask, folder: Path) -> dict[str, Any]:
+    """The seconds of a run's stages."""
     clock = StageClock()
     linearize(
-        model, folder, data=["python"], config=DarkConfig(), context=task.sequence, budget=task.budget or None,
+        str(demo_model_path()), folder, data=["python"], config=DarkConfig(), context=task.sequence,
+        budget=task.budget or None,
         training=TrainConfig(
             steps=task.steps, seq_len=task.sequence, batch_size=1, dtype=task.precision,
             transfer_steps=task.transfer_steps,
         ),
         overwrite=True, reporter=clock,
     )  # fmt: skip
-    planned = {stage.title: stage.seconds for stage in planned_run.stages}
-    return {
-        "name": name, "task": vars(task), "planned": planned, "measured": {x: clock.seconds[x] for x in planned},
-        "planned_memory": planned_run.memory, "environment": environment(),
-    }  # fmt: skip
+    return {"measured": clock.seconds, "environment": environment()}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -98,10 +98,15 @@ def main() -> None:
     out = parser.parse_args().out
     rows = []
     for name, task in TASKS.items():
-        file = out / f"{name}.json"
+        file, plan = out / f"{name}.json", planned(task)
         if not file.is_file():
-            write_json(file, checked(name, task, out / name))
-        rows.append(read_json(file))
+            write_json(file, measured(task, out / name))
+        kept = read_json(file)
+        stages = {stage.title: stage.seconds for stage in plan.stages}
+        rows.append({
+            "name": name, "task": vars(task), "planned": stages, "planned_memory": plan.memory,
+            "measured": {title: kept["measured"][title] for title in stages}, "environment": kept["environment"],
+        })  # fmt: skip
     record = {"model": MODEL, "runs": rows, "environment": environment()}
     write_json(RECORD, record)
     print(table(record))

@@ -21,6 +21,7 @@ from .copies import (
     BACKWARD,
     OPTIMIZER,
     PRODUCT,
+    SOFTMAX,
     Operation,
     attention,
     forward_operations,
@@ -36,6 +37,8 @@ from .shape import Shape
 PROMPTS, CHANGE_ROWS = 4, 2
 #: Candidates that a budget's windows are compared by: a middle one, its neighbours, and one with windows by layer.
 CANDIDATES = 4
+#: What heads compute that are not exact while heads and windows are chosen.
+WINDOWS_ALONE = DarkConfig(method="local", window=CONSTANT_WINDOW)
 #: Contexts between which the crossover with softmax is looked for.
 SHORTEST, LONGEST = 64, 2**20
 #: Rows of the last batch of a calibration, on which scales and biases are searched; how often a weight of the search
@@ -140,18 +143,18 @@ class _Clock:
         rows = forward_operations(self.shape, 1, self.seq_len, autocast=dtype == "bfloat16", logits=False)
         return self.calibration.forward_seconds(dtype, totals(rows))
 
-    def slopes(self) -> float:
-        """A forward and a backward pass of the softmax model without gradients of weights, windows beside softmax."""
+    def slopes(self, exact: float) -> float:
+        """A forward and a backward pass, no gradients of weights: windows in every head, softmax in a share `exact`."""
         rows = step_operations(self.shape, 1, self.seq_len, autocast=self.autocast)
-        # Of a product's backward pass only dx is needed, half of its work.
-        rows = [
-            row.times(0.5) if row.kind == PRODUCT and row.phase == BACKWARD else row
-            for row in rows
-            if row.phase != OPTIMIZER
-        ]
-        local = DarkConfig(method="local", window=CONSTANT_WINDOW)
-        rows += self.attentions(local)
-        return self.calibration.seconds(self.dtype, totals(rows))
+
+        def share(row: Operation) -> float:
+            if row.kind == SOFTMAX:
+                return exact
+            # Of a product's backward pass only dx is needed, half of its work.
+            return 0.5 if row.kind == PRODUCT and row.phase == BACKWARD else 1.0
+
+        rows = [row.times(share(row)) for row in rows if row.phase != OPTIMIZER]
+        return self.calibration.seconds(self.dtype, totals(rows + self.attentions(WINDOWS_ALONE)))
 
     def attentions(self, config: DarkConfig) -> list[Operation]:
         """Attention of every layer, both directions."""
@@ -178,16 +181,19 @@ class _Clock:
 
 def _choice_stages(clock: _Clock, heads: int) -> list[Stage]:
     """The choice of heads and windows: passes over rows of text and as many kinds of recall."""
-    text = max(2, CHOICE_TOKENS // clock.seq_len)
-    rows, forward, slopes = text + PROMPTS, clock.forward(None), clock.slopes()
+    rows, windows = max(2, CHOICE_TOKENS // clock.seq_len) + PROMPTS, clock.forward(WINDOWS_ALONE)
     sizes = sorted({round(share * heads) for share in ROUNDS} | {0}, reverse=True)
-    before = [heads, *sizes[:-1]]
-    looked = sum(2 * ROWS_A_ROUND if exact > EVERY_ROW_FROM * heads else rows for exact in before if exact)
-    changed = 2 * (CHANGE_ROWS + PROMPTS)
+    # Heads that are still exact, and the rows of that round.
+    rounds = [
+        (exact, 2 * ROWS_A_ROUND if exact > EVERY_ROW_FROM * heads else rows) for exact in (heads, *sizes[:-1]) if exact
+    ]
+    looked, changed = sum(number for _, number in rounds), 2 * (CHANGE_ROWS + PROMPTS)
     return [
-        Stage("which heads need softmax", 2 * rows * forward + looked * slopes,
+        Stage("which heads need softmax",
+              rows * (clock.forward(None) + windows) + sum(n * clock.slopes(exact / heads) for exact, n in rounds),
               f"{2 * rows} passes, {looked} with gradients"),
-        Stage("heads and windows for the budget", CANDIDATES * rows * forward + changed * slopes,
+        # Few heads are exact there: they are not counted.
+        Stage("heads and windows for the budget", CANDIDATES * rows * windows + changed * clock.slopes(0.0),
               f"about {CANDIDATES * rows} passes, {changed} with gradients"),
     ]  # fmt: skip
 
