@@ -168,6 +168,9 @@ class TestRefusals:
             for flag in ([], ["--overwrite"]):
                 with pytest.raises(RunFolderError, match=r"is a folder or a device|is a file, not a folder"):
                     run("cache", "nosuchmodel", "--prompt", "nosuchprompt", "--out", str(where), *flag)
+        with pytest.raises(RunFolderError, match="is the prompt itself"):
+            run("cache", "nosuchmodel", "--prompt", str(book), "--out", str(book), "--overwrite")
+        assert book.read_text() == TEXT
         book.write_bytes(b"\xff\xfe\xff" * 100)
         with pytest.raises(InputError, match="is not UTF-8 text"):
             run("cache", str(folder), "--prompt", str(book), "--out", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def test_flags_win(calls: list[dict[str, Any]], recipe: Path) -> None:
         ("config: {geometry_lr: 1}", "config: geometry_lr: darkformer linearize has no such option"),
         ("config.window: 8", "config.window: darkformer linearize has no such option"),
         ("zzz: 8", "zzz: .* darkformer linearize --help lists them"),
-        ("config: 8", "config: darkformer linearize has no such option"),
+        ("config: 8", "config: give the section's options as NAME: VALUE"),
         ("window: {a: 8}", "give one value"),
         ("center: 1", "must be true or false"),
         ("{config: {seed: 1}, train: {seed: 2}}", "train: seed: 2 here, 1 elsewhere in the file"),
@@ -107,6 +108,14 @@ def test_flags_win(calls: list[dict[str, Any]], recipe: Path) -> None:
         ("command: linearize", "a record without 'model'"),
         ("a: &a [1]\ndata: *a", r"aliases \(\*name\) are not taken"),
         ("x" * 1_000_001, "1,000,000 characters at most"),
+        ("data: " + "[" * 5000 + "]" * 5000, "1,000 brackets at most"),
+        ("", "NAME: VALUE"),
+        ("# nothing yet", "NAME: VALUE"),
+        ("steps: 1\nsteps: 2", "'steps' is there twice"),
+        ("config: {seed: 1, seed: 2}", "'seed' is there twice"),
+        ("config: [1, 2]", "config: give the section's options as NAME: VALUE"),
+        ("data: [a, null]", "give a list of names"),
+        ("data: {a: b}", "give a list of names"),
     ],
 )  # fmt: skip
 def test_what_a_recipe_cannot_say(calls: list[dict[str, Any]], recipe: Path, text: str, message: str) -> None:
@@ -132,7 +141,9 @@ def test_aliases_of_aliases_take_no_memory(calls: list[dict[str, Any]], recipe: 
 
 def test_values_are_what_is_written(calls: list[dict[str, Any]], recipe: Path) -> None:
     """Not what YAML makes of them: no number loses a digit, and tags make nothing."""
-    recipe.write_text("keep_exact: [18.10, 6]\nlr: 2e-5\nseed: !!int 7\ntied: No\nheld_out: ~\nsteps: 0\n")
+    recipe.write_text(
+        "keep_exact: [18.10, 6]\nlr: 2e-5\nseed: !!int 7\ntied: No\nheld_out: ~\nsteps: 0\nconfig:\ncontext: null\n"
+    )
     run("linearize", "x.gguf", "--out", "r", "--config", str(recipe))
     config, training = calls[0]["config"], calls[0]["training"]
     assert config.keep_exact == (6, "18.10") and config.seed == 7 and config.tied is False
@@ -142,6 +153,17 @@ def test_values_are_what_is_written(calls: list[dict[str, Any]], recipe: Path) -
 def test_the_example(calls: list[dict[str, Any]]) -> None:
     run("linearize", "--config", str(SOURCES.parents[1] / "recipes" / "linearize.yaml"))
     assert calls[0]["training"].steps == 500 and calls[0]["budget"] == "10%"
+
+
+@pytest.mark.parametrize("text", ['{"seed": 1, "seed": 2}', '{"model": true}', '{"data": [false]}', '{"tied": 1}'])
+def test_json_is_taken_as_strictly(calls: list[dict[str, Any]], tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"there twice|give one value|give a list|true or false"):
+        run("linearize", "x.gguf", "--out", "r", "--config", str(tmp_path / "recipe.json"))
+    os.mkfifo(tmp_path / "pipe")
+    for file in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(ConfigError, match="it is not a file"):
+            run("linearize", "x.gguf", "--out", "r", "--config", file)
 
 
 def test_a_file_that_is_not_there_and_a_record_where_none_is_taken(tmp_path: Path) -> None:

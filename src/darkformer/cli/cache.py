@@ -42,6 +42,8 @@ def cache(
     from ..records import check_file
 
     check_file(out)
+    if out.exists() and prompt.exists() and out.samefile(prompt):
+        raise RunFolderError(f"{out} is the prompt itself: give the state another file with --out.")
     try:
         text = prompt.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -16,10 +16,10 @@ import typer
 
 from ..errors import ConfigError
 
-#: Characters of a YAML file.
-LARGEST = 1_000_000
-#: Words of YAML, in small letters, that are no text.
-CONSTANTS = {"true": True, "false": False, "yes": True, "no": False, "null": None, "~": None, "": None}
+#: Characters of a YAML file, and lists and mappings in brackets within it: deep ones take YAML's reader forever.
+LARGEST, MOST_BRACKETS = 1_000_000, 1000
+#: Words, in small letters, that leave an option out, and those that answer a question.
+NOTHING, ANSWERS = ("", "~", "null"), {"true": True, "yes": True, "false": False, "no": False}
 
 
 @dataclass(frozen=True)
@@ -87,25 +87,31 @@ class Recipe:
     def _options(self, file: Path) -> Iterator[tuple[str, str, Any]]:
         """(name in the file, parameter, value) of each option that the file sets."""
         for key, value in self._content(file).items():
-            section = self.sections.get(key) if value is None or isinstance(value, Mapping) else None
+            section = self.sections.get(key)
+            if not isinstance(value, Mapping) and not _is_nothing(value):
+                if section is not None and key not in self.names:  # `train` is the name of an option as well
+                    raise ConfigError(f"{file}: {key}: give the section's options as NAME: VALUE, one a line.")
+                section = None
             if section is None:
                 yield key, self._parameter(file, key, self.names), value
                 continue
             fields = {f.name: f for f in dataclasses.fields(section.owner)}
             offered = {alias: name for alias, name in self.names.items() if name in section.fields}
-            for inner, x in (value or {}).items():
+            for inner, x in value.items() if isinstance(value, Mapping) else ():
                 f = fields.get(inner)
                 # A record says every field. What this verb decides itself is there as it was before it did.
-                if f is None or f.name in section.fields or str(x) != str(_plain(f.default)):
+                if f is None or f.name in section.fields or str(x).lower() != str(_plain(f.default)).lower():
                     yield f"{key}: {inner}", self._parameter(file, inner, offered, f"{key}: "), x
 
     def _content(self, file: Path) -> dict[str, Any]:
+        if file.exists() and not file.is_file():
+            raise ConfigError(f"--config {file}: it is not a file.")
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {file}: it cannot be read ({getattr(error, 'strerror', error)}).") from error
         try:
-            content = json.loads(text) if file.suffix == ".json" else _yaml(text)
+            content = json.loads(text, object_pairs_hook=_once_each) if file.suffix == ".json" else _yaml(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"--config {file}: {' '.join(str(error).split())}.") from error
         if not isinstance(content, dict):
@@ -126,56 +132,81 @@ class Recipe:
 
     def _parameter(self, file: Path, key: Any, names: Mapping[str, str], section: str = "") -> str:
         """The parameter that a file calls `key`."""
-        alias = str(key).replace("-", "_")
+        key = str(key)
+        alias = key.replace("-", "_")
         if alias not in names:
             closest = difflib.get_close_matches(alias, names, 1)
             hint = f"Did you mean {closest[0]}?" if closest else f"darkformer {self.verb} --help lists them."
-            raise ConfigError(f"{file}: {section}{key}: darkformer {self.verb} has no such option. {hint}")
+            raise ConfigError(f"{file}: {section}{key:.80}: darkformer {self.verb} has no such option. {hint}")
         return names[alias]
 
     @staticmethod
     def _typed(where: str, kind: Any, value: Any) -> Any:
         """A value as it would be typed on the command line; None leaves the option out."""
-        if value is None or (kind is bool and isinstance(value, bool)):
-            return value
+        if _is_nothing(value):
+            return None
         if kind is bool:
-            raise ConfigError(f"{where}: {value!r}: must be true or false.")
+            answer = ANSWERS.get(value.lower()) if isinstance(value, str) else value
+            if not isinstance(answer, bool):
+                raise ConfigError(f"{where}: {value!r}: must be true or false.")
+            return answer
         if typing.get_origin(kind) is not list:
-            if isinstance(value, list | Mapping):
+            if isinstance(value, list | Mapping | bool):
                 raise ConfigError(f"{where}: {value!r}: give one value.")
             return str(value)
         items = value if isinstance(value, list) else [value]
-        if any(isinstance(x, float | Mapping) for x in items):  # a float of JSON
+        if any(isinstance(x, bool | Mapping) or _is_nothing(x) for x in items):
+            raise ConfigError(f"{where}: {value!r}: give a list of names.")
+        if any(isinstance(x, float) for x in items):  # of JSON
             raise ConfigError(f"{where}: {value!r}: give a list of names; in quotes: as a number 18.10 would be 18.1.")
         return ["=".join(map(str, x)) if isinstance(x, list) else str(x) for x in items]
 
 
-def _yaml(text: str) -> Any:
-    """A YAML file's lists, mappings and texts, with its true, false and null; numbers stay as they are written.
+def _is_nothing(value: Any) -> bool:
+    """Whether a value leaves its option out."""
+    return value is None or (isinstance(value, str) and value.lower() in NOTHING)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's object of these pairs.
 
     Raises:
-        ValueError: it is none, or no recipe: larger than `LARGEST`, or with aliases, of which a few lines are
-            gigabytes.
+        ValueError: a name twice.
+    """
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return dict(pairs)
+
+
+def _yaml(text: str) -> Any:
+    """A YAML file's lists, mappings and texts; what they say is the texts', so that no number loses a digit.
+
+    Raises:
+        ValueError: it is none, or no recipe: larger than `LARGEST`, with more brackets than `MOST_BRACKETS`, a name
+            twice, or aliases, of which a few lines are gigabytes.
     """
     import yaml  # only here: not every call has a file
 
     if len(text) > LARGEST:
         raise ValueError(f"a recipe has {LARGEST:,} characters at most, this file has {len(text):,}")
+    if (brackets := text.count("[") + text.count("{")) > MOST_BRACKETS:
+        raise ValueError(f"a recipe has {MOST_BRACKETS:,} brackets at most, this file has {brackets:,}")
+
+    class Loader(yaml.BaseLoader):  # makes nothing but dicts, lists and texts
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if all(isinstance(name, str) for name in names):
+                _once_each([(name, None) for name in names])
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
+
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.BaseLoader)):
             raise ValueError("aliases (*name) are not taken: write the values out")
-        return _with_constants(yaml.load(text, yaml.BaseLoader))  # makes nothing but dicts, lists and texts
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(error) from error
-
-
-def _with_constants(value: Any) -> Any:
-    """YAML's words for truth and nothing in place of their texts, all the way down."""
-    if isinstance(value, dict):
-        return {key: _with_constants(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_with_constants(x) for x in value]
-    return CONSTANTS.get(value.lower(), value)
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -189,8 +190,9 @@ def _arguments(training: TrainConfig, out: Path) -> TrainingArguments:
 def _complete(checkpoint: Path) -> bool:
     """Trainer writes its state last, so a process killed while it saved leaves none, or half of one."""
     try:
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return bool(state["global_step"] == _step_of(str(checkpoint)))
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
@@ -320,7 +322,10 @@ def finetune(
             trainer._load_from_checkpoint(checkpoint)  # `train` would take one step too many before it looks
             return _losses(TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")))
         with _gentle_interrupt(steps), without_bars():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except (EOFError, UnpicklingError) as error:  # an empty or altered file of optimizer, schedule or seeds
+                raise RunFolderError(f"{checkpoint} is damaged: delete it, and resume from the one before.") from error
             if steps.interrupted and not (Path(out) / f"checkpoint-{trainer.state.global_step}").is_dir():
                 trainer._save_checkpoint(model, trial=None)  # Ctrl-C came after the last step's own chance to save
     losses = _losses(trainer.state)

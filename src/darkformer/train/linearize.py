@@ -172,7 +172,12 @@ def _calibrated_and_transferred(
 
     done = next((name for name in ("transferred", "calibrated") if files[name].is_file()), None)
     if done is not None:
-        model, stages = load_model(str(files[done].parent)), read_kept(files[done])
+        with as_written(files[done]):
+            kept = read_kept(files[done])
+            stages = {
+                name: kind(kept[name]) for name, kind in (("calibration", list), ("transfer", list), ("scores", dict))
+            }
+        model = load_model(str(files[done].parent))
     else:
         # Transfer decides itself, later, which features pay.
         choices = convert_and_calibrate(
@@ -361,6 +366,8 @@ def linearize(
         reporter.say(f"{out} is finished: nothing left to do.")
         return record
     softmax = _once(checkpoints / SOFTMAX_FILE, lambda: scored(model, validation, training, reporter, "softmax"))
+    with as_written(checkpoints / SOFTMAX_FILE):
+        _ = [float(softmax[name]) for name in ("loss", "perplexity", "accuracy", "tokens")]
     scores = {"softmax": softmax}
     choice, within, frontier, kept = None, None, None, None
     if limit is not None:

@@ -125,7 +125,7 @@ def fits(rows: Sequence[Timing]) -> dict[str, Fit]:
 def verdicts(by_name: Mapping[str, Fit]) -> list[list[str]]:
     """Header and one row a claim of the paper's abstract, judged by the held-out shapes."""
     copies, flops = by_name["copies"], by_name["flops"]
-    numbers = f"median error {flops.median_error:.0%} by FLOPs, {copies.median_error:.0%} by copies"
+    numbers = f"median error {flops.median_error:.1%} by FLOPs, {copies.median_error:.1%} by copies"
     rows = [
         ("FLOPs are a poor estimate of training time", flops.median_error > POOR, numbers),
         (
@@ -136,7 +136,7 @@ def verdicts(by_name: Mapping[str, Fit]) -> list[list[str]]:
         (
             "copies give training speed from hyper-parameters",
             copies.median_error <= ACCURATE,
-            f"median error {copies.median_error:.0%}, worst {copies.worst_error:.0%}",
+            f"median error {copies.median_error:.1%}, worst {copies.worst_error:.1%}",
         ),
     ]
     return [["claim", "verdict", "numbers"], *([a, "holds" if b else "does not hold", c] for a, b, c in rows)]
