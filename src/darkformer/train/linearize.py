@@ -174,9 +174,8 @@ def _calibrated_and_transferred(
     if done is not None:
         with as_written(files[done]):
             kept = read_kept(files[done])
-            stages = {
-                name: kind(kept[name]) for name, kind in (("calibration", list), ("transfer", list), ("scores", dict))
-            }
+            stages: dict[str, Any] = {name: list(kept[name]) for name in ("calibration", "transfer")}
+            stages["scores"] = dict(kept["scores"])
         model = load_model(str(files[done].parent))
     else:
         # Transfer decides itself, later, which features pay.
