@@ -1,10 +1,13 @@
 """A run that is interrupted and resumed is the uninterrupted run; a run that diverges leaves its last checkpoint."""
 
+import json
 import math
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +95,7 @@ class TestResume:
         assert finetune(resumed, BLOCKS, _budget(save_every=2), tmp_path / "cut", resume=True) == expected
         assert _same_weights(resumed, whole)
 
-    @pytest.mark.parametrize("damage", ["missing", "cut short"])
+    @pytest.mark.parametrize("damage", ["missing", "cut short", "of another step", "of another type"])
     def test_a_checkpoint_that_a_kill_cut_short_is_not_taken(self, damage: str, tmp_path: Path) -> None:
         whole = linear("llama")
         expected = finetune(whole, BLOCKS, _budget(save_every=2), tmp_path / "whole")
@@ -105,11 +108,30 @@ class TestResume:
         state = tmp_path / "cut" / "checkpoint-6" / "trainer_state.json"  # Trainer writes it last
         if damage == "missing":
             state.unlink()
-        else:
+        elif damage == "cut short":
             state.write_text(state.read_text()[:100])
+        else:  # it would skip the training that is left
+            step = 10**9 if damage == "of another step" else "6"
+            state.write_text(json.dumps({**json.loads(state.read_text()), "global_step": step}))
         resumed = linear("llama")
         assert finetune(resumed, BLOCKS, _budget(save_every=2), tmp_path / "cut", resume=True) == expected
         assert _same_weights(resumed, whole)
+
+    @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+    def test_a_checkpoint_with_a_damaged_file(self, name: str, tmp_path: Path) -> None:
+        class Opener:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return open, (str(tmp_path / "ran"), "w")
+
+        with pytest.raises(Interrupted):
+            finetune(linear("llama"), BLOCKS, _budget(save_every=2), tmp_path / "cut", on_step=_at(4, _control_c))
+        file = max((tmp_path / "cut").glob("checkpoint-*")) / name
+        assert file.is_file()
+        for content in (b"", pickle.dumps(Opener())):
+            file.write_bytes(content)
+            with pytest.raises(RunFolderError, match=r"checkpoint-\d is damaged: delete it"):
+                finetune(linear("llama"), BLOCKS, _budget(save_every=2), tmp_path / "cut", resume=True)
+        assert not (tmp_path / "ran").exists()
 
     def test_a_finished_run_takes_no_more_steps(self, tmp_path: Path) -> None:
         whole, again = linear("llama"), linear("llama")
