@@ -162,17 +162,20 @@ def test_help_names_every_choice(config: type, field: str, table: dict[str, str]
 
 
 @pytest.mark.parametrize(
-    ("known", "dtype"),
+    ("known", "faster", "dtype"),
     [
-        ({}, "float32"),
-        ({"avx512_bf16": False}, "float32"),
-        ({"avx512_bf16": True}, "bfloat16"),
-        ({"bf16": True}, "bfloat16"),
+        ({}, True, "float32"),
+        ({"avx512_bf16": False}, True, "float32"),
+        ({"avx512_bf16": True}, True, "bfloat16"),
+        ({"avx512_bf16": True}, False, "float32"),
+        ({"avx512_bf16": True, "amx_bf16": True}, False, "bfloat16"),
+        ({"bf16": True}, True, "bfloat16"),
     ],
 )
 def test_the_automatic_precision_is_one_the_processor_has(
-    known: dict[str, bool], dtype: str, monkeypatch: pytest.MonkeyPatch
+    known: dict[str, bool], faster: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("darkformer.config.bfloat16_is_faster", lambda: faster)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known)
     assert TrainConfig.dtype == "auto"  # what --help shows

@@ -206,7 +206,7 @@ def measurement(
 
     Args:
         longest: the largest window there will be, which the rows must exceed.
-        dtype: float32, bfloat16, or `auto`: bfloat16 where the machine multiplies it natively.
+        dtype: float32, bfloat16, or `auto`: bfloat16 where the machine multiplies it faster.
         model, batches, tokenizer, sinks, context, prompts, seed: as in `sensitivity`.
 
     Raises:

@@ -117,7 +117,7 @@ def sensitivity(
         window, sinks: what a head sees whose far field is cut.
         context: tokens of a recall prompt; default L. prompts: how many; each asks for several numbers.
         seed: of the prompts. Score the choice with others.
-        dtype: `bfloat16` runs under autocast, `auto` where the machine multiplies it natively.
+        dtype: `bfloat16` runs under autocast, `auto` where the machine multiplies it faster.
         folder: where partial results are kept (`sensitivity.json`); a later call with the same settings goes on there.
         progress: called with (steps done, steps in all).
 

@@ -17,7 +17,7 @@ from .evaluate import LOGITS_AT_ONCE
 
 
 def teacher_of(model: Any) -> Any:
-    """A frozen copy of a softmax model, in bfloat16 where the machine multiplies it natively.
+    """A frozen copy of a softmax model, in bfloat16 where the machine multiplies it faster.
 
     Raises:
         ConversionError: the model is converted already, so there is no softmax to learn from.

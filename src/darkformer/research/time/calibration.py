@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from ...config import DarkConfig, native_dtype
+from ...config import DarkConfig, has_bfloat16
 from ...errors import ConfigError, InputError
 from ...hf.convert import convert
 from ...records import as_written, check_folder, environment, read_json, write_json
@@ -143,7 +143,7 @@ def forward_timings(rows: Sequence[Mapping[str, Any]], dtype: str) -> list[Timin
 
 def dtypes() -> tuple[str, ...]:
     """Precisions this machine multiplies natively."""
-    return ("float32",) if native_dtype() == "float32" else ("float32", "bfloat16")
+    return ("float32", "bfloat16") if has_bfloat16() else ("float32",)
 
 
 def machine() -> dict[str, Any]:
