@@ -91,10 +91,9 @@ def run(model_name: str, blocks: Tensor, out: Path) -> None:
         "benchmark": "untrained", "model": Path(model_name).name, "features": FEATURES, "tokens": TOKENS,
         "forms": FORMS, "environment": environment(), "layers": read_json(out)["layers"] if out.exists() else {},
     }  # fmt: skip
-    with tqdm(total=len(collected.every), unit="layer") as bar:
-        observed = observing(model, Runner(collected, record, out, bar), softmax=True)
-        with observed:
-            model(blocks[-1:], use_cache=False)
+    progress = tqdm(total=len(collected.every), unit="layer")
+    with progress as bar, observing(model, Runner(collected, record, out, bar), softmax=True):
+        model(blocks[-1:], use_cache=False)
     write_json(out, {**record, "environment": environment()})
 
 

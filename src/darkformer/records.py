@@ -10,7 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -136,11 +136,11 @@ def write_kept(path: Path, value: Any) -> None:
     write_json(path, {"checksum": _checksum(value), "value": value})
 
 
-def read_kept(path: Path) -> Any:
-    """Inverse of `write_kept`.
+def read_kept(path: Path, make: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Inverse of `write_kept`: what `make` gives of the value.
 
     Raises:
-        RunFolderError: missing, or anything but what was written.
+        RunFolderError: missing, or anything but what was written; or `make` cannot take the value apart.
     """
     content = read_json(path)
     if not isinstance(content, dict) or content.get("checksum") != _checksum(content.get("value")):
@@ -148,7 +148,8 @@ def read_kept(path: Path) -> Any:
             f"{path}: it was altered, or an earlier version of darkformer wrote it. Delete it, and what it holds is "
             "measured again."
         )
-    return content["value"]
+    with as_written(path):
+        return make(content["value"])
 
 
 def _checksum(value: Any) -> str:

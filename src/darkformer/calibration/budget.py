@@ -16,7 +16,7 @@ from ..cost import model_bytes
 from ..errors import ConfigError
 from ..hf.convert import converted_modules, drop_features
 from ..hf.layers import config_of, layer_of
-from ..records import as_written, read_kept, write_kept
+from ..records import read_kept, write_kept
 from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
 from .measure import frozen, measurement
@@ -271,9 +271,9 @@ class Chooser:
         window, exact = config.window, set(map(str, config.keep_exact))
         file = None if self.folder is None else self.folder / f"windows-{window}.json"
         if window not in self._changes and file is not None and file.is_file():
-            kept = read_kept(file)
-            with as_written(file):
-                self._changes[window] = set(kept["exact"]), [WindowChange(**values) for values in kept["changes"]]
+            self._changes[window] = read_kept(
+                file, lambda kept: (set(kept["exact"]), [WindowChange(**values) for values in kept["changes"]])
+            )
         if window not in self._changes or not self._changes[window][0] <= exact:
             heads = [(layer, head) for layer, head in self.order if f"{layer}.{head}" in exact]
             changes = window_changes(

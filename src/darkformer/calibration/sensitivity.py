@@ -202,9 +202,8 @@ class _Steps:
         self.content: dict[str, Any] = {"settings": settings}
         if path is None or not path.is_file():
             return
-        content = read_kept(path)
-        with as_written(path):
-            before = dict(content["settings"])
+        content = read_kept(path, lambda kept: {**kept, "settings": dict(kept["settings"])})
+        before = content["settings"]
         if different := [name for name in settings if before.get(name) != settings[name]]:
             raise RunFolderError(
                 f"{path} holds a sensitivity with another {' and '.join(different)}: choose another folder or "

@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..hf.convert import plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
-from ..records import as_written, check_folder, finish_run, open_run, read_kept, write_json, write_kept
+from ..records import check_folder, finish_run, open_run, read_kept, write_json, write_kept
 from ..reporting import Reporter, Silent
 from ..train.linearize import calibration_batches, check_budget_config, check_context, choice_batches, load_context_text
 from .frontier import FrontierRow, measure_frontier
@@ -60,6 +60,15 @@ def with_budget(budgets: Sequence[str], text: str, model: Any, at: int | None, d
     return tuple(sorted(parsed, key=lambda each: parsed[each].bytes_of(softmax)))
 
 
+def _kept_choice(file: Path, budget: list[Any]) -> Choice | None:
+    """What an earlier run chose, if it did for this budget."""
+
+    def read(kept: dict[str, Any]) -> Choice | None:
+        return Choice.from_dict(kept["choice"]) if kept["budget"] == budget else None
+
+    return read_kept(file, read) if file.is_file() else None
+
+
 def measured_choices(
     model: Any, tokenizer: Any, blocks: Tensor, budgets: Sequence[str], config: DarkConfig, *, at: int | None,
     dtype: str, folder: Path, reporter: Reporter, rows: int | None = None,
@@ -85,12 +94,7 @@ def measured_choices(
     with reporter.stage("heads and windows for each budget", len(budgets)) as advance:
         for i, text in enumerate(budgets):
             file = folder / f"choice-{i}.json"
-            known: Choice | None = None
-            if file.is_file():
-                kept = read_kept(file)
-                with as_written(file):
-                    known = Choice.from_dict(kept["choice"]) if kept["budget"] == [text, length] else None
-            if known is not None:
+            if (known := _kept_choice(file, [text, length])) is not None:
                 choices.append((text, known))
             else:
                 chooser = chooser or Chooser(

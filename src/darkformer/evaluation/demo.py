@@ -19,7 +19,6 @@ from ..hf.layers import config_of
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
 from ..records import (  # fmt: skip
     RECORD_FILE,
-    as_written,
     environment,
     finish_run,
     finished_record,
@@ -130,8 +129,7 @@ class Demo:
                 folder=self.out / "stages" / "sensitivity", reporter=self.reporter, rows=CHOICE_ROWS,
             )  # fmt: skip
             write_kept(file, [[text, choice.to_dict()] for text, choice in choices])
-        with as_written(file):
-            choices = [(text, Choice.from_dict(values)) for text, values in read_kept(file)]
+        choices = read_kept(file, lambda kept: [(text, Choice.from_dict(values)) for text, values in kept])
         constant, chosen = choices[0][1].config, choices[-1][1].config
         batches = list(blocks[:CALIBRATION_BLOCKS].split(1))
         within = calibration(choices[1:], batches, self.frontier.element_bytes or 4)
@@ -161,8 +159,7 @@ class Demo:
         """The budget's row after training: quality anew; bytes and speed do not depend on the weights."""
         file = self.out / "stages" / "trained.json"
         if file.is_file():
-            with as_written(file):
-                return {**before, **read_kept(file)}
+            return read_kept(file, lambda row: {**before, **row})
         title = f"{before['title']}, {self.steps} steps"
         row: dict[str, Any] = {"name": "trained", "title": title, "budget": ""}
         model = load_model(str(self.out / "model"))

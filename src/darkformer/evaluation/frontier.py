@@ -26,7 +26,7 @@ from ..errors import ConfigError, InputError
 from ..hf.cache import cache_bytes
 from ..hf.convert import convert, converted_modules, dark_layers, revert
 from ..hf.layers import config_of
-from ..records import as_written, environment, read_kept, write_json, write_kept
+from ..records import environment, read_kept, write_json, write_kept
 from ..reporting import Reporter, Silent
 from ..train.evaluate import evaluate
 from .recall import recall
@@ -180,9 +180,9 @@ class _Run:
     def _kept(self, name: str, inputs: Any) -> Any:
         """What the file of a stage holds, if it was measured from the same inputs; else None."""
         file = self.folder / "stages" / f"{name}.json"
-        stage = read_kept(file) if file.is_file() else {"inputs": None}
-        with as_written(file):
-            return stage["result"] if stage["inputs"] == _plain(inputs) else None
+        if not file.is_file():
+            return None
+        return read_kept(file, lambda stage: stage["result"] if stage["inputs"] == _plain(inputs) else None)
 
     def _keep(self, name: str, inputs: Any, result: Any) -> None:
         write_kept(self.folder / "stages" / f"{name}.json", {"inputs": _plain(inputs), "result": result})

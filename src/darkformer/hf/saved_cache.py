@@ -81,10 +81,10 @@ def _tensors_of(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ConversionError: it holds the states of a recurrent mixer.
     """
-    if not hasattr(layer, "get_seq_length") and not isinstance(layer, LinearAttentionCacheLayerMixin):
-        return {"kind": "softmax", "seen": 0}, {}  # it keeps nothing: its attention reads another layer's keys, or none
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         raise ConversionError("the cache holds states of a recurrent mixer (Mamba and its kin), which are not saved.")
+    if not hasattr(layer, "get_seq_length"):
+        return {"kind": "softmax", "seen": 0}, {}  # it keeps nothing: its attention reads another layer's keys, or none
     if isinstance(layer, DarkCacheLayer):
         tensors = {
             f"{prefix}{name}": getattr(stream.state, name)

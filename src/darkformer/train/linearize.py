@@ -31,7 +31,6 @@ from ..hf.load import load_config, load_model, load_tokenizer, save_model
 from ..hf.saved_config import is_converted
 from ..records import (  # fmt: skip
     RECORD_FILE,
-    as_written,
     check_folder,
     environment,
     finish_run,
@@ -148,12 +147,25 @@ def transferred(
     return [asdict(layer) for layer in layers]
 
 
-def _once(file: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """What `make` gives, as JSON: made once a run, then read from the file where it was kept."""
+def _once(file: Path, make: Callable[[], Mapping[str, Any]], read: Callable[[Any], Any]) -> Any:
+    """What `read` gives of what `make` gave: made once a run, and kept in the file."""
     if not file.is_file():
         write_kept(file, make())
-    with as_written(file):
-        return dict(read_kept(file))
+    return read_kept(file, read)
+
+
+def _score(kept: Any) -> dict[str, Any]:
+    """A score as it was kept; fails before anything is trained if it is none."""
+    return {**kept, **{name: kept[name] + 0 for name in ("loss", "perplexity", "accuracy", "tokens")}}
+
+
+def _stages(kept: Any) -> dict[str, Any]:
+    """The reports of the stages as they were kept."""
+    return {
+        "calibration": list(kept["calibration"]),
+        "transfer": list(kept["transfer"]),
+        "scores": dict(kept["scores"]),
+    }
 
 
 def _calibrated_and_transferred(
@@ -172,10 +184,7 @@ def _calibrated_and_transferred(
 
     done = next((name for name in ("transferred", "calibrated") if files[name].is_file()), None)
     if done is not None:
-        with as_written(files[done]):
-            kept = read_kept(files[done])
-            stages: dict[str, Any] = {name: list(kept[name]) for name in ("calibration", "transfer")}
-            stages["scores"] = dict(kept["scores"])
+        stages: dict[str, Any] = read_kept(files[done], _stages)
         model = load_model(str(files[done].parent))
     else:
         # Transfer decides itself, later, which features pay.
@@ -281,9 +290,8 @@ def chosen(
             )  # fmt: skip
         return best.to_dict()
 
-    found = _once(folder / CHOICE_FILE, choice)
-    with as_written(folder / CHOICE_FILE):
-        return Choice.from_dict(found)
+    found: Choice = _once(folder / CHOICE_FILE, choice, Choice.from_dict)
+    return found
 
 
 def _inputs(
@@ -364,9 +372,9 @@ def linearize(
     if continues and (record := finished_record(out)) is not None:
         reporter.say(f"{out} is finished: nothing left to do.")
         return record
-    softmax = _once(checkpoints / SOFTMAX_FILE, lambda: scored(model, validation, training, reporter, "softmax"))
-    with as_written(checkpoints / SOFTMAX_FILE):
-        _ = [float(softmax[name]) for name in ("loss", "perplexity", "accuracy", "tokens")]
+    softmax = _once(
+        checkpoints / SOFTMAX_FILE, lambda: scored(model, validation, training, reporter, "softmax"), _score
+    )
     scores = {"softmax": softmax}
     choice, within, frontier, kept = None, None, None, None
     if limit is not None:
