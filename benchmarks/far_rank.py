@@ -259,10 +259,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=1, help="Sequences of each text.")
     parser.add_argument("--ranks", type=int, nargs="*", default=[32, 128, 512], help="Ranks m.")
     parser.add_argument(
-        "--landmarks", type=int, nargs="*", default=[1024, 512, 2048], help="Numbers of landmarks of fixed features."
+        "--landmarks",
+        type=int,
+        nargs="*",
+        default=[1024, 512, 2048, 512],
+        help="Numbers of landmarks of fixed features.",
     )
     parser.add_argument(
-        "--ridges", type=float, nargs="*", default=[0.0, 1e-6, 1e-6], help="Ridge of each of these numbers."
+        "--ridges", type=float, nargs="*", default=[0.0, 1e-6, 1e-6, 1e-4], help="Ridge of each of these numbers."
     )
     parser.add_argument("--features", type=int, nargs="*", default=[128, 1024], help="Numbers of drawn features.")
     parser.add_argument("--data", nargs="+", default=["pydoc"], help="Text that features are calibrated on.")

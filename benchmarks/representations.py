@@ -24,7 +24,7 @@ from darkformer.calibration.probe import Probe
 from darkformer.diagnostics.estimators import closed_form_map
 from darkformer.diagnostics.run import Collector, rounded
 from darkformer.features.feature_map import FeatureMap
-from darkformer.hf.convert import observing
+from darkformer.hf.interface import observing
 from darkformer.hf.load import demo_model_path, load_model, load_tokenizer
 from darkformer.records import environment, read_json, write_json
 from darkformer.research.representations import REPRESENTATIONS, error_over_bound

@@ -1,46 +1,63 @@
-"""Models of SmolLM2-135M trained alike: softmax, the exact part alone, features beside it, a budget's exact heads.
+"""What a recipe brings: its model beside softmax, the exact part alone and features beside it, all trained alike.
 
-python benchmarks/trained_alike.py --steps 60 --work runs/alike --out benchmarks/records/trained-alike.json
+python benchmarks/trained_alike.py recipes/smollm2-135m.yaml --out benchmarks/records/trained-alike.json
 
-Every row is one run of `linearize` on the same text in the same order, with the same steps, rates and distillation, so
+Every row is one run of `linearize` on the recipe's text in the same order, with its steps, rates and distillation, so
 rows differ by their attention alone; rows with features begin with the transfer, which the others have nothing for.
 Scored are texts that nobody trained on, by position, and numbers recalled. A row that is finished is not run again, one
-that was interrupted goes on. Recovery of the far field is (exact part's loss - row's loss) / (exact part's loss -
-softmax's loss).
+that was interrupted goes on, and rows of the record that are not asked for stay as they are. Recovery of the far field
+is (exact part's loss - row's loss) / (exact part's loss - softmax's loss).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import yaml
 
 from darkformer import DarkConfig, TrainConfig, load_model
 from darkformer.console import RichReporter
 from darkformer.evaluation.recall import RecallTask, recall
-from darkformer.hf.load import demo_model_path, load_tokenizer
+from darkformer.hf.load import load_tokenizer
+from darkformer.plots import loss_by_position
 from darkformer.records import environment, read_json, write_json
+from darkformer.research.reproduce.bases import model_folder
 from darkformer.train.data import load_documents, token_blocks
 from darkformer.train.evaluate import evaluate
 from darkformer.train.linearize import linearize
 
-RECORDS = Path(__file__).parent / "records"
-CONTEXT = 2048
+#: Where the models of recipes are found without a hub: names of packages that carry them.
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2", "google/gemma-3-270m": "gemma3-270m"}
 TASK = RecallTask(distances=(512, 1024, 1900), trials=40, numbers=8, batch_size=1)
 
 
-def configurations(window: int, features: int) -> dict[str, DarkConfig]:
-    """By the name of the row. The exact heads and windows of the budget are those of the committed frontier."""
-    (budget,) = (row for row in read_json(RECORDS / "frontier-smollm2.json")["rows"] if row["name"] == "budget-10")
-    exact = DarkConfig(method="local", window=window)
+class Row(NamedTuple):
+    """What a row of the table converts to."""
+
+    config: DarkConfig
+    budget: str | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are features, which have something to learn before the model does."""
+        return self.config.method == "dark"
+
+
+def rows_of(recipe: dict[str, Any], window: int, features: int) -> dict[str, Row]:
+    """By the name of the row."""
+    dark = DarkConfig(window=window, num_features=features, drop_features=False)
     return {
-        "softmax": DarkConfig(method="exact"),
-        "exact part": exact,
-        "features": DarkConfig(window=window, num_features=features, drop_features=False),
-        "features only": DarkConfig(window=0, sinks=0, num_features=features, drop_features=False),
-        "budget 10%": DarkConfig.from_dict(budget["config"]),
+        "softmax": Row(DarkConfig(method="exact")),
+        f"budget {recipe['budget']}": Row(DarkConfig(**recipe["config"]), recipe["budget"]),
+        f"budget {recipe['budget']} with features": Row(DarkConfig(num_features=features), recipe["budget"]),
+        "exact part": Row(DarkConfig(method="local", window=window)),
+        "features": Row(dark),
+        "features only": Row(replace(dark, window=0, sinks=0)),
     }
 
 
@@ -54,11 +71,11 @@ def by_text(model: Any, tokenizer: Any, texts: list[Path], context: int, blocks:
     return {**mean, "texts": scores}
 
 
-def scored(model: Any, tokenizer: Any, options: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """What a trained row is worth: at the context it was trained at, at a longer one, and what it recalls."""
+def scored(model: Any, tokenizer: Any, options: argparse.Namespace, context: int, dtype: str) -> dict[str, Any]:
+    """What a row is worth: at the context it was trained at, at a longer one, and what it recalls."""
     common = model, tokenizer, options.texts
     return {
-        **by_text(*common, CONTEXT, options.blocks, dtype),
+        **by_text(*common, context, options.blocks, dtype),
         "long": {"context": options.long, **by_text(*common, options.long, 1, dtype)} if options.long else None,
         "recall": recall(model, tokenizer, TASK, dtype=dtype),
     }
@@ -68,7 +85,7 @@ def table(record: dict[str, Any]) -> str:
     """The rows as a Markdown table; shares are of the softmax model that was trained alike."""
     rows = record["rows"]
     softmax, exact = rows["softmax"]["trained"], rows.get("exact part", {}).get("trained")
-    long = softmax.get("long")
+    long = softmax["long"]
     recalled = f"recalled at {', '.join(str(x['distance']) for x in softmax['recall'])}"
     titles = [
         "trained alike",
@@ -83,7 +100,7 @@ def table(record: dict[str, Any]) -> str:
         found = row["trained"]
         cells = [name, f"{found['loss']:.3f}", f"{found['accuracy'] / softmax['accuracy']:.1%}"]
         if long:
-            cells.append(f"{found['long']['accuracy'] / long['accuracy']:.1%}")
+            cells.append(f"{found['long']['accuracy'] / long['accuracy']:.1%}" if found["long"] else "")
         if exact:
             share = (exact["loss"] - found["loss"]) / (exact["loss"] - softmax["loss"])
             cells.append("" if name in ("softmax", "exact part") else f"{share:.0%}")
@@ -92,60 +109,90 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def above(found: dict[str, Any], softmax: dict[str, Any]) -> list[dict[str, Any]]:
+    """Loss above softmax's by position, in the mean of the texts."""
+    pairs = [(found["texts"][name]["by_position"], x["by_position"]) for name, x in softmax["texts"].items()]
+    return [
+        {**bucket, "loss": fmean(own[i]["loss"] - theirs[i]["loss"] for own, theirs in pairs)}
+        for i, bucket in enumerate(pairs[0][0])
+    ]
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """A line a row, and another for longer sequences."""
+    rows = {name: row["trained"] for name, row in record["rows"].items()}
+    softmax = rows.pop("softmax")
+    curves = {name: above(found, softmax) for name, found in rows.items()}
+    for name, found in rows.items():
+        if found["long"] and softmax["long"]:
+            curves[f"{name}, {softmax['long']['context']:,} tokens"] = above(found["long"], softmax["long"])
+    loss_by_position(curves, path, "loss above softmax's, nats a token")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=["softmax", "budget 10%", "exact part", "features"], help="Rows.")
+    parser.add_argument("recipe", type=Path, help="Recipe of `darkformer linearize` with a budget.")
+    parser.add_argument("--rows", nargs="+", help="Rows; by default all but `features only`.")
     parser.add_argument("--window", type=int, default=256, help="Window of the rows without a budget.")
     parser.add_argument("--features", type=int, default=128, help="Features m of a head.")
-    parser.add_argument("--steps", type=int, default=60, help="Steps of 2,048 tokens.")
     parser.add_argument(
         "--transfer-steps", type=int, default=60, help="Steps of transfer before, of rows with features."
     )
-    parser.add_argument("--lr", type=float, default=2e-4, help="Peak learning rate of the model's weights.")
-    parser.add_argument("--distill", type=float, default=0.9, help="Weight of the softmax model's distribution.")
-    parser.add_argument("--window-dropout", type=float, default=0.5, help="Share of steps with narrower windows.")
-    parser.add_argument("--data", nargs="+", default=["python"], help="Text to train on.")
+    parser.add_argument("--window-dropout", type=float, default=0.5, help="Share of their steps with narrower windows.")
     parser.add_argument(
-        "--texts", nargs="+", type=Path, default=sorted(Path("runs/text").glob("*.txt")), help="Scored."
-    )
+        "--texts", nargs="+", type=Path, default=sorted(Path("runs/text").glob("*.txt")),
+        help="Scored; benchmarks/frontier_text.py writes those of the record.",
+    )  # fmt: skip
     parser.add_argument("--blocks", type=int, default=4, help="Sequences of each scored text.")
     parser.add_argument(
         "--long", type=int, default=8192, help="Tokens of one longer sequence of each text; 0: none is scored."
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/alike"), help="Folder of the runs.")
-    parser.add_argument("--out", type=Path, help="Where to write the record (JSON).")
+    parser.add_argument("--work", type=Path, help="Folder of the runs; by default runs/alike/RECIPE.")
+    parser.add_argument("--out", type=Path, help="The record (JSON); other rows in it are kept.")
+    parser.add_argument("--plot", type=Path, help="Where to draw it: loss above softmax's by position.")
     options = parser.parse_args()
     if not options.texts:
         parser.error("no texts to score: give --texts, or put some into runs/text")
-    path, reporter = str(demo_model_path()), RichReporter()
-    tokenizer = load_tokenizer(path)
-    settings = {k: v for k, v in vars(options).items() if k not in ("work", "out", "rows", "texts")}
-    known = configurations(options.window, options.features)
-    rows: dict[str, Any] = {}
-    for name in options.rows:
-        config = known[name]
-        learns = config.method == "dark" and not config.no_features
-        train = TrainConfig(
-            transfer_steps=options.transfer_steps if learns else 0, steps=options.steps, lr=options.lr,
-            distill=options.distill, window_dropout=options.window_dropout if learns else 0.0,
-        )  # fmt: skip
-        folder = options.work / name.replace(" ", "-").replace("%", "")
+    recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
+    recipe["train"]["lr"] = float(recipe["train"]["lr"])  # YAML takes 2e-4 for a text
+    known, context = rows_of(recipe, options.window, options.features), recipe["context"]
+    names = options.rows or [name for name in known if name != "features only"]
+    if unknown := set(names) - set(known):
+        parser.error(f"no row {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+    work, reporter = options.work or Path("runs/alike") / options.recipe.stem, RichReporter()
+    source = model_folder(PACKAGED.get(recipe["model"], recipe["model"]), work)
+    tokenizer = load_tokenizer(source)
+    settings = {name: getattr(options, name) for name in ("window", "features", "transfer_steps", "window_dropout")}
+    settings |= {"recipe": recipe, "blocks": options.blocks, "long": options.long}
+    rows = read_json(options.out)["rows"] if options.out and options.out.is_file() else {}
+    for name in names:
+        row = known[name]
+        training = TrainConfig(**recipe["train"])
+        if row.learns:
+            training = replace(
+                training, transfer_steps=options.transfer_steps, window_dropout=options.window_dropout
+            )  # fmt: skip
+        folder = work / name.replace(" ", "-").replace("%", "")
         run = linearize(
-            path, folder, data=options.data, held_out=[str(options.texts[0])], config=config, training=train,
-            context=CONTEXT, resume=True, reporter=reporter,
+            source, folder, data=recipe["data"], held_out=[str(options.texts[0])], config=row.config, training=training,
+            context=context, budget=row.budget, resume=True, reporter=reporter,
         )  # fmt: skip
         file = folder / "scored.json"
         if not file.is_file():
             model = load_model(str(folder / "model"))
-            write_json(file, scored(model, tokenizer, options, train.dtype))
+            write_json(file, scored(model, tokenizer, options, context, training.dtype))
         rows[name] = {
-            "config": config.to_dict(), "train": asdict(train), "losses": run["losses"], "seconds": run["seconds"],
-            "trained": json.loads(file.read_text()),
+            "config": run["converted_config"], "train": asdict(training), "losses": run["losses"],
+            "seconds": run["seconds"], "kept_bytes": run["kept_bytes"], "settings": settings,
+            "trained": json.loads(file.read_text()), "environment": environment(),
         }  # fmt: skip
-        if options.out and "softmax" in rows:
-            record = {"benchmark": "trained_alike", "settings": settings, "rows": rows, "environment": environment()}
+        record = {"benchmark": "trained_alike", "rows": rows}
+        if options.out:
             write_json(options.out, record)
+        if "softmax" in rows:
             print(table(record), flush=True)
+            if options.plot:
+                draw(record, options.plot)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from .ops.state import AttentionState
 if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.sensitivity import Sensitivity, sensitivity
-    from .hf.convert import convert, dark_layers, revert
+    from .hf.convert import convert, revert
+    from .hf.layers import dark_layers
     from .hf.light import load_light, save_light
     from .hf.load import load_model
     from .hf.saved_cache import load_cache, save_cache

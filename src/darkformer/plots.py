@@ -55,11 +55,14 @@ def recall_against_distance(models: Mapping[str, Mapping[str, Any]], path: Path)
     return _save(figure, path)
 
 
-def loss_by_position(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+def loss_by_position(
+    models: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, label: str = "loss, nats a token"
+) -> Path:
     """One line a model: loss against the predicted token's position in its sequence, on a logarithmic axis.
 
     Args:
         models: name → buckets with `start`, `stop` and `loss`, as evaluation scores them.
+        label: of the axis of losses.
     """
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.set_xscale("log", base=2)
@@ -72,7 +75,7 @@ def loss_by_position(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
         edges = [bucket["start"] for bucket in buckets] + [buckets[-1]["stop"]]
         axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
     axes.set_xlabel("position of the predicted token")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _save(figure, path)

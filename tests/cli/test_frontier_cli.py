@@ -112,6 +112,7 @@ def test_what_contradicts_a_budget(model_folder: Path, text_glob: str, tmp_path:
     ):
         with pytest.raises(darkformer.DarkformerError, match=message):
             run(*words, *more)
+        assert not (tmp_path / "r").exists()  # before anything is measured
 
 
 def test_a_diagnosis_names_the_heads(model_folder: Path, text_glob: str, tmp_path: Path) -> None:

@@ -150,9 +150,31 @@ def test_values_are_what_is_written(calls: list[dict[str, Any]], recipe: Path) -
     assert (training.lr, training.steps) == (2e-5, 0)
 
 
-def test_the_example(calls: list[dict[str, Any]]) -> None:
-    run("linearize", "--config", str(SOURCES.parents[1] / "recipes" / "linearize.yaml"))
-    assert calls[0]["training"].steps == 500 and calls[0]["budget"] == "10%"
+@pytest.mark.parametrize(
+    ("name", "steps", "method"),
+    [("linearize", 500, "dark"), ("smollm2-135m", 60, "local"), ("gemma3-270m", 60, "local")],
+)
+def test_the_recipes(calls: list[dict[str, Any]], name: str, steps: int, method: str) -> None:
+    run("linearize", "--config", str(SOURCES.parents[1] / "recipes" / f"{name}.yaml"))
+    (call,) = calls
+    assert (call["training"].steps, call["budget"], call["config"].method) == (steps, "10%", method)
+
+
+@pytest.mark.parametrize(
+    ("words", "budget"),
+    [
+        ([], "10%"), (["--sinks", "2", "--steps", "0", "--features", "32"], "10%"), (["--budget", "30%"], "30%"),
+        (["--budget", "none"], None), (["--paper"], None), (["--paper", "--budget", "none"], None),
+        (["--method", "performer"], None), (["--method", "local"], None), (["--window", "32"], None),
+        (["--keep-exact", "1"], None), (["--layer-window", "1=32"], None), (["--no-features", "1"], None),
+        (["--method", "local", "--budget", "10%"], "10%"),
+    ],
+)  # fmt: skip
+def test_the_usual_budget(calls: list[dict[str, Any]], words: list[str], budget: str | None) -> None:
+    """Where nothing says which keys are exact, and only there; what is done is said."""
+    said = " ".join(run("linearize", "x.gguf", "--out", "r", *words).split())
+    assert calls[0]["budget"] == budget
+    assert ("the usual one" in said) == (budget == "10%" and "--budget" not in words)
 
 
 @pytest.mark.parametrize("text", ['{"seed": 1, "seed": 2}', '{"model": true}', '{"data": [false]}', '{"tied": 1}'])
@@ -220,7 +242,7 @@ def test_records_of_the_first_release(calls: list[dict[str, Any]], tmp_path: Pat
     }  # fmt: skip
     (tmp_path / "record.json").write_text(json.dumps(record))
     run("linearize", "--config", str(tmp_path / "record.json"), "--out", "r")
-    assert calls[0]["config"] == DarkConfig(num_features=9) and calls[0]["budget"] is None
+    assert calls[0]["config"] == DarkConfig(num_features=9) and calls[0]["budget"] is None  # as it was then
     assert calls[0]["training"] == TrainConfig(steps=4, dtype="float32")
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from darkformer import DarkConfig, attention, convert, dark_layers, feature_map
 from darkformer.errors import ConversionError
-from darkformer.hf.convert import observing
+from darkformer.hf.interface import observing
 from darkformer.hf.layers import converted_modules, layer_of
 from darkformer.hf.stream import Stream
 from hf.families import DARK, disturb, left_mask, linear, logits, tiny, tokens

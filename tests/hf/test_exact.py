@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, FeatureMap, attention, convert, dark_layers, revert
-from darkformer.hf.convert import observing
+from darkformer.hf.interface import observing
 from hf.families import DARK, FAMILIES, PAPER, left_mask, linear, logits, tiny, tokens
 
 EXACT = DarkConfig(method="exact")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from darkformer import AttentionState, convert
-from darkformer.hf.convert import converted_modules
+from darkformer.hf.layers import converted_modules
 from darkformer.hf.saved_cache import cache_of
 from hf.families import DARK, Whole, disturb, left_mask, linear, logits, positions, tiny, tokens
 

@@ -39,8 +39,8 @@ from darkformer import (
     save_light,
 )
 from darkformer.hf.cache import DarkCacheLayer, cache_bytes
-from darkformer.hf.convert import converted_modules, drop_features
-from darkformer.hf.layers import layer_of
+from darkformer.hf.convert import drop_features
+from darkformer.hf.layers import converted_modules, layer_of
 from darkformer.hf.parts import parts_of
 from darkformer.hf.saved_cache import cache_of
 from hf.families import (

@@ -37,8 +37,7 @@ from darkformer import (
 from darkformer.diagnostics.layer import Effort
 from darkformer.diagnostics.run import diagnose
 from darkformer.hf import load
-from darkformer.hf.convert import observing
-from darkformer.hf.interface import dark_attention
+from darkformer.hf.interface import dark_attention, observing
 from hf.families import DARK, left_mask, linear, logits, tiny, tokens
 
 

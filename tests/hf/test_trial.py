@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from darkformer import ConversionError, DarkConfig, InputError, convert, dark_layers, revert
-from darkformer.hf.convert import converted_modules, plan_conversion
-from darkformer.hf.layers import attachment_of
+from darkformer.hf.layers import attachment_of, converted_modules
+from darkformer.hf.plan import plan_conversion
 from hf.families import DARK, disturb, left_mask, linear, logits, positions, tiny, tokens
 
 EXACT = DarkConfig(method="exact")

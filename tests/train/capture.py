@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from darkformer import FeatureMap
-from darkformer.hf.convert import observing
+from darkformer.hf.interface import observing
 
 
 class Call(NamedTuple):

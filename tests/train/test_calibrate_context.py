@@ -16,7 +16,7 @@ from darkformer import DarkConfig, FeatureMap, calibrate, convert, dark_layers
 from darkformer.calibration.calibrate import _search_layer, _split_queries
 from darkformer.calibration.probe import FarField, Probe, SpreadProbe, spread_queries
 from darkformer.calibration.projections import output_grams
-from darkformer.hf.convert import observing
+from darkformer.hf.interface import observing
 from darkformer.hf.layers import converted_modules, layer_of
 from train.capture import captured
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import darkformer
 from darkformer import ConfigError, ConversionError, DarkConfig, InputError, RunFolderError, calibrate, dark_layers
-from darkformer.hf.convert import observing
+from darkformer.hf.interface import observing
 from darkformer.train import transfer as module
 from darkformer.train.transfer import CHECKPOINT, LayerTransfer, transfer
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DarkConfig
+from ..config import DarkConfig, native_dtype
 from ..cost import model_bytes
 from ..errors import ConfigError
-from ..hf.convert import converted_modules, drop_features
-from ..hf.layers import config_of, layer_of
+from ..hf.convert import drop_features
+from ..hf.layers import config_of, converted_modules, layer_of
 from ..records import read_kept, write_kept
 from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
 from .measure import frozen, measurement
-from .mixed import EXACT
+from .mixed import EXACT, MixedAttention
 from .sensitivity import Sensitivity, sensitivity
 from .window_changes import WindowChange, window_changes
 
@@ -187,6 +187,42 @@ def calibrate_within(
     return choices
 
 
+def _without_features(config: DarkConfig) -> DarkConfig:
+    return config if config.method == "exact" else dataclasses.replace(config, method="local")
+
+
+def _too_small(
+    budget: Budget, least: DarkConfig, least_bytes: int, softmax: int, count_features: bool
+) -> ConfigError:  # fmt: skip
+    features = least.feature_count if count_features else 0
+    return ConfigError(
+        f"a budget of {budget} is {budget.bytes_of(softmax) / 1e6:.2f} MB, and windows of {least.window}, sinks and "
+        f"{features} features everywhere take {least_bytes / 1e6:.2f} MB ({least_bytes / softmax:.1%}) without any "
+        "exact head: give at least that, or 0 for constant state."
+    )
+
+
+def check_budget(model: Any, budget: Budget, config: DarkConfig, *, dtype: str, count_features: bool) -> None:
+    """Refuses a budget that no choice can keep, before minutes of measuring.
+
+    Args:
+        model: the softmax model, not converted. config, dtype, count_features: as for `choose_budget`.
+
+    Raises:
+        ConfigError: not even the smallest windows fit (the message has the least budget).
+        ConversionError: as `sensitivity`.
+    """
+    settings, layers = model.config.get_text_config(decoder=True), MixedAttention(model, config.sinks).layers
+    least = dataclasses.replace(config, window=WINDOWS[0], keep_exact=(), layer_windows=())
+    forms = None, least if count_features else _without_features(least)
+    softmax, size = (
+        model_bytes(settings, layers, form, budget.length, element_bytes=cache_element_bytes(model, dtype))
+        for form in forms
+    )
+    if budget.share != 0.0 and budget.bytes_of(softmax) < min(size, softmax):
+        raise _too_small(budget, least, size, softmax, count_features)
+
+
 class Chooser:
     """Chooses exact heads and windows for budgets; measurements for one budget are reused for the others.
 
@@ -233,13 +269,8 @@ class Chooser:
             return Choice(constant, self.bytes_of(constant, length), softmax, length)
         possible = [x for x in (self.filled(window, size, length) for window in self.windows) if x is not None]
         if not possible:
-            least = self.bytes_of(self.candidate(self.windows[0], 0), length)
-            features = self.config.feature_count if self.count_features else 0
-            raise ConfigError(
-                f"a budget of {budget} is {size / 1e6:.2f} MB, and windows of {self.windows[0]}, sinks and {features} "
-                f"features everywhere take {least / 1e6:.2f} MB ({least / softmax:.1%}) without any exact head: give "
-                "at least that, or 0 for constant state."
-            )
+            least = self.candidate(self.windows[0], 0)
+            raise _too_small(budget, least, self.bytes_of(least, length), softmax, self.count_features)
         with frozen(self.model):
             best, tried = self._climbed(possible, length)
             if self.by_layer and best.keep_exact and 2 * best.window + best.sinks + 1 < self.context:
@@ -287,8 +318,8 @@ class Chooser:
 
     def bytes_of(self, config: DarkConfig | None, length: int) -> int:
         """Bytes one sequence of `length` tokens keeps with a configuration, or with softmax (None)."""
-        if config is not None and not self.count_features and config.method != "exact":
-            config = dataclasses.replace(config, method="local")
+        if config is not None and not self.count_features:
+            config = _without_features(config)
         return model_bytes(self.settings, self.layers, config, length, element_bytes=self.element_bytes)
 
     def candidate(self, window: int, heads: int) -> DarkConfig:
@@ -404,6 +435,9 @@ def choose_budget(
         ConversionError, InputError: as `sensitivity`.
     """
     config, batches = config or DarkConfig(), list(batches)
+    dtype = native_dtype() if dtype == "auto" else dtype
+    for budget in budgets:
+        check_budget(model, budget, config, dtype=dtype, count_features=count_features)
     if measured is None:
         measured = sensitivity(
             model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, prompts=prompts, folder=folder,

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import ConversionError, InputError
 from ..features.feature_map import FeatureMap
-from ..hf.convert import dark_layers, drop_features, observing
+from ..hf.convert import drop_features
+from ..hf.interface import observing
+from ..hf.layers import dark_layers
 from ..reporting import Progress
 from .moments import HeadProposals, Moments, set_transforms
 from .probe import SCALES, SpreadProbe, real_tokens

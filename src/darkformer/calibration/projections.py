@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..features.feature_map import FeatureMap
-from ..hf.convert import converted_modules, observing
-from ..hf.layers import layer_of
+from ..hf.interface import observing
+from ..hf.layers import converted_modules, layer_of
 from .rows import inputs_of, run
 
 #: Tokens of the pass that finds the output projections.

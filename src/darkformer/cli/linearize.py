@@ -30,7 +30,8 @@ MemoryBudget = Annotated[
         "--budget",
         help="Bytes one sequence may keep: a share of the softmax cache (10%), a size (64MB), or 0 for constant state. "
         "Which heads keep softmax, and the windows of the others, are chosen to lose least; --window does not count "
-        "then.",
+        "then. none: heads and windows as the other options say. By default 10%, and none beside --paper, --method, "
+        "--window, --keep-exact, --no-features or --layer-window.",
         rich_help_panel="Attention",
     ),
 ]
@@ -66,15 +67,18 @@ def linearize(
 
     Examples: darkformer linearize HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --steps 500 --out runs/smol
 
-    darkformer linearize model.gguf --data 'books/*.txt' --budget 10% --steps 0 --out runs/tenth
+    darkformer linearize model.gguf --data 'books/*.txt' --budget 20% --steps 0 --out runs/fifth
     """
     from ..evaluation.compare import print_scores
+    from ..train.linearize import NO_BUDGET, budget_of
     from ..train.linearize import linearize as run
 
-    if paper and budget:
+    if paper and budget not in ("", NO_BUDGET):
         raise ConfigError("--paper with --budget: the paper's form has no exact part that a budget could choose.")
     if paper:
         config = _paper(config)
+    if (limit := budget_of(budget, config)) and not budget:
+        console.print(f"Budget: {limit}, the usual one (--budget {NO_BUDGET}: the same window in every head).")
 
     def measure_other_budgets(model: Any, tokenizer: Any, blocks: Any, validation: Any, out: Path) -> dict[str, Any]:
         from ..evaluation.budget import PICTURE, measure_budgets, with_budget
@@ -83,7 +87,7 @@ def linearize(
 
         settings = FrontierSettings(dtype=train.dtype)
         task = BudgetTask(at=budget_at or None, context=context)
-        task = replace(task, budgets=with_budget(task.budgets, budget, model, task.at, train.dtype))
+        task = replace(task, budgets=with_budget(task.budgets, str(limit), model, task.at, train.dtype))
         record = measure_budgets(
             model, tokenizer, blocks, validation, out / "frontier", task, config, settings, folder=out / "sensitivity",
             reporter=RichReporter(),
@@ -93,8 +97,8 @@ def linearize(
         return record
 
     record = run(
-        model, out, data=data, held_out=held_out, config=config, training=train, context=context, budget=budget or None,
-        budget_at=budget_at or None, measure_frontier=measure_other_budgets if budget and frontier else None,
+        model, out, data=data, held_out=held_out, config=config, training=train, context=context, budget=limit,
+        budget_at=budget_at or None, measure_frontier=measure_other_budgets if limit and frontier else None,
         resume=resume, overwrite=overwrite, reporter=RichReporter(),
     )  # fmt: skip
     print_scores(record["scores"], console)
@@ -119,5 +123,5 @@ def recipe_of(record: dict[str, Any]) -> dict[str, Any]:
     options = {name: record[name] for name in ("model", "data", "held_out", "config")}
     options |= {"train": record["budget"], "context": record.get("context")}  # earlier versions had no context
     if record.get("memory"):
-        options |= {"budget": record["memory"], "budget_at": record["memory_at"], "frontier": bool(record["frontier"])}
-    return options
+        options |= {"budget_at": record["memory_at"], "frontier": bool(record["frontier"])}
+    return options | {"budget": record.get("memory") or "none"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -50,8 +51,9 @@ def plan(
     from ..research.time.estimate import estimate
     from ..research.time.report import estimate_lines, stage_rows
     from ..research.time.shape import shape_of
-    from ..train.linearize import check_budget_config, check_context
+    from ..train.linearize import budget_of, check_budget_config, check_context
 
+    task = replace(task, budget=budget_of(task.budget, config) or "")
     if task.budget:
         check_budget_config(config)
         Budget.parse(task.budget, task.sequence)  # what cannot be a budget is said before anything is loaded

@@ -18,7 +18,9 @@ from ..calibration.sensitivity import sensitivity
 from ..config import CONTEXT, DarkConfig
 from ..errors import ConfigError, InputError, NonFiniteError, RunFolderError
 from ..features.feature_map import FeatureMap
-from ..hf.convert import convert, dark_layers, observing, revert
+from ..hf.convert import convert, revert
+from ..hf.interface import observing
+from ..hf.layers import dark_layers
 from ..hf.load import load_model, load_tokenizer
 from ..records import check_folder, environment, write_json
 from ..reporting import Reporter, Silent

@@ -23,9 +23,9 @@ from ..calibration.calibrate import HeadChoice
 from ..calibration.sensitivity import Sensitivity, sensitivity
 from ..config import DarkConfig
 from ..errors import ConfigError
-from ..hf.convert import plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import load_model, load_tokenizer
+from ..hf.plan import plan_conversion
 from ..records import check_folder, finish_run, open_run, read_kept, write_json, write_kept
 from ..reporting import Reporter, Silent
 from ..train.linearize import calibration_batches, check_budget_config, check_context, choice_batches, load_context_text

@@ -12,8 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..config import CONTEXT, EVALUATION_TOKENS, TrainConfig
-from ..hf.convert import dark_layers
-from ..hf.layers import config_of
+from ..hf.layers import config_of, dark_layers
 from ..hf.load import load_model, load_tokenizer
 from ..records import check_folder, environment, write_json
 from ..reporting import Reporter

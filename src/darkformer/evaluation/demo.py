@@ -14,9 +14,9 @@ from ..calibration.calibrate import HeadChoice, calibrate
 from ..config import DarkConfig, TrainConfig
 from ..console import RichReporter
 from ..errors import ConfigError
-from ..hf.convert import plan_conversion
 from ..hf.layers import config_of
 from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
+from ..hf.plan import plan_conversion
 from ..records import (  # fmt: skip
     RECORD_FILE,
     environment,

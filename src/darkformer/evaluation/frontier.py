@@ -24,8 +24,8 @@ from ..calibration.budget import kept_bytes
 from ..config import DarkConfig
 from ..errors import ConfigError, InputError
 from ..hf.cache import cache_bytes
-from ..hf.convert import convert, converted_modules, dark_layers, revert
-from ..hf.layers import config_of
+from ..hf.convert import convert, revert
+from ..hf.layers import config_of, converted_modules, dark_layers
 from ..records import environment, read_kept, write_json, write_kept
 from ..reporting import Reporter, Silent
 from ..train.evaluate import evaluate

@@ -17,7 +17,7 @@ from ..errors import ConversionError
 from ..features.feature_map import FeatureMap
 from .added import offset_dtype
 from .fingerprint import check_description, describe_base
-from .interface import NAME, enter, observing
+from .interface import NAME, enter
 from .layers import (
     Layer,
     attach,
@@ -31,10 +31,6 @@ from .layers import (
 )
 from .plan import Plan, check_fits, check_names, plan_by_structure, plan_conversion, streaming_error
 from .trial import note_previous, tolerance
-
-__all__ = [
-    "Plan", "convert", "converted_modules", "dark_layers", "drop_features", "observing", "plan_conversion", "revert",
-]  # fmt: skip
 
 _log = logging.getLogger("darkformer")
 

@@ -16,9 +16,10 @@ from .._version import __version__
 from ..config import DarkConfig
 from ..errors import ConversionError, InputError
 from .added import DTYPES, added_values, check_finite, set_added
-from .convert import convert_by, dark_layers, plan_conversion, revert
+from .convert import convert_by, revert
 from .fingerprint import check_description, describe_base
-from .layers import config_of
+from .layers import config_of, dark_layers
+from .plan import plan_conversion
 from .sealed import read_sealed, write_sealed
 
 LIGHT_FILE = "darkformer.safetensors"

@@ -145,13 +145,12 @@ def assemble(problem: Problem, far_part: FarPart, near_part: NearPart) -> tuple[
     if exact:
         output, log_normalizer = _near(problem, near_part, buffers)
     if features:
-        far, far_normaliser, sums = _far(problem, far_part)
+        far, far_log_normalizer, sums = _far(problem, far_part)
         if exact:
-            share = torch.sigmoid(far_normaliser - log_normalizer)[..., None]
-            output, far_normaliser = share * far + (1 - share) * output, torch.maximum(far_normaliser, log_normalizer)
-        else:
-            output = far
-        output = output.masked_fill(without_digits(far_normaliser)[..., None], torch.nan)
+            share = torch.sigmoid(far_log_normalizer - log_normalizer)[..., None]
+            far = share * far + (1 - share) * output
+            far_log_normalizer = torch.maximum(far_log_normalizer, log_normalizer)
+        output = far.masked_fill(without_digits(far_log_normalizer)[..., None], torch.nan)
     pads = torch.arange(output.shape[2], device=output.device) >= problem.lengths[:, None]
     output = output.masked_fill(pads[:, None, :, None], 0)
     return output.unflatten(1, problem.query.shape[1:3]), AttentionState(**sums, **buffers)

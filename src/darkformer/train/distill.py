@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import native_dtype
 from ..errors import ConversionError
-from ..hf.convert import dark_layers
+from ..hf.layers import dark_layers
 from .evaluate import LOGITS_AT_ONCE
 
 

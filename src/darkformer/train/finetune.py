@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import TrainConfig
 from ..errors import ConfigError, NonFiniteError, RunFolderError
-from ..hf.convert import dark_layers
+from ..hf.layers import dark_layers
 from ..hf.load import without_bars
 from .distill import distillation_loss
 from .redraw import Redraw

@@ -17,6 +17,7 @@ from ..calibration.budget import (  # fmt: skip
     Choice,
     cache_element_bytes,
     calibrate_within,
+    check_budget,
     choose_budget,
     converted_bytes,
     full_context,
@@ -25,9 +26,10 @@ from ..calibration.calibrate import calibrate
 from ..calibration.sensitivity import sensitivity
 from ..config import CONTEXT, EVALUATION_TOKENS, DarkConfig, TrainConfig
 from ..errors import ConfigError, InputError, RunFolderError
-from ..hf.convert import convert, plan_conversion
+from ..hf.convert import convert
 from ..hf.layers import config_of
 from ..hf.load import load_config, load_model, load_tokenizer, save_model
+from ..hf.plan import plan_conversion
 from ..hf.saved_config import is_converted
 from ..records import (  # fmt: skip
     RECORD_FILE,
@@ -54,6 +56,10 @@ STAGES_FILE = "stages.json"
 SOFTMAX_FILE = "softmax.json"
 #: Heads and windows of a budget, beside the scores that they were chosen by.
 CHOICE_FILE = "choice.json"
+#: The budget of a conversion that says nothing of its exact part: the least that keeps most recall (docs/budget.md).
+USUAL_BUDGET = "10%"
+#: The budget that is none: heads and windows are those of the configuration.
+NO_BUDGET = "none"
 #: Tokens of the calibration pass, and of the text that heads are chosen on.
 CALIBRATION_TOKENS, CHOICE_TOKENS = 12288, 8192
 
@@ -257,6 +263,19 @@ def check_not_converted(model_name: str) -> None:
         raise InputError(f"{model_name} is converted already: give the softmax model that it was made from.")
 
 
+def budget_of(asked: str, config: DarkConfig) -> str | None:
+    """The budget that a command means, as `linearize` takes it.
+
+    Nothing asked for is `USUAL_BUDGET`, unless `config` says which keys are exact (its window, exact heads, windows by
+    layer, heads without features) or is of another method than dark.
+    """
+    if asked:
+        return None if asked == NO_BUDGET else asked
+    usual = DarkConfig()
+    chosen = ("method", "window", "keep_exact", "layer_windows", "no_features")
+    return USUAL_BUDGET if all(getattr(config, name) == getattr(usual, name) for name in chosen) else None
+
+
 def check_budget_config(config: DarkConfig) -> None:
     """What a budget chooses must be open in the configuration that it starts from.
 
@@ -364,6 +383,9 @@ def linearize(
         model_name, data, held_out, context, training.seq_len, reporter
     )
     limit = None if budget is None else Budget.parse(budget, budget_at or full_context(model))
+    count_features = training.learns or not config.drop_features
+    if limit is not None:
+        check_budget(model, limit, config, dtype=training.dtype, count_features=count_features)
     element_bytes = cache_element_bytes(model, training.dtype)
     number = training.dtype if training.dtype == "bfloat16" else str(model.dtype).removeprefix("torch.")
     counted = f"counted at {element_bytes} bytes a number ({number})"
@@ -379,8 +401,7 @@ def linearize(
     choice, within, frontier, kept = None, None, None, None
     if limit is not None:
         choice = chosen(
-            model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", training.dtype,
-            training.learns or not config.drop_features,
+            model, tokenizer, long_blocks, limit, config, reporter, out / "sensitivity", training.dtype, count_features
         )  # fmt: skip
         reporter.say(f"a budget of {limit}, {counted}: {choice}")
         config = choice.config

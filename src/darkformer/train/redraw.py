@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..errors import ConfigError, ConversionError
-from ..hf.convert import dark_layers
+from ..hf.layers import dark_layers
 
 
 def redraw(model: nn.Module, step: int) -> None:

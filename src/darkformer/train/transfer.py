@@ -23,7 +23,9 @@ from ..calibration.rows import inputs_of, run
 from ..config import native_dtype
 from ..errors import ConfigError, ConversionError, InputError, NonFiniteError, RunFolderError
 from ..features.feature_map import FeatureMap, feature_map
-from ..hf.convert import dark_layers, drop_features, observing
+from ..hf.convert import drop_features
+from ..hf.interface import observing
+from ..hf.layers import dark_layers
 from ..hf.sealed import read_sealed, write_sealed
 from ..ops.attention import attention
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigError
 from ..features.feature_map import FeatureMap
-from ..hf.convert import dark_layers
+from ..hf.layers import dark_layers
 
 #: The narrowest window that is drawn.
 NARROWEST = 16

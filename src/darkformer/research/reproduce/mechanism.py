@@ -16,7 +16,9 @@ from ...diagnostics.run import Collector
 from ...features.feature_map import FeatureMap
 from ...features.proposals import optimal_covariance, pair_moments
 from ...features.transforms import regularise, symmetric_power
-from ...hf.convert import convert, dark_layers, observing, revert
+from ...hf.convert import convert, revert
+from ...hf.interface import observing
+from ...hf.layers import dark_layers
 
 #: Tokens whose queries and keys are looked at.
 TOKENS = 1024

@@ -53,7 +53,13 @@ def command_of(planned: Estimate, model: str) -> str:
     if task.budget:
         words += ["--budget", task.budget, "--no-frontier"]
     else:
-        words += ["--window", str(config.window), *(f"--keep-exact={name}" for name in config.keep_exact)]
+        words += [
+            "--budget",
+            "none",
+            "--window",
+            str(config.window),
+            *(f"--keep-exact={name}" for name in config.keep_exact),
+        ]
     return shlex.join([*words, "--out", "runs/planned"])
 
 

@@ -43,7 +43,9 @@ class PlanTask:
     context: str = option("2k", "Tokens of a sequence, in training as in calibration; 8k is 8,192.")
     tokens: str = option("100k", "Tokens to train on; 2M is two million. 0 calibrates and stops.")
     budget: str = option(
-        "", "Bytes one sequence may keep, as `linearize --budget`: 10%, 64MB, 0. Without it, one window everywhere."
+        "",
+        "Bytes one sequence may keep, as `linearize --budget`: 10%, 64MB, 0; none: one window everywhere. By default "
+        "what linearize does.",
     )
     hours: float = option(0.0, "Says how many tokens fit into so many hours; 0 does not.")
     transfer_steps: int = option(0, field_help(TrainConfig, "transfer_steps"), minimum=0)
