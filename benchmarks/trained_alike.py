@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from darkformer import DarkConfig, TrainConfig, load_model
+from darkformer.config import CONTEXT
 from darkformer.console import RichReporter
 from darkformer.evaluation.recall import RecallTask, recall
 from darkformer.hf.load import load_tokenizer
 from darkformer.plots import loss_by_position
-from darkformer.records import environment, read_json, write_json
+from darkformer.records import read_json, write_json
 from darkformer.research.reproduce.bases import model_folder
 from darkformer.train.data import load_documents, token_blocks
 from darkformer.train.evaluate import evaluate
@@ -54,7 +55,7 @@ def rows_of(recipe: dict[str, Any], window: int, features: int) -> dict[str, Row
     return {
         "softmax": Row(DarkConfig(method="exact")),
         f"budget {recipe['budget']}": Row(DarkConfig(**recipe["config"]), recipe["budget"]),
-        f"budget {recipe['budget']} with features": Row(DarkConfig(num_features=features), recipe["budget"]),
+        f"budget {recipe['budget']} with features": Row(dark, recipe["budget"]),
         "exact part": Row(DarkConfig(method="local", window=window)),
         "features": Row(dark),
         "features only": Row(replace(dark, window=0, sinks=0)),
@@ -154,8 +155,7 @@ def main() -> None:
     if not options.texts:
         parser.error("no texts to score: give --texts, or put some into runs/text")
     recipe = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
-    recipe["train"]["lr"] = float(recipe["train"]["lr"])  # YAML takes 2e-4 for a text
-    known, context = rows_of(recipe, options.window, options.features), recipe["context"]
+    known, context = rows_of(recipe, options.window, options.features), recipe.get("context", CONTEXT)
     names = options.rows or [name for name in known if name != "features only"]
     if unknown := set(names) - set(known):
         parser.error(f"no row {', '.join(sorted(unknown))}: there are {', '.join(known)}")
@@ -164,14 +164,18 @@ def main() -> None:
     tokenizer = load_tokenizer(source)
     settings = {name: getattr(options, name) for name in ("window", "features", "transfer_steps", "window_dropout")}
     settings |= {"recipe": recipe, "blocks": options.blocks, "long": options.long}
-    rows = read_json(options.out)["rows"] if options.out and options.out.is_file() else {}
+    record = {"benchmark": "trained_alike", "model": recipe["model"], "rows": {}}
+    if options.out and options.out.is_file():
+        record |= read_json(options.out)
+    if record["model"] != recipe["model"]:
+        parser.error(f"{options.out} has rows of {record['model']}: give another --out")
+    rows = record["rows"]
     for name in names:
         row = known[name]
         training = TrainConfig(**recipe["train"])
         if row.learns:
-            training = replace(
-                training, transfer_steps=options.transfer_steps, window_dropout=options.window_dropout
-            )  # fmt: skip
+            learning = {"transfer_steps": options.transfer_steps, "window_dropout": options.window_dropout}
+            training = replace(training, **learning)
         folder = work / name.replace(" ", "-").replace("%", "")
         run = linearize(
             source, folder, data=recipe["data"], held_out=[str(options.texts[0])], config=row.config, training=training,
@@ -184,9 +188,8 @@ def main() -> None:
         rows[name] = {
             "config": run["converted_config"], "train": asdict(training), "losses": run["losses"],
             "seconds": run["seconds"], "kept_bytes": run["kept_bytes"], "settings": settings,
-            "trained": json.loads(file.read_text()), "environment": environment(),
+            "trained": json.loads(file.read_text()), "environment": run["environment"],
         }  # fmt: skip
-        record = {"benchmark": "trained_alike", "rows": rows}
         if options.out:
             write_json(options.out, record)
         if "softmax" in rows:

@@ -56,6 +56,9 @@ CONTEXT = 2048
 #: Tokens of text that scores are measured on.
 EVALUATION_TOKENS = 8192
 
+#: Budgets that are words: `USUAL_SHARE` where that is possible, and no budget at all.
+USUAL_BUDGET, NO_BUDGET, USUAL_SHARE = "usual", "none", "10%"
+
 #: Seeds end here in numpy, and no count of a run comes near it.
 _LARGEST = 2**32 - 1
 

@@ -99,6 +99,54 @@ def test_linearize_within_a_budget(model_folder: Path, text_glob: str, tmp_path:
     assert "grow" in card and str(kept[0]) in card
 
 
+@pytest.mark.parametrize(
+    ("more", "budget", "reason"),
+    [
+        (["--context", CONTEXT], "10%", ""),
+        (["--context", "64"], None, "no far field to choose heads by"),
+        (["--context", CONTEXT, "--budget-at", "300"], None, "give at least that"),
+        (["--context", CONTEXT, "--convert-sliding"], None, "layers that attend to everything"),
+    ],
+)
+def test_the_usual_budget_where_it_is_possible(
+    more: list[str], budget: str | None, reason: str, model_folder: Path, text_glob: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "r"
+    words = [
+        "linearize",
+        str(model_folder),
+        "--data",
+        text_glob,
+        "--features",
+        "8",
+        "--seq-len",
+        "64",
+        "--out",
+        str(out),
+    ]
+    said = " ".join(run(*words, "--dtype", "float32", "--steps", "2", "--batch-size", "1", *more).split())
+    record = json.loads((out / "record.json").read_text())
+    assert (record["memory"], record["frontier"]) == (budget, None)
+    assert ("No budget, and a window of 64" in said) == (budget is None) and reason in said
+    if budget:
+        assert record["kept_bytes"] <= int(0.1 * record["choice"]["softmax"])
+    else:
+        with pytest.raises(darkformer.ConfigError, match=reason):
+            run(
+                *words,
+                "--dtype",
+                "float32",
+                "--steps",
+                "2",
+                "--batch-size",
+                "1",
+                *more,
+                "--overwrite",
+                "--budget",
+                "10%",
+            )
+
+
 def test_what_contradicts_a_budget(model_folder: Path, text_glob: str, tmp_path: Path) -> None:
     words = ["linearize", str(model_folder), "--data", text_glob, "--context", CONTEXT, "--out", str(tmp_path / "r")]
     for more, message in (

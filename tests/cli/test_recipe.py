@@ -163,18 +163,21 @@ def test_the_recipes(calls: list[dict[str, Any]], name: str, steps: int, method:
 @pytest.mark.parametrize(
     ("words", "budget"),
     [
-        ([], "10%"), (["--sinks", "2", "--steps", "0", "--features", "32"], "10%"), (["--budget", "30%"], "30%"),
-        (["--budget", "none"], None), (["--paper"], None), (["--paper", "--budget", "none"], None),
-        (["--method", "performer"], None), (["--method", "local"], None), (["--window", "32"], None),
-        (["--keep-exact", "1"], None), (["--layer-window", "1=32"], None), (["--no-features", "1"], None),
+        ([], "usual"), (["--sinks", "2", "--steps", "0", "--features", "32"], "usual"), (["--budget", "30%"], "30%"),
+        (["--budget", "none"], "none"), (["--paper"], "none"), (["--paper", "--budget", "none"], "none"),
+        (["--method", "performer"], "none"), (["--method", "dark"], "none"), (["--window", "64"], "none"),
+        (["--keep-exact", "1"], "none"), (["--layer-window", "1=32"], "none"), (["--no-features", "1"], "none"),
         (["--method", "local", "--budget", "10%"], "10%"),
     ],
 )  # fmt: skip
-def test_the_usual_budget(calls: list[dict[str, Any]], words: list[str], budget: str | None) -> None:
-    """Where nothing says which keys are exact, and only there; what is done is said."""
-    said = " ".join(run("linearize", "x.gguf", "--out", "r", *words).split())
-    assert calls[0]["budget"] == budget
-    assert ("the usual one" in said) == (budget == "10%" and "--budget" not in words)
+def test_the_usual_budget(calls: list[dict[str, Any]], recipe: Path, words: list[str], budget: str) -> None:
+    """Where nothing says which keys are exact, and only there, in a file as on the command line."""
+    run("linearize", "x.gguf", "--out", "r", *words)
+    if "--paper" not in words:
+        pairs = zip(words[::2], words[1::2], strict=True)
+        recipe.write_text("".join(["seed: 0\n", *(f"{flag[2:]}: '{value}'\n" for flag, value in pairs)]))
+        run("linearize", "x.gguf", "--out", "r", "--config", str(recipe))
+    assert all(call["budget"] == budget for call in calls)
 
 
 @pytest.mark.parametrize("text", ['{"seed": 1, "seed": 2}', '{"model": true}', '{"data": [false]}', '{"tied": 1}'])
@@ -242,7 +245,7 @@ def test_records_of_the_first_release(calls: list[dict[str, Any]], tmp_path: Pat
     }  # fmt: skip
     (tmp_path / "record.json").write_text(json.dumps(record))
     run("linearize", "--config", str(tmp_path / "record.json"), "--out", "r")
-    assert calls[0]["config"] == DarkConfig(num_features=9) and calls[0]["budget"] is None  # as it was then
+    assert calls[0]["config"] == DarkConfig(num_features=9) and calls[0]["budget"] == "none"  # as it was then
     assert calls[0]["training"] == TrainConfig(steps=4, dtype="float32")
 
 

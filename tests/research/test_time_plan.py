@@ -149,7 +149,7 @@ def test_stages_are_those_of_linearize(known: Calibration) -> None:
         "converted: evaluate", "dark: transfer", "transferred: evaluate", "dark: finetune", "finetuned: evaluate",
     ]  # fmt: skip
     assert all(stage.seconds > 0 for stage in planned.stages) and planned.task.steps == 245
-    titles = [stage.title for stage in estimated(known, tokens="0").stages]
+    titles = [stage.title for stage in estimated(known, tokens="0", budget="none").stages]
     assert titles == ["softmax: evaluate", "dark: calibrate", "converted: evaluate"]
 
 
@@ -176,7 +176,7 @@ def test_linearize_has_these_stages(known: Calibration, model_folder: Path, text
         training=TrainConfig(steps=task.steps, transfer_steps=1, seq_len=600, batch_size=1, dtype="float32"),
         reporter=reporter,
     )  # fmt: skip
-    not_planned = ("load the model", "tokenize the text", "save the model")
+    not_planned = ("load the model", "read the text", "tokenize the text", "save the model")
     assert [title for title in reporter.titles if title not in not_planned] == [x.title for x in planned.stages]
 
 
@@ -209,7 +209,7 @@ def test_a_budget_buys_what_it_says() -> None:
     assert heads == sorted(heads) and 0 < heads[1] < heads[3] < 90
     assert budget_config(SMOL, DarkConfig(), "0", 8192, "float32").keep_exact == ()
     assert budget_config(SMOL, DarkConfig(), "100%", 8192, "float32").method == "exact"
-    with pytest.raises(ConfigError, match="give at least that, or 0"):
+    with pytest.raises(ConfigError, match="give at least that, 0 for"):
         budget_config(SMOL, DarkConfig(), "1%", 8192, "float32")
 
 
@@ -235,6 +235,17 @@ def test_the_command_line_plans(model_folder: Path, calibrated: Calibration, kno
     assert {word for word in command if word.startswith("--")} <= flags  # it is one that runs
     planned = estimated(known, context="4k", transfer_steps=7)
     assert "--seq-len 4096" in command_of(planned, "m") and "--transfer-steps 7" in command_of(planned, "m")
+
+
+def test_the_usual_budget_is_planned_where_it_is_possible(known: Calibration) -> None:
+    usual = estimated(known, context="2k")
+    assert usual.task.budget == "10%" and usual.config.keep_exact and usual.config.no_features
+    assert "--budget 10%" in command_of(usual, "m")
+    task = PlanTask(dtype="float32", transfer_steps=5)
+    for positions, windows in ((2048, (128,)), (600, (64,))):  # features count where something trains them
+        planned = estimate(SMOL, task, DarkConfig(), known, positions=positions, name="x")
+        assert planned.config.window in windows
+        assert planned.task.budget == ("10%" if positions == 2048 else "none")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DarkConfig, native_dtype
+from ..config import DarkConfig
 from ..cost import model_bytes
 from ..errors import ConfigError
 from ..hf.convert import drop_features
@@ -191,27 +191,56 @@ def _without_features(config: DarkConfig) -> DarkConfig:
     return config if config.method == "exact" else dataclasses.replace(config, method="local")
 
 
-def _too_small(
-    budget: Budget, least: DarkConfig, least_bytes: int, softmax: int, count_features: bool
-) -> ConfigError:  # fmt: skip
+def too_small(budget: Budget, least: DarkConfig, least_bytes: int, softmax: int, count_features: bool) -> ConfigError:
+    """The error of a budget that not even `least` keeps, whose bytes are `least_bytes` of softmax's `softmax`."""
     features = least.feature_count if count_features else 0
     return ConfigError(
         f"a budget of {budget} is {budget.bytes_of(softmax) / 1e6:.2f} MB, and windows of {least.window}, sinks and "
         f"{features} features everywhere take {least_bytes / 1e6:.2f} MB ({least_bytes / softmax:.1%}) without any "
-        "exact head: give at least that, or 0 for constant state."
+        "exact head: give at least that, 0 for constant state, or none for --window in every head."
     )
 
 
-def check_budget(model: Any, budget: Budget, config: DarkConfig, *, dtype: str, count_features: bool) -> None:
+def check_budget_config(config: DarkConfig) -> None:
+    """What a budget chooses must be open in the configuration that it starts from.
+
+    Raises:
+        ConfigError: exact heads, windows of layers or softmax everywhere are chosen already, or sliding layers are to
+            be converted, whose heads are not measured.
+    """
+    if config.keep_exact:
+        raise ConfigError("--keep-exact beside --budget: a budget chooses the exact heads itself. Give one of them.")
+    if config.layer_windows:
+        raise ConfigError("--layer-window beside --budget: a budget chooses the windows itself. Give one of them.")
+    if config.method == "exact":
+        raise ConfigError("--method exact beside --budget: softmax everywhere is a budget of 100%. Give one of them.")
+    if config.convert_sliding:
+        raise ConfigError(
+            "--convert-sliding beside --budget: heads are chosen in layers that attend to everything. Give one of them "
+            "(--budget none)."
+        )
+
+
+def check_budget(
+    model: Any, budget: Budget, config: DarkConfig, *, context: int, dtype: str, count_features: bool
+) -> None:
     """Refuses a budget that no choice can keep, before minutes of measuring.
 
     Args:
-        model: the softmax model, not converted. config, dtype, count_features: as for `choose_budget`.
+        model: the softmax model, not converted. context: tokens of the sequences it is chosen on.
+        config, dtype, count_features: as for `choose_budget`.
 
     Raises:
-        ConfigError: not even the smallest windows fit (the message has the least budget).
+        ConfigError: see `check_budget_config`; sequences that a window of `CONSTANT_WINDOW` sees all of; or not even
+            the smallest windows fit (the message has the least budget).
         ConversionError: as `sensitivity`.
     """
+    check_budget_config(config)
+    if context <= CONSTANT_WINDOW + config.sinks + 1:
+        raise ConfigError(
+            f"--context {context} beside --budget: a window of {CONSTANT_WINDOW} and {config.sinks} sinks see all of "
+            "it, so there is no far field to choose heads by. Give a longer context, or --budget none."
+        )
     settings, layers = model.config.get_text_config(decoder=True), MixedAttention(model, config.sinks).layers
     least = dataclasses.replace(config, window=WINDOWS[0], keep_exact=(), layer_windows=())
     forms = None, least if count_features else _without_features(least)
@@ -220,7 +249,7 @@ def check_budget(model: Any, budget: Budget, config: DarkConfig, *, dtype: str, 
         for form in forms
     )
     if budget.share != 0.0 and budget.bytes_of(softmax) < min(size, softmax):
-        raise _too_small(budget, least, size, softmax, count_features)
+        raise too_small(budget, least, size, softmax, count_features)
 
 
 class Chooser:
@@ -270,7 +299,7 @@ class Chooser:
         possible = [x for x in (self.filled(window, size, length) for window in self.windows) if x is not None]
         if not possible:
             least = self.candidate(self.windows[0], 0)
-            raise _too_small(budget, least, self.bytes_of(least, length), softmax, self.count_features)
+            raise too_small(budget, least, self.bytes_of(least, length), softmax, self.count_features)
         with frozen(self.model):
             best, tried = self._climbed(possible, length)
             if self.by_layer and best.keep_exact and 2 * best.window + best.sinks + 1 < self.context:
@@ -435,9 +464,6 @@ def choose_budget(
         ConversionError, InputError: as `sensitivity`.
     """
     config, batches = config or DarkConfig(), list(batches)
-    dtype = native_dtype() if dtype == "auto" else dtype
-    for budget in budgets:
-        check_budget(model, budget, config, dtype=dtype, count_features=count_features)
     if measured is None:
         measured = sensitivity(
             model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, prompts=prompts, folder=folder,

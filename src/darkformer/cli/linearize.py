@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import CONTEXT, DarkConfig, TrainConfig, field_help
+from ..config import CONTEXT, NO_BUDGET, USUAL_BUDGET, DarkConfig, TrainConfig, field_help
 from ..console import RichReporter
 from ..errors import ConfigError
 from ..evaluation.settings import BudgetTask
-from .options import Context, Data, Decoder, HeldOut, Overwrite, Resume, RunFolder
+from .options import Context, Data, Decoder, HeldOut, Overwrite, Resume, RunFolder, budget_beside
 from .terminal import console
 
 Paper = Annotated[
@@ -30,8 +30,8 @@ MemoryBudget = Annotated[
         "--budget",
         help="Bytes one sequence may keep: a share of the softmax cache (10%), a size (64MB), or 0 for constant state. "
         "Which heads keep softmax, and the windows of the others, are chosen to lose least; --window does not count "
-        "then. none: heads and windows as the other options say. By default 10%, and none beside --paper, --method, "
-        "--window, --keep-exact, --no-features or --layer-window.",
+        "then. none: heads and windows as the other options say. usual: 10% where that is possible, and none beside "
+        "--paper, --method, --window, --keep-exact, --no-features or --layer-window.",
         rich_help_panel="Attention",
     ),
 ]
@@ -42,13 +42,14 @@ WithFrontier = Annotated[
     bool,
     typer.Option(
         "--frontier/--no-frontier",
-        help="With --budget: measure and print other budgets first.",
+        help="With --budget, but for the usual one: measure and print other budgets first.",
         rich_help_panel="Attention",
     ),
 ]
 
 
 def linearize(
+    options: typer.Context,
     model: Decoder,
     out: RunFolder,
     config: DarkConfig,
@@ -56,7 +57,7 @@ def linearize(
     data: Data = ["pydoc"],  # noqa: B006 - typer copies it
     held_out: HeldOut = [],  # noqa: B006
     paper: Paper = False,
-    budget: MemoryBudget = "",
+    budget: MemoryBudget = USUAL_BUDGET,
     budget_at: BudgetAt = 0,
     frontier: WithFrontier = True,
     context: Context = CONTEXT,
@@ -70,15 +71,13 @@ def linearize(
     darkformer linearize model.gguf --data 'books/*.txt' --budget 20% --steps 0 --out runs/fifth
     """
     from ..evaluation.compare import print_scores
-    from ..train.linearize import NO_BUDGET, budget_of
     from ..train.linearize import linearize as run
 
-    if paper and budget not in ("", NO_BUDGET):
+    budget = budget_beside(options, budget)
+    if paper and budget != NO_BUDGET:
         raise ConfigError("--paper with --budget: the paper's form has no exact part that a budget could choose.")
     if paper:
         config = _paper(config)
-    if (limit := budget_of(budget, config)) and not budget:
-        console.print(f"Budget: {limit}, the usual one (--budget {NO_BUDGET}: the same window in every head).")
 
     def measure_other_budgets(model: Any, tokenizer: Any, blocks: Any, validation: Any, out: Path) -> dict[str, Any]:
         from ..evaluation.budget import PICTURE, measure_budgets, with_budget
@@ -87,7 +86,7 @@ def linearize(
 
         settings = FrontierSettings(dtype=train.dtype)
         task = BudgetTask(at=budget_at or None, context=context)
-        task = replace(task, budgets=with_budget(task.budgets, str(limit), model, task.at, train.dtype))
+        task = replace(task, budgets=with_budget(task.budgets, budget, model, task.at, train.dtype))
         record = measure_budgets(
             model, tokenizer, blocks, validation, out / "frontier", task, config, settings, folder=out / "sensitivity",
             reporter=RichReporter(),
@@ -96,9 +95,10 @@ def linearize(
         console.print(f"Picture: {out / 'frontier' / PICTURE}")
         return record
 
+    asked = budget not in (USUAL_BUDGET, NO_BUDGET)
     record = run(
-        model, out, data=data, held_out=held_out, config=config, training=train, context=context, budget=limit,
-        budget_at=budget_at or None, measure_frontier=measure_other_budgets if limit and frontier else None,
+        model, out, data=data, held_out=held_out, config=config, training=train, context=context, budget=budget,
+        budget_at=budget_at or None, measure_frontier=measure_other_budgets if frontier and asked else None,
         resume=resume, overwrite=overwrite, reporter=RichReporter(),
     )  # fmt: skip
     print_scores(record["scores"], console)
@@ -124,4 +124,4 @@ def recipe_of(record: dict[str, Any]) -> dict[str, Any]:
     options |= {"train": record["budget"], "context": record.get("context")}  # earlier versions had no context
     if record.get("memory"):
         options |= {"budget_at": record["memory_at"], "frontier": bool(record["frontier"])}
-    return options | {"budget": record.get("memory") or "none"}
+    return options | {"budget": record.get("memory") or NO_BUDGET}

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import TrainConfig, field_help
+from ..config import NO_BUDGET, USUAL_BUDGET, TrainConfig, field_help
 from ..evaluation.settings import BudgetTask
 from .recipe import Recipe, Section
 
@@ -69,6 +69,17 @@ class Fields:
 WITHOUT_CHOSEN = Fields(without=("window", "keep_exact", "no_features", "layer_windows"))
 
 
+#: Options that say which keys are exact, so that the usual budget does not.
+EXACT_PART = ("paper", "method", "window", "keep_exact", "no_features", "layer_windows")
+
+
+def budget_beside(options: typer.Context, budget: str) -> str:
+    """`budget`, but none in place of the usual one where the caller's other options say which keys are exact."""
+    sources = (options.get_parameter_source(name) for name in EXACT_PART)
+    given = any(source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP") for source in sources)
+    return NO_BUDGET if given and budget == USUAL_BUDGET else budget
+
+
 def command(verb: Callable[..., None], from_record: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:
     """`verb` as typer reads it: an option for each field of its dataclasses, and `--config` for a file of them.
 
@@ -90,7 +101,8 @@ def command(verb: Callable[..., None], from_record: Callable[[dict[str, Any]], d
     if not sections:
         return verb
     records = ", or the record of a finished run" if from_record else ""
-    recipe = Recipe(verb.__name__, parameters, sections, from_record)
+    options = {name: p for name, p in parameters.items() if p.annotation is not typer.Context}
+    recipe = Recipe(verb.__name__, options, sections, from_record)
     parameters["config_file"] = inspect.Parameter(
         "config_file",
         inspect.Parameter.KEYWORD_ONLY,

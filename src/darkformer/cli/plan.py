@@ -12,7 +12,7 @@ import typer
 from ..config import DarkConfig
 from ..console import RichReporter
 from ..research.time.settings import CALIBRATE, PlanTask
-from .options import Fields
+from .options import Fields, budget_beside
 from .terminal import console, print_rows
 
 Model = Annotated[
@@ -28,6 +28,7 @@ FORM = Fields(only=("method", "num_features", "window", "sinks", "convert_slidin
 
 
 def plan(
+    options: typer.Context,
     model: Model,
     task: PlanTask,
     config: Annotated[DarkConfig, FORM],
@@ -45,18 +46,14 @@ def plan(
     if model == CALIBRATE:
         _calibrate(out, overwrite)
         return
-    from ..calibration.budget import Budget
     from ..hf.load import load_config
     from ..research.time.calibration import load_calibration
     from ..research.time.estimate import estimate
     from ..research.time.report import estimate_lines, stage_rows
     from ..research.time.shape import shape_of
-    from ..train.linearize import budget_of, check_budget_config, check_context
+    from ..train.linearize import check_context
 
-    task = replace(task, budget=budget_of(task.budget, config) or "")
-    if task.budget:
-        check_budget_config(config)
-        Budget.parse(task.budget, task.sequence)  # what cannot be a budget is said before anything is loaded
+    task = replace(task, budget=budget_beside(options, task.budget))
     settings = load_config(model)
     shape = shape_of(settings, model)
     check_context(SimpleNamespace(config=settings), task.sequence)

@@ -14,7 +14,7 @@ import typer
 from ..config import CONTEXT, DarkConfig, TrainConfig
 from ..console import RichReporter
 from ..errors import InputError, MissingExtraError
-from .linearize import BudgetAt, MemoryBudget
+from .linearize import BudgetAt
 from .options import Base, Context, Data, Device, Model, Weights, model_folder
 from .terminal import console
 
@@ -47,7 +47,14 @@ def serve(
     base: Base = "",
     dtype: Weights = "float32",
     device: Device = "cpu",
-    budget: MemoryBudget = "",
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            help="Converts a softmax model first, within these bytes a sequence, as `darkformer linearize --budget` "
+            "takes them: 10%, 64MB, 0.",
+        ),
+    ] = "",
     budget_at: BudgetAt = 0,
     data: Data = ["pydoc"],  # noqa: B006
     context: Context = CONTEXT,

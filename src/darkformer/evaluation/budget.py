@@ -16,6 +16,7 @@ from ..calibration.budget import (  # fmt: skip
     Chooser,
     cache_element_bytes,
     calibrate_within,
+    check_budget_config,
     full_context,
     kept_bytes,
 )
@@ -28,7 +29,7 @@ from ..hf.load import load_model, load_tokenizer
 from ..hf.plan import plan_conversion
 from ..records import check_folder, finish_run, open_run, read_kept, write_json, write_kept
 from ..reporting import Reporter, Silent
-from ..train.linearize import calibration_batches, check_budget_config, check_context, choice_batches, load_context_text
+from ..train.linearize import calibration_batches, check_context, choice_batches, load_context_text
 from .frontier import FrontierRow, measure_frontier
 from .settings import BudgetTask, FrontierSettings
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.budget import Choice
+from ..calibration.budget import Choice, check_budget_config
 from ..calibration.calibrate import HeadChoice, calibrate
 from ..config import DarkConfig, TrainConfig
 from ..console import RichReporter
@@ -29,7 +29,7 @@ from ..records import (  # fmt: skip
 )
 from ..train.data import Document, load_documents, split_documents, token_blocks
 from ..train.distill import teacher_of
-from ..train.linearize import check_budget_config, trained
+from ..train.linearize import trained
 from .budget import calibration, measured_choices
 from .demo_report import write_report
 from .frontier import FrontierRow, measure_frontier, measure_quality, row_work, speed_work

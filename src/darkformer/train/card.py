@@ -157,7 +157,7 @@ def _card(record: Mapping[str, Any], repo_id: str) -> ModelCard:
         memory=memory,
         title=_escaped(title), base=_escaped(base), method=method, repo=repo_id or ".", text=_escaped(text),
         scores=_scores(record),
-        features=f"{config['num_features']} features, window {config['window']}{others}, {config['sinks']} sinks",
+        features=f"{DarkConfig.from_dict(config).feature_count} features, window {config['window']}{others}, {config['sinks']} sinks",
         version=_escaped(made["versions"]["darkformer"]), training=trained, options=_options(record),
         versions=_escaped(", ".join(f"{name} {number}" for name, number in made["versions"].items())),
         commit=_escaped(made["commit"] or "unknown"), device=_escaped(made["device"]), date=_escaped(made["date"]),

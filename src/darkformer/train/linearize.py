@@ -18,13 +18,14 @@ from ..calibration.budget import (  # fmt: skip
     cache_element_bytes,
     calibrate_within,
     check_budget,
+    check_budget_config,
     choose_budget,
     converted_bytes,
     full_context,
 )
 from ..calibration.calibrate import calibrate
 from ..calibration.sensitivity import sensitivity
-from ..config import CONTEXT, EVALUATION_TOKENS, DarkConfig, TrainConfig
+from ..config import CONTEXT, EVALUATION_TOKENS, NO_BUDGET, USUAL_BUDGET, USUAL_SHARE, DarkConfig, TrainConfig
 from ..errors import ConfigError, InputError, RunFolderError
 from ..hf.convert import convert
 from ..hf.layers import config_of
@@ -56,10 +57,6 @@ STAGES_FILE = "stages.json"
 SOFTMAX_FILE = "softmax.json"
 #: Heads and windows of a budget, beside the scores that they were chosen by.
 CHOICE_FILE = "choice.json"
-#: The budget of a conversion that says nothing of its exact part: the least that keeps most recall (docs/budget.md).
-USUAL_BUDGET = "10%"
-#: The budget that is none: heads and windows are those of the configuration.
-NO_BUDGET = "none"
 #: Tokens of the calibration pass, and of the text that heads are chosen on.
 CALIBRATION_TOKENS, CHOICE_TOKENS = 12288, 8192
 
@@ -213,12 +210,12 @@ def load_tokens(
     sources: Sequence[str], held_out: Sequence[str], tokenizer: Any, reporter: Reporter | None = None
 ) -> tuple[Tensor, Tensor]:
     """Tokens to train and to validate on; without `held_out` sources, every eighth document is held out."""
-    if held_out:
-        documents = load_documents(sources), load_documents(held_out)
-    else:
-        documents = split_documents(load_documents(sources))
+    reporter = reporter or Silent()
+    with reporter.stage("read the text", 1):
+        texts = load_documents(sources)
+        documents = (texts, load_documents(held_out)) if held_out else split_documents(texts)
     first, rest = map(text_size, documents)
-    with (reporter or Silent()).stage("tokenize the text", first + rest) as advance:
+    with reporter.stage("tokenize the text", first + rest) as advance:
         train = tokens_of(tokenizer, documents[0], progress=lambda done, _: advance(done, first + rest))
         return train, tokens_of(tokenizer, documents[1], progress=lambda done, _: advance(first + done, first + rest))
 
@@ -263,31 +260,30 @@ def check_not_converted(model_name: str) -> None:
         raise InputError(f"{model_name} is converted already: give the softmax model that it was made from.")
 
 
-def budget_of(asked: str, config: DarkConfig) -> str | None:
-    """The budget that a command means, as `linearize` takes it.
-
-    Nothing asked for is `USUAL_BUDGET`, unless `config` says which keys are exact (its window, exact heads, windows by
-    layer, heads without features) or is of another method than dark.
-    """
-    if asked:
-        return None if asked == NO_BUDGET else asked
-    usual = DarkConfig()
-    chosen = ("method", "window", "keep_exact", "layer_windows", "no_features")
-    return USUAL_BUDGET if all(getattr(config, name) == getattr(usual, name) for name in chosen) else None
-
-
-def check_budget_config(config: DarkConfig) -> None:
-    """What a budget chooses must be open in the configuration that it starts from.
+def settled_budget(
+    budget: str | None, model: Any, config: DarkConfig, at: int, context: int, dtype: str, count_features: bool,
+    reporter: Reporter,
+) -> str | None:  # fmt: skip
+    """The budget as a number of bytes or a share, once it is known to be possible; None: there is none.
 
     Raises:
-        ConfigError: exact heads, windows of layers or softmax everywhere are chosen already.
+        ConfigError: as `check_budget`, for a budget that was asked for.
     """
-    if config.keep_exact:
-        raise ConfigError("--keep-exact beside --budget: a budget chooses the exact heads itself. Give one of them.")
-    if config.layer_windows:
-        raise ConfigError("--layer-window beside --budget: a budget chooses the windows itself. Give one of them.")
-    if config.method == "exact":
-        raise ConfigError("--method exact beside --budget: softmax everywhere is a budget of 100%. Give one of them.")
+    if budget in (None, NO_BUDGET):
+        return None
+    text = USUAL_SHARE if budget == USUAL_BUDGET else str(budget)
+    try:
+        check_budget(
+            model, Budget.parse(text, at), config, context=context, dtype=dtype, count_features=count_features
+        )  # fmt: skip
+    except ConfigError as problem:
+        if budget != USUAL_BUDGET:
+            raise
+        reporter.say(
+            f"No budget, and a window of {config.window} in every head. The usual one is not possible: {problem}"
+        )
+        return None
+    return text
 
 
 def chosen(
@@ -354,7 +350,8 @@ def linearize(
         context: tokens of the sequences that calibration, the choice of heads and scores use; training has its own
             (`training.seq_len`).
         budget: bytes a sequence may keep, as `calibration.budget.Budget.parse` reads them (`10%`, `64MB`, `0`): exact
-            heads and windows are chosen for it, in place of those of `config`. None: `config` as it is.
+            heads and windows are chosen for it, in place of those of `config`. None, or `none`: `config` as it is.
+            `usual`: 10 % where that is possible, else none.
         budget_at: tokens it is counted at; the most that the model reads without.
         measure_frontier: called once a budget's heads are chosen and before anything else happens to the model, with
             the softmax model, the tokenizer, blocks (N, context) to choose and calibrate on, others that scores use,
@@ -370,22 +367,25 @@ def linearize(
     checkpoints = out / "checkpoints"
     if resume and overwrite:
         raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
-    if budget is not None:
+    if budget not in (None, USUAL_BUDGET, NO_BUDGET):
         check_budget_config(config)
+        Budget.parse(str(budget), 1)  # what is no budget is said before anything is read
     check_folder(out)
     started = time.perf_counter()
+    model, tokenizer, blocks, long_blocks, validation = _inputs(
+        model_name, data, held_out, context, training.seq_len, reporter
+    )
+    # Features that are trained for themselves may learn what they do not do yet.
+    alone = training.transfer_steps > 0 or (training.trains and training.train == "geometry")
+    count_features = alone or not config.drop_features
+    at = budget_at or full_context(model)
+    budget = settled_budget(budget, model, config, at, context, training.dtype, count_features, reporter)
+    limit = None if budget is None else Budget.parse(budget, at)
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
         "config": config.to_dict(), "budget": asdict(training), "context": context, "memory": budget,
         "memory_at": budget_at,
     }  # fmt: skip
-    model, tokenizer, blocks, long_blocks, validation = _inputs(
-        model_name, data, held_out, context, training.seq_len, reporter
-    )
-    limit = None if budget is None else Budget.parse(budget, budget_at or full_context(model))
-    count_features = training.learns or not config.drop_features
-    if limit is not None:
-        check_budget(model, limit, config, dtype=training.dtype, count_features=count_features)
     element_bytes = cache_element_bytes(model, training.dtype)
     number = training.dtype if training.dtype == "bfloat16" else str(model.dtype).removeprefix("torch.")
     counted = f"counted at {element_bytes} bytes a number ({number})"
@@ -407,7 +407,7 @@ def linearize(
         config = choice.config
         if measure_frontier is not None:
             frontier = measure_frontier(model, tokenizer, long_blocks, validation, out)
-        if not training.learns:  # else features may learn what they do not do yet, and were counted
+        if not (count_features or (limit.share == 0.0 and training.trains)):
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
             within = Within(size, limit.length, element_bytes)
     teacher = teacher_of(model) if training.trains and training.distill else None

@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ...calibration.budget import CONSTANT_WINDOW, USUAL_LENGTH, Budget
+from ...calibration.budget import CONSTANT_WINDOW, USUAL_LENGTH, WINDOWS, Budget, check_budget_config, too_small
 from ...calibration.calibrate import SEARCH_QUERIES
 from ...calibration.probe import SCALES
 from ...calibration.sensitivity import EVERY_ROW_FROM, ROUNDS, ROWS_A_ROUND
-from ...config import EVALUATION_TOKENS, DarkConfig
+from ...config import EVALUATION_TOKENS, NO_BUDGET, USUAL_BUDGET, USUAL_SHARE, DarkConfig
 from ...cost import kv_cache_bytes, layer_bytes, memory_bytes
 from ...errors import ConfigError, InputError
 from ...train.linearize import CALIBRATION_TOKENS, CHOICE_TOKENS
@@ -83,15 +83,22 @@ class Estimate:
         return sum(stage.seconds for stage in self.stages)
 
 
-def budget_config(shape: Shape, config: DarkConfig, text: str, length: int, dtype: str) -> DarkConfig:
+def budget_config(
+    shape: Shape, config: DarkConfig, text: str, length: int, dtype: str, *, count_features: bool = True
+) -> DarkConfig:
     """A configuration that keeps what a budget allows: windows of 256 and as many exact heads as fit beside them.
 
     `linearize` chooses by measuring the model; what its choice costs differs little, as heads and windows trade bytes
-    for bytes. Which heads they are does not matter for the cost, so they are spread over the layers.
+    for bytes. Which heads they are does not matter for the cost, so they are spread over the layers. Narrower windows
+    are taken where those of 256 do not fit.
+
+    Args:
+        count_features: every head has features; False: none, as few pay in a budget.
 
     Raises:
-        ConfigError: no budget, or one that the windows alone exceed.
+        ConfigError: no budget, one that the smallest windows exceed, or what a budget chooses is in `config`.
     """
+    check_budget_config(config)
     budget = Budget.parse(text, length)
     element_bytes = 2 if dtype == "bfloat16" else 4
     sizes: dict[str, Any] = dict(num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=element_bytes)
@@ -101,24 +108,44 @@ def budget_config(shape: Shape, config: DarkConfig, text: str, length: int, dtyp
     others = shape.layers - len(layers)
     rest = others * kv_cache_bytes(min(length, shape.sliding_window or length), **sizes)
     softmax = len(layers) * kv_cache_bytes(length, **sizes) + rest
-    base = dataclasses.replace(config, window=CONSTANT_WINDOW)
+    dropped = config.no_features if count_features else tuple(layers)
+    base = dataclasses.replace(config, window=CONSTANT_WINDOW, no_features=dropped)
     if budget.share == 0.0:
         return base
 
-    def kept(count: int) -> int:
-        candidate = dataclasses.replace(base, keep_exact=tuple(names[:count]))
+    def kept(candidate: DarkConfig) -> int:
         return sum(layer_bytes(candidate, layer, length, **sizes) for layer in layers) + rest
+
+    def candidate(window: int, count: int) -> DarkConfig:
+        return dataclasses.replace(base, window=window, keep_exact=tuple(names[:count]))
 
     size = budget.bytes_of(softmax)
     if size >= softmax:
         return dataclasses.replace(config, method="exact")
-    fitting = bisect.bisect_right(range(len(names) + 1), size, key=kept) - 1
-    if fitting < 0:
-        raise ConfigError(
-            f"a budget of {budget} is {size / 1e6:.2f} MB, and windows of {CONSTANT_WINDOW} with {base.feature_count} "
-            f"features everywhere take {kept(0) / 1e6:.2f} MB: give at least that, or 0 for constant state."
-        )
-    return dataclasses.replace(base, keep_exact=tuple(names[:fitting]))
+    windows = [window for window in WINDOWS if window <= CONSTANT_WINDOW and kept(candidate(window, 0)) <= size]
+    if not windows:
+        least = candidate(min(WINDOWS), 0)
+        raise too_small(budget, least, kept(least), softmax, count_features)
+    at = lambda count: kept(candidate(windows[-1], count))  # noqa: E731
+    return candidate(windows[-1], bisect.bisect_right(range(len(names) + 1), size, key=at) - 1)
+
+
+def _settled(
+    shape: Shape, task: PlanTask, config: DarkConfig, length: int, dtype: str
+) -> tuple[PlanTask, DarkConfig]:  # fmt: skip
+    """The task with the budget that `linearize` would have, and the configuration within it."""
+    if task.budget == NO_BUDGET:
+        return task, config
+    usual = task.budget == USUAL_BUDGET
+    text = USUAL_SHARE if usual else task.budget
+    count_features = not config.drop_features or task.transfer_steps > 0
+    try:
+        config = budget_config(shape, config, text, length, dtype, count_features=count_features)
+    except ConfigError:
+        if not usual:
+            raise
+        return dataclasses.replace(task, budget=NO_BUDGET), config
+    return dataclasses.replace(task, budget=text), config
 
 
 class _Clock:
@@ -208,7 +235,7 @@ def planned_stages(clock: _Clock, config: DarkConfig, task: PlanTask) -> list[St
         return Stage(f"{title}: evaluate", scored * clock.forward(form), passes)
 
     stages = [score("softmax", None)]
-    if task.budget:
+    if task.budget != NO_BUDGET:
         full = [i for i in range(clock.shape.layers) if i not in clock.shape.sliding]
         chosen = _choice_stages(clock, len(full) * clock.shape.kv_heads)
         # Constant state has nothing to choose, but the heads are measured all the same.
@@ -256,8 +283,7 @@ def estimate(
             f"--dtype {dtype}: this machine is calibrated in {', '.join(calibration.step_speed)}, which it multiplies "
             "natively. Give one of them."
         )
-    if task.budget:
-        config = budget_config(shape, config, task.budget, positions or USUAL_LENGTH, dtype)
+    task, config = _settled(shape, task, config, positions or USUAL_LENGTH, dtype)
     if config.method == "exact":
         raise ConfigError(
             f"{name}: --method exact, or a budget of the whole cache, leaves softmax everywhere. There is nothing "

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter
 
+from ...config import NO_BUDGET
 from ...plots import COLORS, _save
 from ...records import write_text
 from ..reproduce.session import table_markdown
@@ -79,10 +80,11 @@ def estimate_lines(planned: Estimate, model: str) -> list[str]:
         lines.append(f"A converted step is slower than softmax at every length up to {LONGEST:,} tokens.")
     else:
         lines.append(f"A converted step is faster than softmax from {planned.crossover:,} tokens a sequence on.")
-    if task.budget:
+    if task.budget != NO_BUDGET:
+        window, heads = planned.config.window, len(planned.config.keep_exact)
         lines.append(
-            f"The budget is counted as window {planned.config.window} and {len(planned.config.keep_exact)} exact "
-            "heads; `linearize` chooses both by measuring."
+            f"The budget of {task.budget} is counted as window {window} and {heads} exact heads; `linearize` chooses "
+            "both by measuring."
         )
     if planned.fitting is not None:
         rest = _duration(planned.seconds - task.steps * planned.step)

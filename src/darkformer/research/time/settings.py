@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ...config import TrainConfig, field_help, option
+from ...config import USUAL_BUDGET, TrainConfig, field_help, option
 from ...errors import ConfigError
 
 #: The verb's argument that stands for a calibration in place of a model.
@@ -43,9 +43,9 @@ class PlanTask:
     context: str = option("2k", "Tokens of a sequence, in training as in calibration; 8k is 8,192.")
     tokens: str = option("100k", "Tokens to train on; 2M is two million. 0 calibrates and stops.")
     budget: str = option(
-        "",
-        "Bytes one sequence may keep, as `linearize --budget`: 10%, 64MB, 0; none: one window everywhere. By default "
-        "what linearize does.",
+        USUAL_BUDGET,
+        "Bytes one sequence may keep, as `linearize --budget`: 10%, 64MB, 0; none: one window everywhere; usual: 10% "
+        "where that is possible, and none beside --method, --window or --keep-exact.",
     )
     hours: float = option(0.0, "Says how many tokens fit into so many hours; 0 does not.")
     transfer_steps: int = option(0, field_help(TrainConfig, "transfer_steps"), minimum=0)
