@@ -28,8 +28,8 @@ from darkformer.train.linearize import linearize
 RECORD = Path(__file__).parent / "records" / "plan-check.json"
 #: Short and long sequences, with and without a choice of heads, with and without transfer.
 TASKS = {
-    "short": PlanTask(context="512", tokens="30k"),
-    "long": PlanTask(context="4k", tokens="80k", transfer_steps=8),
+    "short": PlanTask(context="512", tokens="30k", budget="none"),
+    "long": PlanTask(context="4k", tokens="80k", transfer_steps=8, budget="none"),
     "budget": PlanTask(context="2k", tokens="20k", budget="10%"),
 }
 MODEL = "SmolLM2-135M"
@@ -64,7 +64,7 @@ def measured(task: PlanTask, folder: Path) -> dict[str, Any]:
     clock = StageClock()
     linearize(
         str(demo_model_path()), folder, data=["python"], config=DarkConfig(), context=task.sequence,
-        budget=task.budget or None,
+        budget=task.budget,
         training=TrainConfig(
             steps=task.steps, seq_len=task.sequence, batch_size=1, dtype=task.precision,
             transfer_steps=task.transfer_steps,

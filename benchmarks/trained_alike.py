@@ -42,6 +42,7 @@ class Row(NamedTuple):
 
     config: DarkConfig
     budget: str | None = None
+    trained: bool = True
 
     @property
     def learns(self) -> bool:
@@ -54,8 +55,9 @@ def rows_of(recipe: dict[str, Any], window: int, features: int) -> dict[str, Row
     dark = DarkConfig(window=window, num_features=features, drop_features=False)
     return {
         "softmax": Row(DarkConfig(method="exact")),
-        f"budget {recipe['budget']}": Row(DarkConfig(**recipe["config"]), recipe["budget"]),
-        f"budget {recipe['budget']} with features": Row(dark, recipe["budget"]),
+        "softmax untrained": Row(DarkConfig(method="exact"), trained=False),
+        "recipe": Row(DarkConfig(**recipe["config"]), recipe["budget"]),
+        "recipe with features": Row(dark, recipe["budget"]),
         "exact part": Row(DarkConfig(method="local", window=window)),
         "features": Row(dark),
         "features only": Row(replace(dark, window=0, sinks=0)),
@@ -82,17 +84,25 @@ def scored(model: Any, tokenizer: Any, options: argparse.Namespace, context: int
     }
 
 
+def long_of(rows: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """What longer sequences are compared with: softmax's score in them, trained alike if it is there."""
+    for name in ("softmax", "softmax untrained"):
+        if name in rows and rows[name]["trained"]["long"]:
+            return rows[name]["trained"]["long"], name
+    return None, ""
+
+
 def table(record: dict[str, Any]) -> str:
     """The rows as a Markdown table; shares are of the softmax model that was trained alike."""
     rows = record["rows"]
     softmax, exact = rows["softmax"]["trained"], rows.get("exact part", {}).get("trained")
-    long = softmax["long"]
+    long, of = long_of(rows)
     recalled = f"recalled at {', '.join(str(x['distance']) for x in softmax['recall'])}"
     titles = [
         "trained alike",
         "loss",
         "of softmax's accuracy",
-        *([f"at {long['context']:,} tokens"] if long else []),
+        *([f"at {long['context']:,} tokens, of {of}"] if long else []),
         *(["recovery of the far field"] if exact else []),
         recalled,
     ]
@@ -104,7 +114,7 @@ def table(record: dict[str, Any]) -> str:
             cells.append(f"{found['long']['accuracy'] / long['accuracy']:.1%}" if found["long"] else "")
         if exact:
             share = (exact["loss"] - found["loss"]) / (exact["loss"] - softmax["loss"])
-            cells.append("" if name in ("softmax", "exact part") else f"{share:.0%}")
+            cells.append("" if name.startswith("softmax") or name == "exact part" else f"{share:.0%}")
         cells.append(" / ".join(f"{x['accuracy']:.0%}" for x in found["recall"]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -122,11 +132,11 @@ def above(found: dict[str, Any], softmax: dict[str, Any]) -> list[dict[str, Any]
 def draw(record: dict[str, Any], path: Path) -> None:
     """A line a row, and another for longer sequences."""
     rows = {name: row["trained"] for name, row in record["rows"].items()}
-    softmax = rows.pop("softmax")
+    (long, of), softmax = long_of(record["rows"]), rows.pop("softmax")
     curves = {name: above(found, softmax) for name, found in rows.items()}
     for name, found in rows.items():
-        if found["long"] and softmax["long"]:
-            curves[f"{name}, {softmax['long']['context']:,} tokens"] = above(found["long"], softmax["long"])
+        if long and found["long"] and name != of:
+            curves[f"{name}, {long['context']:,} tokens, above {of}"] = above(found["long"], long)
     loss_by_position(curves, path, "loss above softmax's, nats a token")
 
 
@@ -173,6 +183,8 @@ def main() -> None:
     for name in names:
         row = known[name]
         training = TrainConfig(**recipe["train"])
+        if not row.trained:
+            training = replace(training, steps=0)
         if row.learns:
             learning = {"transfer_steps": options.transfer_steps, "window_dropout": options.window_dropout}
             training = replace(training, **learning)

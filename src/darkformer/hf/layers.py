@@ -24,7 +24,7 @@ class Layer:
         slots: layers of the cache that it fills; several where several layers of a model share one attention module.
         num_heads, num_kv_heads, head_dim: of the queries and keys that reach the attention function.
         calls: how often one forward pass of the module attends (twice in differential attention).
-        local: whether the softmax it replaces is limited to a window or chunk (`convert_sliding`).
+        sliding: whether the softmax it replaces is limited to a window or chunk (`convert_sliding`).
         exact: whether all its heads compute softmax attention (`keep_exact`, method `exact`), with the cache it had.
         causal_by_mask: causality follows the mask function even without padding, as in eager attention; False: then
             the module's flag decides, as in torch's and flash attention.
@@ -39,7 +39,7 @@ class Layer:
     num_kv_heads: int
     head_dim: int
     calls: int = 1
-    local: bool = False
+    sliding: bool = False
     exact: bool = False
     causal_by_mask: bool = False
     exact_heads: tuple[int, ...] = ()
@@ -53,11 +53,13 @@ class Layer:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for config.json, without what the configuration says."""
         values = {**dataclasses.asdict(self), "slots": list(self.slots)}
+        values["local"] = values.pop("sliding")  # its name in files
         return {name: x for name, x in values.items() if name not in ("exact_heads", "local_heads")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Layer:
         """Inverse of `to_dict`."""
+        values = {"sliding" if name == "local" else name: x for name, x in values.items()}
         return cls(**{**values, "slots": tuple(values["slots"])})
 
 

@@ -193,7 +193,7 @@ def check_names(config: DarkConfig, layers: Iterable[Layer], left: Mapping[str, 
                 f"{stay}: choose from {_ranges(list(known))}."
             )
     for number in sorted(config.layers_named("keep_exact")):
-        if known[number].local:
+        if known[number].sliding:
             raise ConversionError(
                 f"keep_exact names layer {number}, whose softmax is limited to a window: there is no far field to "
                 "keep. Leave convert_sliding off, and it stays as it is."
@@ -290,7 +290,7 @@ def _choose(
             slots=slots,
             **x.heads._asdict(),
             calls=x.calls,
-            local=x.local is not None,
+            sliding=x.local is not None,
             causal_by_mask=module.config._attn_implementation == "eager",
         )
         if any(tied.startswith(f"{name}.") for tied in _tied(model)):
@@ -378,7 +378,7 @@ def plan_by_structure(model: PreTrainedModel, config: DarkConfig) -> Plan:
                 num_heads=heads,
                 num_kv_heads=getattr(kind.config, "num_key_value_heads", None) or heads,
                 head_dim=getattr(kind, "head_dim", None) or kind.config.hidden_size // heads,
-                local=_is_sliding(module),
+                sliding=_is_sliding(module),
             )
             layers.append((name, module, layer))
     if not layers:
