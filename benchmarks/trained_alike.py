@@ -12,7 +12,6 @@ is (exact part's loss - row's loss) / (exact part's loss - softmax's loss).
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -38,16 +37,16 @@ TASK = RecallTask(distances=(512, 1024, 1900), trials=40, numbers=8, batch_size=
 
 
 class Row(NamedTuple):
-    """What a row of the table converts to."""
+    """What a row of the table converts to.
+
+    Attributes:
+        trained: with everything of the recipe. learns: after a transfer, and with narrower windows in between.
+    """
 
     config: DarkConfig
     budget: str | None = None
     trained: bool = True
-
-    @property
-    def learns(self) -> bool:
-        """Whether there are features, which have something to learn before the model does."""
-        return self.config.method == "dark"
+    learns: bool = False
 
 
 def rows_of(recipe: dict[str, Any], window: int, features: int) -> dict[str, Row]:
@@ -57,10 +56,10 @@ def rows_of(recipe: dict[str, Any], window: int, features: int) -> dict[str, Row
         "softmax": Row(DarkConfig(method="exact")),
         "softmax untrained": Row(DarkConfig(method="exact"), trained=False),
         "recipe": Row(DarkConfig(**recipe["config"]), recipe["budget"]),
-        "recipe with features": Row(dark, recipe["budget"]),
+        "recipe with features": Row(dark, recipe["budget"], learns=True),
         "exact part": Row(DarkConfig(method="local", window=window)),
-        "features": Row(dark),
-        "features only": Row(replace(dark, window=0, sinks=0)),
+        "features": Row(dark, learns=True),
+        "features only": Row(replace(dark, window=0, sinks=0), learns=True),
     }
 
 
@@ -194,13 +193,13 @@ def main() -> None:
             context=context, budget=row.budget, resume=True, reporter=reporter,
         )  # fmt: skip
         file = folder / "scored.json"
-        if not file.is_file():
-            model = load_model(str(folder / "model"))
-            write_json(file, scored(model, tokenizer, options, context, training.dtype))
+        if not file.is_file() or read_json(file)["settings"] != settings:
+            found = scored(load_model(str(folder / "model")), tokenizer, options, context, training.dtype)
+            write_json(file, {"settings": settings, "trained": found})
         rows[name] = {
             "config": run["converted_config"], "train": asdict(training), "losses": run["losses"],
-            "seconds": run["seconds"], "kept_bytes": run["kept_bytes"], "settings": settings,
-            "trained": json.loads(file.read_text()), "environment": run["environment"],
+            "seconds": run["seconds"], "kept_bytes": run["kept_bytes"], **read_json(file),
+            "environment": run["environment"],
         }  # fmt: skip
         if options.out:
             write_json(options.out, record)

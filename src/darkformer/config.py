@@ -428,6 +428,12 @@ class TrainConfig:
         """Whether anything is fitted after calibration: transfer, training, or both."""
         return self.trains or self.transfer_steps > 0
 
+    @property
+    def trains_features(self) -> bool:
+        """Whether something is there for the features' sake: transfer, M alone, fresh draws or narrower windows."""
+        alone = self.train == "geometry" or self.redraw_every > 0 or self.window_dropout > 0
+        return self.transfer_steps > 0 or (self.trains and alone)
+
 
 def field_help(config_class: type, name: str) -> str:
     """The help text of one field that is an `option`."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hf.families import converted, tiny, tokens
 
-from darkformer import ConfigError, ConversionError, DarkConfig, InputError, convert, dark_layers
+from darkformer import ConfigError, ConversionError, DarkConfig, InputError, TrainConfig, convert, dark_layers
 from darkformer.calibration.budget import (
     Budget,
     Choice,
@@ -18,7 +18,9 @@ from darkformer.calibration.budget import (
     calibrate_within,
     choose_budget,
     converted_bytes,
+    counts_features,
     full_context,
+    settled,
 )
 from darkformer.calibration.calibrate import keys_of_features
 from darkformer.calibration.probe import SpreadProbe
@@ -119,6 +121,34 @@ class TestChoice:
             chosen(model, found, "40%")
             assert torch.equal(model(tokens(1, 50)).logits, before)
         assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "training", "counted"),
+    [
+        ("10%", {}, {}, False), ("10%", {}, {"steps": 0}, False), ("10%", {"drop_features": False}, {}, True),
+        ("10%", {}, {"transfer_steps": 1}, True), ("10%", {}, {"train": "geometry"}, True),
+        ("10%", {}, {"train": "geometry", "steps": 0}, False), ("10%", {}, {"redraw_every": 5}, True),
+        ("10%", {}, {"window_dropout": 0.5}, True), ("0", {}, {}, True), ("0", {}, {"steps": 0}, False),
+    ],
+)  # fmt: skip
+def test_features_count_where_they_may_learn(
+    text: str, config: dict[str, Any], training: dict[str, Any], counted: bool
+) -> None:
+    assert counts_features(Budget.parse(text, LENGTH), DarkConfig(**config), TrainConfig(**training)) is counted
+
+
+def test_the_usual_budget_is_none_where_it_is_not_possible() -> None:
+    said: list[str] = []
+
+    def impossible(text: str) -> str:
+        raise ConfigError(f"not {text}")
+
+    assert settled("usual", lambda text: text, said.append) == "10%" and not said
+    assert settled("none", impossible, said.append) is None and settled(None, impossible, said.append) is None
+    assert settled("usual", impossible, said.append) is None and "not 10%" in said[0]
+    with pytest.raises(ConfigError, match="not 20%"):
+        settled("20%", impossible, said.append)
 
 
 class TestBadInput:

@@ -180,6 +180,14 @@ def test_the_usual_budget(calls: list[dict[str, Any]], recipe: Path, words: list
     assert all(call["budget"] == budget for call in calls)
 
 
+def test_options_that_say_nothing_leave_the_usual_budget(calls: list[dict[str, Any]], recipe: Path) -> None:
+    recipe.write_text("{paper: false, keep_exact: [], no_features: []}")
+    run("linearize", "x.gguf", "--out", "r", "--config", str(recipe))
+    recipe.write_text("window: 32")
+    run("linearize", "x.gguf", "--out", "r", "--config", str(recipe), "--budget", "usual")
+    assert [call["budget"] for call in calls] == ["usual", "usual"]
+
+
 @pytest.mark.parametrize("text", ['{"seed": 1, "seed": 2}', '{"model": true}', '{"data": [false]}', '{"tied": 1}'])
 def test_json_is_taken_as_strictly(calls: list[dict[str, Any]], tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.json").write_text(text)

@@ -35,7 +35,7 @@ from darkformer.research.time.calibration import (
     trials,
 )
 from darkformer.research.time.estimate import Estimate, budget_config, crossover, estimate
-from darkformer.research.time.report import command_of, study_tables, write_study
+from darkformer.research.time.report import command_of, estimate_lines, study_tables, write_study
 from darkformer.research.time.settings import PlanTask, count
 from darkformer.research.time.shape import Shape, llama_shape, shape_of
 from darkformer.research.time.study import FITTED, HELD_OUT, PAIR, Run, Study, TimeStudy, read_study, record_file
@@ -205,11 +205,13 @@ def test_the_crossover_is_where_it_turns() -> None:
 
 
 def test_a_budget_buys_what_it_says() -> None:
-    heads = [len(budget_config(SMOL, DarkConfig(), f"{p}%", 8192, "float32").keep_exact) for p in (8, 10, 20, 50)]
+    forms = [budget_config(SMOL, DarkConfig(), f"{p}%", 8192, "float32", count_features=False) for p in (8, 10, 20, 50)]
+    heads = [len(form.keep_exact) for form in forms]
+    assert {form.window for form in forms} == {256}
     assert heads == sorted(heads) and 0 < heads[1] < heads[3] < 90
     assert budget_config(SMOL, DarkConfig(), "0", 8192, "float32").keep_exact == ()
     assert budget_config(SMOL, DarkConfig(), "100%", 8192, "float32").method == "exact"
-    with pytest.raises(ConfigError, match="give at least that, 0 for"):
+    with pytest.raises(ConfigError, match="give at least that, or 0"):
         budget_config(SMOL, DarkConfig(), "1%", 8192, "float32")
 
 
@@ -226,9 +228,9 @@ def test_a_budget_counts_the_layers_that_stay() -> None:
 
 
 def test_the_command_line_plans(model_folder: Path, calibrated: Calibration, known: Calibration) -> None:
-    text = shown("plan", str(model_folder), "--context", "128", "--tokens", "10k", "--budget", "80%", "--hours", "1",
+    text = shown("plan", str(model_folder), "--context", "512", "--tokens", "10k", "--budget", "80%", "--hours", "1",
                  "--dtype", "float32")  # fmt: skip
-    assert "dark: finetune" in text and "79 steps" in text and "1 hours hold" in text and "exact heads" in text
+    assert "dark: finetune" in text and "20 steps" in text and "1 hours hold" in text and "exact heads" in text
     command = next(line for line in text.splitlines() if line.startswith("darkformer linearize")).split()
     options = get_command(app).commands["linearize"]
     flags = {flag for p in options.params for flag in (*p.opts, *p.secondary_opts)}
@@ -239,13 +241,28 @@ def test_the_command_line_plans(model_folder: Path, calibrated: Calibration, kno
 
 def test_the_usual_budget_is_planned_where_it_is_possible(known: Calibration) -> None:
     usual = estimated(known, context="2k")
-    assert usual.task.budget == "10%" and usual.config.keep_exact and usual.config.no_features
+    assert usual.task.budget == "10%" and usual.config.keep_exact and usual.config.no_features and not usual.notes
     assert "--budget 10%" in command_of(usual, "m")
+    constant = estimated(known, context="2k", budget="0")  # its features learn, and so they count
+    assert not constant.config.no_features and constant.config.window == 256
+    assert estimated(known, context="2k", budget="0", tokens="0").config.no_features
+
     task = PlanTask(dtype="float32", transfer_steps=5)
-    for positions, windows in ((2048, (128,)), (600, (64,))):  # features count where something trains them
-        planned = estimate(SMOL, task, DarkConfig(), known, positions=positions, name="x")
-        assert planned.config.window in windows
-        assert planned.task.budget == ("10%" if positions == 2048 else "none")
+    long, short = (estimate(SMOL, task, DarkConfig(), known, positions=n, name="x") for n in (2048, 600))
+    assert (long.task.budget, long.config.window) == ("10%", 128)  # narrower than 256, beside features that count
+    assert short.task.budget == "none" and "give at least that" in short.notes[0]
+    assert short.notes[0] in estimate_lines(short, "m")
+    near = estimated(known, context="128")
+    assert near.task.budget == "none" and "no far field" in near.notes[0]
+    with pytest.raises(ConfigError, match="no far field"):
+        estimated(known, context="128", budget="10%")
+
+
+def test_the_planned_command_without_a_budget(known: Calibration) -> None:
+    config = DarkConfig(window=256, keep_exact=(3,))
+    planned = estimate(SMOL, PlanTask(dtype="float32", budget="none"), config, known, positions=8192, name="x")
+    command = command_of(planned, "m")
+    assert "--budget none --window 256 --keep-exact=3" in command and "frontier" not in command
 
 
 @pytest.mark.parametrize(

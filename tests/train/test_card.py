@@ -84,6 +84,17 @@ def test_a_budget_says_what_was_converted_and_what_is_kept(record: dict[str, Any
     assert "Softmax stays everywhere" in model_card(everything).text
 
 
+def test_a_card_counts_the_features_that_are_left(record: dict[str, Any]) -> None:
+    rows = [{"layer": 0, "features": [False, False]}, {"layer": 1, "features": [False, True]}]
+    local = {**record, "converted_config": DarkConfig(method="local").to_dict()}
+    for made, features in (
+        (record, "96 features"), ({**record, "calibration": rows}, "96 features"), (local, "no features"),
+        ({**record, "calibration": rows[:1]}, "no features"),
+        ({**record, "calibration": rows, "transfer": rows[:1]}, "no features"),
+    ):  # fmt: skip
+        assert f"{features}, window 64" in model_card(made).text
+
+
 def test_the_card_reads_back(record: dict[str, Any], tmp_path: Path) -> None:
     card = model_card(record, "me/smol-dark")
     card.save(tmp_path / "README.md")

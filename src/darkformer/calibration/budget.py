@@ -6,12 +6,12 @@ import bisect
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..config import DarkConfig
+from ..config import NO_BUDGET, USUAL_BUDGET, USUAL_SHARE, DarkConfig, TrainConfig
 from ..cost import model_bytes
 from ..errors import ConfigError
 from ..hf.convert import drop_features
@@ -23,6 +23,8 @@ from .measure import frozen, measurement
 from .mixed import EXACT, MixedAttention
 from .sensitivity import Sensitivity, sensitivity
 from .window_changes import WindowChange, window_changes
+
+T = TypeVar("T")
 
 #: Windows that a budget chooses from.
 WINDOWS = (64, 128, 256, 512)
@@ -154,7 +156,7 @@ def calibrate_within(
     model: Any, batches: Iterable[Any], limit: int | None, *, length: int, element_bytes: int,
     progress: Progress | None = None,
 ) -> list[HeadChoice]:  # fmt: skip
-    """`calibrate` for a model that will not be trained: features stay where they beat a wider window of as many bytes.
+    """`calibrate` for a budget: features stay where they beat a wider window of as many bytes.
 
     Args:
         limit: bytes one sequence of `length` tokens may keep; None: no limit. Above it features are dropped, those that
@@ -197,16 +199,19 @@ def too_small(budget: Budget, least: DarkConfig, least_bytes: int, softmax: int,
     return ConfigError(
         f"a budget of {budget} is {budget.bytes_of(softmax) / 1e6:.2f} MB, and windows of {least.window}, sinks and "
         f"{features} features everywhere take {least_bytes / 1e6:.2f} MB ({least_bytes / softmax:.1%}) without any "
-        "exact head: give at least that, 0 for constant state, or none for --window in every head."
+        "exact head: give at least that, or 0 for constant state."
     )
 
 
-def check_budget_config(config: DarkConfig) -> None:
-    """What a budget chooses must be open in the configuration that it starts from.
+def check_budget_config(config: DarkConfig, context: int) -> None:
+    """What a budget chooses must be open in the configuration that it starts from, and there must be a far field.
+
+    Args:
+        context: tokens of the sequences that heads are chosen on.
 
     Raises:
-        ConfigError: exact heads, windows of layers or softmax everywhere are chosen already, or sliding layers are to
-            be converted, whose heads are not measured.
+        ConfigError: exact heads, windows of layers or softmax everywhere are chosen already; sliding layers are to be
+            converted, whose heads are not measured; or a window of `CONSTANT_WINDOW` sees all of the context.
     """
     if config.keep_exact:
         raise ConfigError("--keep-exact beside --budget: a budget chooses the exact heads itself. Give one of them.")
@@ -216,31 +221,69 @@ def check_budget_config(config: DarkConfig) -> None:
         raise ConfigError("--method exact beside --budget: softmax everywhere is a budget of 100%. Give one of them.")
     if config.convert_sliding:
         raise ConfigError(
-            "--convert-sliding beside --budget: heads are chosen in layers that attend to everything. Give one of them "
-            "(--budget none)."
+            "--convert-sliding beside --budget: heads are chosen in layers that attend to everything. Give one of them."
         )
-
-
-def check_budget(
-    model: Any, budget: Budget, config: DarkConfig, *, context: int, dtype: str, count_features: bool
-) -> None:
-    """Refuses a budget that no choice can keep, before minutes of measuring.
-
-    Args:
-        model: the softmax model, not converted. context: tokens of the sequences it is chosen on.
-        config, dtype, count_features: as for `choose_budget`.
-
-    Raises:
-        ConfigError: see `check_budget_config`; sequences that a window of `CONSTANT_WINDOW` sees all of; or not even
-            the smallest windows fit (the message has the least budget).
-        ConversionError: as `sensitivity`.
-    """
-    check_budget_config(config)
     if context <= CONSTANT_WINDOW + config.sinks + 1:
         raise ConfigError(
             f"--context {context} beside --budget: a window of {CONSTANT_WINDOW} and {config.sinks} sinks see all of "
-            "it, so there is no far field to choose heads by. Give a longer context, or --budget none."
+            "it, so there is no far field to choose heads by. Give a longer context."
         )
+
+
+def counts_features(budget: Budget, config: DarkConfig, training: TrainConfig) -> bool:
+    """Whether the features of every head count against a budget.
+
+    They do where they are all asked for, or may learn what they do not do yet: because something is trained for their
+    sake, or because in constant state there is nothing else for the far field. Else they stay only where they beat a
+    wider window of as many bytes.
+    """
+    constant = budget.share == 0.0 and training.trains
+    return constant or training.trains_features or not config.drop_features
+
+
+def settled(budget: str | None, make: Callable[[str], T], say: Callable[[str], None]) -> T | None:
+    """What `make` gives of a budget (`10%`, `64MB`, `0`); None where there is none.
+
+    Args:
+        budget: `usual` is `USUAL_SHARE`, and none where that is not possible; None and `none` are none.
+        make: raises ConfigError for a budget that is not possible.
+        say: is told why the usual one is not.
+
+    Raises:
+        ConfigError: of `make`, for a budget that was asked for.
+    """
+    if budget is None or budget == NO_BUDGET:
+        return None
+    if budget != USUAL_BUDGET:
+        return make(budget)
+    try:
+        return make(USUAL_SHARE)
+    except ConfigError as problem:
+        say(f"No budget, as the usual one is not possible: {problem}")
+        return None
+
+
+def check_asked_budget(budget: str | None, config: DarkConfig, context: int) -> None:
+    """What can be said of a budget before anything is read; nothing of the usual one, which may turn out to be none.
+
+    Raises:
+        ConfigError: as `check_budget_config` and `Budget.parse`.
+    """
+    if budget not in (None, USUAL_BUDGET, NO_BUDGET):
+        check_budget_config(config, context)
+        Budget.parse(str(budget), 1)
+
+
+def check_budget(model: Any, budget: Budget, config: DarkConfig, *, dtype: str, count_features: bool) -> None:
+    """Refuses a budget that no choice can keep, before minutes of measuring.
+
+    Args:
+        model: the softmax model, not converted. config, dtype, count_features: as for `choose_budget`.
+
+    Raises:
+        ConfigError: not even the smallest windows fit (the message has the least budget).
+        ConversionError: as `sensitivity`.
+    """
     settings, layers = model.config.get_text_config(decoder=True), MixedAttention(model, config.sinks).layers
     least = dataclasses.replace(config, window=WINDOWS[0], keep_exact=(), layer_windows=())
     forms = None, least if count_features else _without_features(least)

@@ -75,9 +75,17 @@ EXACT_PART = ("paper", "method", "window", "keep_exact", "no_features", "layer_w
 
 def budget_beside(options: typer.Context, budget: str) -> str:
     """`budget`, but none in place of the usual one where the caller's other options say which keys are exact."""
-    sources = (options.get_parameter_source(name) for name in EXACT_PART)
-    given = any(source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP") for source in sources)
-    return NO_BUDGET if given and budget == USUAL_BUDGET else budget
+
+    def given(name: str) -> bool:
+        """On the command line or in a recipe; a list without elements and a flag that is off say nothing."""
+        source = options.get_parameter_source(name)
+        value = options.params.get(name)
+        return source is not None and source.name != "DEFAULT" and value is not False and value != []
+
+    typed = options.get_parameter_source("budget")
+    if budget != USUAL_BUDGET or (typed is not None and typed.name == "COMMANDLINE"):
+        return budget
+    return NO_BUDGET if any(map(given, EXACT_PART)) else budget
 
 
 def command(verb: Callable[..., None], from_record: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Any:

@@ -46,6 +46,7 @@ def plan(
     if model == CALIBRATE:
         _calibrate(out, overwrite)
         return
+    from ..calibration.budget import check_asked_budget
     from ..hf.load import load_config
     from ..research.time.calibration import load_calibration
     from ..research.time.estimate import estimate
@@ -54,6 +55,7 @@ def plan(
     from ..train.linearize import check_context
 
     task = replace(task, budget=budget_beside(options, task.budget))
+    check_asked_budget(task.budget, config, task.sequence)
     settings = load_config(model)
     shape = shape_of(settings, model)
     check_context(SimpleNamespace(config=settings), task.sequence)

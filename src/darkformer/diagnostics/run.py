@@ -195,7 +195,8 @@ def needs(
     with reporter.stage("what a budget would keep", 1) as advance:
         limit = Budget.parse(budget, full_context(model))
         (choice,) = choose_budget(
-            model, batches, [limit], tokenizer=tokenizer, config=config, measured=found, progress=advance
+            model, batches, [limit], tokenizer=tokenizer, config=config, measured=found,
+            count_features=not config.drop_features, progress=advance,
         )  # fmt: skip
     return {"sensitivity": found.to_dict(), "asked": budget, "budget": str(limit), "choice": choice.to_dict()}
 

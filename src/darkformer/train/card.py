@@ -130,6 +130,14 @@ def model_card(record: Mapping[str, Any], repo_id: str = "") -> ModelCard:
         ) from error
 
 
+def _features(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """How many features a head has, or that calibration or transfer left them to none."""
+    rows = record.get("transfer") or record.get("calibration") or []
+    left = not rows or any(any(row.get("features", [True])) for row in rows)  # earlier versions dropped none
+    count = DarkConfig.from_dict(config).feature_count if left else 0
+    return f"{count or 'no'} features"
+
+
 def _card(record: Mapping[str, Any], repo_id: str) -> ModelCard:
     config, budget, made = record.get("converted_config", record["config"]), record["budget"], record["environment"]
     method = DarkConfig.from_dict(config).method
@@ -157,7 +165,7 @@ def _card(record: Mapping[str, Any], repo_id: str) -> ModelCard:
         memory=memory,
         title=_escaped(title), base=_escaped(base), method=method, repo=repo_id or ".", text=_escaped(text),
         scores=_scores(record),
-        features=f"{DarkConfig.from_dict(config).feature_count} features, window {config['window']}{others}, {config['sinks']} sinks",
+        features=f"{_features(record, config)}, window {config['window']}{others}, {config['sinks']} sinks",
         version=_escaped(made["versions"]["darkformer"]), training=trained, options=_options(record),
         versions=_escaped(", ".join(f"{name} {number}" for name, number in made["versions"].items())),
         commit=_escaped(made["commit"] or "unknown"), device=_escaped(made["device"]), date=_escaped(made["date"]),

@@ -17,16 +17,19 @@ from ..calibration.budget import (  # fmt: skip
     Choice,
     cache_element_bytes,
     calibrate_within,
+    check_asked_budget,
     check_budget,
     check_budget_config,
     choose_budget,
     converted_bytes,
+    counts_features,
     full_context,
+    settled,
 )
 from ..calibration.calibrate import calibrate
 from ..calibration.sensitivity import sensitivity
-from ..config import CONTEXT, EVALUATION_TOKENS, NO_BUDGET, USUAL_BUDGET, USUAL_SHARE, DarkConfig, TrainConfig
-from ..errors import ConfigError, InputError, RunFolderError
+from ..config import CONTEXT, EVALUATION_TOKENS, DarkConfig, TrainConfig
+from ..errors import InputError, RunFolderError
 from ..hf.convert import convert
 from ..hf.layers import config_of
 from ..hf.load import load_config, load_model, load_tokenizer, save_model
@@ -260,32 +263,6 @@ def check_not_converted(model_name: str) -> None:
         raise InputError(f"{model_name} is converted already: give the softmax model that it was made from.")
 
 
-def settled_budget(
-    budget: str | None, model: Any, config: DarkConfig, at: int, context: int, dtype: str, count_features: bool,
-    reporter: Reporter,
-) -> str | None:  # fmt: skip
-    """The budget as a number of bytes or a share, once it is known to be possible; None: there is none.
-
-    Raises:
-        ConfigError: as `check_budget`, for a budget that was asked for.
-    """
-    if budget in (None, NO_BUDGET):
-        return None
-    text = USUAL_SHARE if budget == USUAL_BUDGET else str(budget)
-    try:
-        check_budget(
-            model, Budget.parse(text, at), config, context=context, dtype=dtype, count_features=count_features
-        )  # fmt: skip
-    except ConfigError as problem:
-        if budget != USUAL_BUDGET:
-            raise
-        reporter.say(
-            f"No budget, and a window of {config.window} in every head. The usual one is not possible: {problem}"
-        )
-        return None
-    return text
-
-
 def chosen(
     model: Any, tokenizer: Any, blocks: Tensor, limit: Budget, config: DarkConfig, reporter: Reporter, folder: Path,
     dtype: str, count_features: bool,
@@ -367,20 +344,22 @@ def linearize(
     checkpoints = out / "checkpoints"
     if resume and overwrite:
         raise RunFolderError("--resume and --overwrite contradict each other: give one of them.")
-    if budget not in (None, USUAL_BUDGET, NO_BUDGET):
-        check_budget_config(config)
-        Budget.parse(str(budget), 1)  # what is no budget is said before anything is read
+    check_asked_budget(budget, config, context)
     check_folder(out)
     started = time.perf_counter()
     model, tokenizer, blocks, long_blocks, validation = _inputs(
         model_name, data, held_out, context, training.seq_len, reporter
     )
-    # Features that are trained for themselves may learn what they do not do yet.
-    alone = training.transfer_steps > 0 or (training.trains and training.train == "geometry")
-    count_features = alone or not config.drop_features
     at = budget_at or full_context(model)
-    budget = settled_budget(budget, model, config, at, context, training.dtype, count_features, reporter)
-    limit = None if budget is None else Budget.parse(budget, at)
+
+    def possible(text: str) -> tuple[str, Budget, bool]:
+        limit = Budget.parse(text, at)
+        check_budget_config(config, context)
+        count_features = counts_features(limit, config, training)
+        check_budget(model, limit, config, dtype=training.dtype, count_features=count_features)
+        return text, limit, count_features
+
+    budget, limit, count_features = settled(budget, possible, reporter.say) or (None, None, False)
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
         "config": config.to_dict(), "budget": asdict(training), "context": context, "memory": budget,
@@ -407,7 +386,7 @@ def linearize(
         config = choice.config
         if measure_frontier is not None:
             frontier = measure_frontier(model, tokenizer, long_blocks, validation, out)
-        if not (count_features or (limit.share == 0.0 and training.trains)):
+        if not count_features:
             size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
             within = Within(size, limit.length, element_bytes)
     teacher = teacher_of(model) if training.trains and training.distill else None

@@ -7,11 +7,20 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ...calibration.budget import CONSTANT_WINDOW, USUAL_LENGTH, WINDOWS, Budget, check_budget_config, too_small
+from ...calibration.budget import (
+    CONSTANT_WINDOW,
+    USUAL_LENGTH,
+    WINDOWS,
+    Budget,
+    check_budget_config,
+    counts_features,
+    settled,
+    too_small,
+)
 from ...calibration.calibrate import SEARCH_QUERIES
 from ...calibration.probe import SCALES
 from ...calibration.sensitivity import EVERY_ROW_FROM, ROUNDS, ROWS_A_ROUND
-from ...config import EVALUATION_TOKENS, NO_BUDGET, USUAL_BUDGET, USUAL_SHARE, DarkConfig
+from ...config import EVALUATION_TOKENS, NO_BUDGET, DarkConfig, TrainConfig
 from ...cost import kv_cache_bytes, layer_bytes, memory_bytes
 from ...errors import ConfigError, InputError
 from ...train.linearize import CALIBRATION_TOKENS, CHOICE_TOKENS
@@ -64,6 +73,7 @@ class Estimate:
         memory: bytes that training holds at its peak. available: those of the machine; None where it does not say.
         crossover: tokens of a sequence from which a converted step is faster; None: not up to `LONGEST`.
         fitting: tokens that fit into the task's hours; None where the task has none.
+        notes: what else there is to say.
     """
 
     task: PlanTask
@@ -76,6 +86,7 @@ class Estimate:
     available: int | None
     crossover: int | None
     fitting: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -86,23 +97,22 @@ class Estimate:
 def budget_config(
     shape: Shape, config: DarkConfig, text: str, length: int, dtype: str, *, count_features: bool = True
 ) -> DarkConfig:
-    """A configuration that keeps what a budget allows: windows of 256 and as many exact heads as fit beside them.
+    """A configuration that keeps what a budget allows: windows of 256 or, where those do not fit, narrower ones, and as
+    many exact heads as fit beside them.
 
     `linearize` chooses by measuring the model; what its choice costs differs little, as heads and windows trade bytes
-    for bytes. Which heads they are does not matter for the cost, so they are spread over the layers. Narrower windows
-    are taken where those of 256 do not fit.
+    for bytes. Which heads they are does not matter for the cost, so they are spread over the layers.
 
     Args:
         count_features: every head has features; False: none, as few pay in a budget.
 
     Raises:
-        ConfigError: no budget, one that the smallest windows exceed, or what a budget chooses is in `config`.
+        ConfigError: no budget, or one that the smallest windows exceed.
     """
-    check_budget_config(config)
     budget = Budget.parse(text, length)
     element_bytes = 2 if dtype == "bfloat16" else 4
     sizes: dict[str, Any] = dict(num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, element_bytes=element_bytes)
-    layers = [i for i in range(shape.layers) if i not in shape.sliding or config.convert_sliding]
+    layers = [i for i in range(shape.layers) if i not in shape.sliding]
     names = [f"{layer}.{head}" for head in range(shape.kv_heads) for layer in layers]
     # Layers that stay as they are keep the keys of their window, whatever is chosen.
     others = shape.layers - len(layers)
@@ -128,24 +138,6 @@ def budget_config(
         raise too_small(budget, least, kept(least), softmax, count_features)
     at = lambda count: kept(candidate(windows[-1], count))  # noqa: E731
     return candidate(windows[-1], bisect.bisect_right(range(len(names) + 1), size, key=at) - 1)
-
-
-def _settled(
-    shape: Shape, task: PlanTask, config: DarkConfig, length: int, dtype: str
-) -> tuple[PlanTask, DarkConfig]:  # fmt: skip
-    """The task with the budget that `linearize` would have, and the configuration within it."""
-    if task.budget == NO_BUDGET:
-        return task, config
-    usual = task.budget == USUAL_BUDGET
-    text = USUAL_SHARE if usual else task.budget
-    count_features = not config.drop_features or task.transfer_steps > 0
-    try:
-        config = budget_config(shape, config, text, length, dtype, count_features=count_features)
-    except ConfigError:
-        if not usual:
-            raise
-        return dataclasses.replace(task, budget=NO_BUDGET), config
-    return dataclasses.replace(task, budget=text), config
 
 
 class _Clock:
@@ -283,7 +275,16 @@ def estimate(
             f"--dtype {dtype}: this machine is calibrated in {', '.join(calibration.step_speed)}, which it multiplies "
             "natively. Give one of them."
         )
-    task, config = _settled(shape, task, config, positions or USUAL_LENGTH, dtype)
+    length, notes = positions or USUAL_LENGTH, list[str]()
+    training = TrainConfig(steps=task.steps, transfer_steps=task.transfer_steps)
+
+    def within(text: str) -> tuple[PlanTask, DarkConfig]:
+        check_budget_config(config, task.sequence)
+        count_features = counts_features(Budget.parse(text, length), config, training)
+        form = budget_config(shape, config, text, length, dtype, count_features=count_features)
+        return dataclasses.replace(task, budget=text), form
+
+    task, config = settled(task.budget, within, notes.append) or (dataclasses.replace(task, budget=NO_BUDGET), config)
     if config.method == "exact":
         raise ConfigError(
             f"{name}: --method exact, or a budget of the whole cache, leaves softmax everywhere. There is nothing "
@@ -303,5 +304,5 @@ def estimate(
     return Estimate(
         task, shape, config, tuple(stages), step, clock.step(None),
         training_bytes(shape, 1, task.sequence, autocast=dtype == "bfloat16"), memory_bytes(), crossover(faster),
-        fitting,
+        fitting, tuple(notes),
     )  # fmt: skip

@@ -51,16 +51,11 @@ def command_of(planned: Estimate, model: str) -> str:
     words += ["--features", str(config.num_features), "--sinks", str(config.sinks)]
     words += ["--convert-sliding"] if config.convert_sliding else []
     words += ["--transfer-steps", str(task.transfer_steps)] if task.transfer_steps else []
-    if task.budget:
-        words += ["--budget", task.budget, "--no-frontier"]
+    words += ["--budget", task.budget]
+    if task.budget == NO_BUDGET:
+        words += ["--window", str(config.window), *(f"--keep-exact={name}" for name in config.keep_exact)]
     else:
-        words += [
-            "--budget",
-            "none",
-            "--window",
-            str(config.window),
-            *(f"--keep-exact={name}" for name in config.keep_exact),
-        ]
+        words += ["--no-frontier"]
     return shlex.join([*words, "--out", "runs/planned"])
 
 
@@ -70,6 +65,7 @@ def estimate_lines(planned: Estimate, model: str) -> list[str]:
     available = "" if planned.available is None else f" of {planned.available / 1e9:.0f} GB"
     ratio, parameters = planned.softmax_step / planned.step, planned.shape.parameters
     lines = [
+        *planned.notes,
         f"A step takes {planned.step:.3g} s converted and {planned.softmax_step:.3g} s as softmax "
         f"({ratio:.2g} times as fast); {parameters / 1e6:,.1f}M parameters.",
         f"Memory while training: {planned.memory / 1e9:.1f} GB{available}.",
