@@ -64,16 +64,17 @@ def loss_by_position(
         models: name → buckets with `start`, `stop` and `loss`, as evaluation scores them.
         label: of the axis of losses.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
-    styles = zip(COLORS[::4] + COLORS[2::4], "osD^", ("-", "--", "-.", ":"), strict=True)
+    edges: set[int] = set()
+    styles = zip(COLORS[::4] + COLORS[2::4] + COLORS[1::2], "osD^vP*X", 2 * ("-", "--", "-.", ":"), strict=True)
     for (color, marker, line), (name, buckets) in zip(cycle(styles), models.items(), strict=False):
         places = [(bucket["start"] * (bucket["stop"] - 1)) ** 0.5 for bucket in buckets]  # the middle of a bucket
         values = [bucket["loss"] for bucket in buckets]
         axes.plot(places, values, marker=marker, linestyle=line, color=color, label=_name(Path(name).name))
-        edges = [bucket["start"] for bucket in buckets] + [buckets[-1]["stop"]]
-        axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
+        edges |= {bucket["start"] for bucket in buckets} | {buckets[-1]["stop"]}
+    axes.set_xticks(sorted(edges), [f"{edge:,}" for edge in sorted(edges)], rotation=45)
     axes.set_xlabel("position of the predicted token")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
