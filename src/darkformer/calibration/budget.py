@@ -203,15 +203,15 @@ def too_small(budget: Budget, least: DarkConfig, least_bytes: int, softmax: int,
     )
 
 
-def check_budget_config(config: DarkConfig, context: int) -> None:
+def check_budget_config(config: DarkConfig, context: int | None = None) -> None:
     """What a budget chooses must be open in the configuration that it starts from, and there must be a far field.
 
     Args:
-        context: tokens of the sequences that heads are chosen on.
+        context: tokens of the sequences that heads are chosen on, cut to a window of `CONSTANT_WINDOW`.
 
     Raises:
         ConfigError: exact heads, windows of layers or softmax everywhere are chosen already; sliding layers are to be
-            converted, whose heads are not measured; or a window of `CONSTANT_WINDOW` sees all of the context.
+            converted, whose heads are not measured; or the window sees all of the context.
     """
     if config.keep_exact:
         raise ConfigError("--keep-exact beside --budget: a budget chooses the exact heads itself. Give one of them.")
@@ -223,7 +223,7 @@ def check_budget_config(config: DarkConfig, context: int) -> None:
         raise ConfigError(
             "--convert-sliding beside --budget: heads are chosen in layers that attend to everything. Give one of them."
         )
-    if context <= CONSTANT_WINDOW + config.sinks + 1:
+    if context is not None and context <= CONSTANT_WINDOW + config.sinks + 1:
         raise ConfigError(
             f"--context {context} beside --budget: a window of {CONSTANT_WINDOW} and {config.sinks} sinks see all of "
             "it, so there is no far field to choose heads by. Give a longer context."

@@ -162,7 +162,7 @@ def run_budget(
         DarkformerError: bad input, or a folder that holds another run.
     """
     reporter, started = reporter or Silent(), time.perf_counter()
-    check_budget_config(config, task.context)
+    check_budget_config(config)
     check_folder(out)
     claim = {
         "command": "budget", "model": model_name, "config": config.to_dict(),

@@ -59,7 +59,7 @@ class Demo:
     ) -> None:  # fmt: skip
         if default.window == 0:
             raise ConfigError("window=0: the demo also measures window and sinks alone: give a window of at least 1.")
-        check_budget_config(default, demo.context)
+        check_budget_config(default)
         if training.train == "geometry" and default.method not in ("dark", "lfk"):
             raise ConfigError(f"train='geometry' with method={default.method!r}, which has none: use all, qkv or none.")
         self.demo, self.default, self.training, self.out, self.reporter = demo, default, training, out, reporter
