@@ -259,11 +259,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=1, help="Sequences of each text.")
     parser.add_argument("--ranks", type=int, nargs="*", default=[32, 128, 512], help="Ranks m.")
     parser.add_argument(
-        "--landmarks",
-        type=int,
-        nargs="*",
-        default=[1024, 512, 2048, 512],
-        help="Numbers of landmarks of fixed features.",
+        "--landmarks", type=int, nargs="*", default=[1024, 512, 2048, 512], help="Numbers of landmarks of features."
     )
     parser.add_argument(
         "--ridges", type=float, nargs="*", default=[0.0, 1e-6, 1e-6, 1e-4], help="Ridge of each of these numbers."

@@ -187,7 +187,7 @@ def main() -> None:
         if row.learns:
             learning = {"transfer_steps": options.transfer_steps, "window_dropout": options.window_dropout}
             training = replace(training, **learning)
-        folder = work / name.replace(" ", "-").replace("%", "")
+        folder = work / name.replace(" ", "-")
         run = linearize(
             source, folder, data=recipe["data"], held_out=[str(options.texts[0])], config=row.config, training=training,
             context=context, budget=row.budget, resume=True, reporter=reporter,
