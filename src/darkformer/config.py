@@ -311,6 +311,12 @@ class DarkConfig:
         """The window of one layer."""
         return dict(self.layer_windows).get(layer, self.window)
 
+    def constant_parts(self, layer: int, num_kv_heads: int) -> list[tuple[DarkConfig, tuple[int, ...]]]:
+        """Configuration and heads of each part of a layer with constant state: heads with features, and without."""
+        parts, form = self.head_kinds(layer, num_kv_heads), dataclasses.replace(self, window=self.window_of(layer))
+        both = ((self.method, parts.features), ("local", parts.local))
+        return [(dataclasses.replace(form, method=method), heads) for method, heads in both if heads]
+
     def at_layer(self, layer: int, num_kv_heads: int) -> DarkConfig:
         """What this configuration means for the heads of one layer that are not exact: its method and window.
 

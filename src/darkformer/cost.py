@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import statistics
 from collections.abc import Iterable, Mapping
@@ -57,12 +56,10 @@ def layer_bytes(
     A cache allocates windows whole: a sequence shorter than the window takes as much.
     """
     shape: dict[str, Any] = dict(head_dim=head_dim, value_dim=value_dim, element_bytes=element_bytes)
-    parts = config.head_kinds(layer, num_kv_heads)
-    form = dataclasses.replace(config, window=config.window_of(layer))
-    total = kv_cache_bytes(seq_len, num_kv_heads=len(parts.exact), **shape) if parts.exact else 0
-    for heads, method in ((parts.local, "local"), (parts.features, config.method)):
-        if heads:
-            total += state_bytes(dataclasses.replace(form, method=method), num_kv_heads=len(heads), **shape)
+    exact = len(config.head_kinds(layer, num_kv_heads).exact)
+    total = kv_cache_bytes(seq_len, num_kv_heads=exact, **shape) if exact else 0
+    for form, heads in config.constant_parts(layer, num_kv_heads):
+        total += state_bytes(form, num_kv_heads=len(heads), **shape)
     return total
 
 

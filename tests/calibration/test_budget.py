@@ -16,7 +16,6 @@ from darkformer.calibration.budget import (
     Choice,
     Chooser,
     calibrate_within,
-    choose_budget,
     converted_bytes,
     counts_features,
     full_context,
@@ -48,9 +47,8 @@ def found(model: Any) -> Sensitivity:
 
 
 def chosen(model: Any, found: Sensitivity, text: str, **options: Any) -> Choice:
-    budget = Budget.parse(text, LENGTH)
-    (choice,) = choose_budget(model, BATCHES, [budget], config=FORM, measured=found, dtype="float32", **options)
-    return choice
+    chooser = Chooser(model, BATCHES, found, config=FORM, dtype="float32", **options)
+    return chooser.choose(Budget.parse(text, LENGTH))
 
 
 class TestParse:
@@ -94,16 +92,17 @@ class TestChoice:
         assert cache_bytes(cache) == model_bytes(linear.config, layers, choice.config, 700)
 
     def test_heads_come_in_their_order(self, model: Any, found: Sensitivity) -> None:
-        few, many = (chosen(model, found, text, by_layer=False).config.keep_exact for text in ("30%", "70%"))
+        few, many = (chosen(model, found, text).config.keep_exact for text in ("30%", "70%"))
         names = [f"{layer}.{head}" for layer, head in found.order]
         for kept in (few, many):
             plain = {f"{layer}.{head}" for layer, head in found.order if layer in kept} | set(map(str, kept))
             assert set(names[: len(plain & set(names))]) == plain & set(names)
 
     def test_the_best_candidate_is_taken(self, model: Any, found: Sensitivity) -> None:
-        choice = chosen(model, found, "40%", by_layer=False)
-        best = min(choice.tried, key=lambda row: row["score"])
-        assert (best["window"], best["size"]) == (choice.config.window, choice.size)
+        choice = chosen(model, found, "40%")
+        best, config = min(choice.tried, key=lambda row: row["score"]), choice.config
+        assert (best["window"], best["size"]) == (config.window, choice.size)
+        assert (best["heads"], best["layer_windows"]) == (len(config.keep_exact), len(config.layer_windows))
 
     def test_nothing_and_everything(self, model: Any, found: Sensitivity) -> None:
         constant, whole = chosen(model, found, "0"), chosen(model, found, "100%")
@@ -168,14 +167,14 @@ class TestBadInput:
         with pytest.raises(ConfigError, match=r"a budget of 1% at 4,000 tokens is .* take .* MB \(\d+\.\d%\)"):
             chosen(model, found, "1%")
 
-    def test_a_converted_model(self) -> None:
+    def test_a_converted_model(self, found: Sensitivity) -> None:
         linear = convert(tiny("llama"), DarkConfig(num_features=4))
         with pytest.raises(ConversionError, match="converted already"):
-            choose_budget(linear, BATCHES, [Budget.parse("10%", LENGTH)])
+            Chooser(linear, BATCHES, found, config=FORM)
 
-    def test_text_shorter_than_any_window(self, model: Any) -> None:
+    def test_text_shorter_than_any_window(self, model: Any, found: Sensitivity) -> None:
         with pytest.raises(InputError, match="no far field to cut"):
-            choose_budget(model, [tokens(1, 40)], [Budget.parse("50%", LENGTH)])
+            Chooser(model, [tokens(1, 40)], found, config=FORM)
 
 
 def test_wider_windows_go_where_they_gain_and_are_paid_for(model: Any, found: Sensitivity) -> None:
@@ -194,12 +193,9 @@ def test_wider_windows_go_where_they_gain_and_are_paid_for(model: Any, found: Se
 
 def test_candidates_say_their_size_at_the_length_of_each_budget(model: Any, found: Sensitivity) -> None:
     budgets = [Budget.parse("40%", LENGTH), Budget.parse("40%", LENGTH + 100)]
-    choices = choose_budget(
-        model, BATCHES, budgets, config=FORM, measured=found, dtype="float32", by_layer=False, count_features=False
-    )
-    for choice in choices:
-        own = [row["size"] for row in choice.tried if row["window"] == choice.config.window]
-        assert own == [choice.size]
+    chooser = Chooser(model, BATCHES, found, config=FORM, dtype="float32", count_features=False)
+    for choice in map(chooser.choose, budgets):
+        assert choice.size in [row["size"] for row in choice.tried if row["window"] == choice.config.window]
 
 
 class TestWhatChoosersRemember:
@@ -235,11 +231,11 @@ def test_the_length_that_a_model_reads(model: Any) -> None:
 
 def test_a_context_beyond_learned_positions(model: Any) -> None:
     longer = 1 + full_context(model)
-    check_context(model, longer)  # rotations have no end
+    check_context(model.config, longer)  # rotations have no end
     learned = tiny("gpt2")
-    check_context(learned, full_context(learned))
+    check_context(learned.config, full_context(learned))
     with pytest.raises(InputError, match=r"has positions for \d+ tokens. Give a smaller --context"):
-        check_context(learned, 1 + full_context(learned))
+        check_context(learned.config, 1 + full_context(learned))
 
 
 class TestWithin:

@@ -126,10 +126,10 @@ def test_slopes_of_several_windows_at_a_mixed_state() -> None:
     measure = measure_of(model, rows)
     state = [[EXACT, 8], [16, 8], [EXACT, EXACT]]
     others = {4: [(0, 1), (1, 0)], EXACT: [(1, 0), (1, 1)]}
-    together = measure.slopes("text", state, others)
+    together = measure.slopes("text", state, others, at=0.0)
     for window, heads in others.items():
         for n, head in enumerate(heads):
-            alone = measure.slopes("text", state, {window: [head]})[window]
+            alone = measure.slopes("text", state, {window: [head]}, at=0.0)[window]
             assert float(alone) == pytest.approx(float(together[window][n]), rel=1e-9)
 
 

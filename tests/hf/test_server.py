@@ -170,6 +170,18 @@ def test_a_stored_prompt_is_read_once(
         assert counter.tokens > len(prompt.tokens)  # what begins otherwise is read as a whole
 
 
+def test_a_hub_default_that_generate_ignores_is_ignored(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = prompt_of(tokenizer, TEXT)
+    stored, wanted = read_prompt(model, prompt), _generated(model, tokenizer, TEXT + "A block")
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "hybrid")
+    counter.tokens = 0
+    with _client(model, tokenizer, stored=[stored]) as client:
+        assert _complete(client, TEXT + "A block") == wanted
+    assert counter.tokens < len(prompt.tokens)
+
+
 def test_a_chat_that_goes_on_reads_what_is_new(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, counter: Counter
 ) -> None:

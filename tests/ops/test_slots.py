@@ -171,6 +171,21 @@ def test_one_request_with_nan_spoils_no_other(backend: str, length: int) -> None
     assert relative_error(torch.cat(after.outputs), expected(case, after)[:1]) <= limit
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refused_first_token_hides_the_slots_last_request(backend: str) -> None:
+    case, answers = CASES[1], []
+    own = make_sequence(case, 4, 4, torch.float32)
+    own.key[0] = torch.nan
+    for left_behind in (0.0, 2.0):
+        slots, pool = make_slots(case, torch.float32, backend)
+        pool.fill_(left_behind)
+        sequence = Sequence(own.query, own.key, own.value, own.slot)
+        for _ in range(4):
+            step(slots, pool, [sequence])
+        answers.append(torch.cat(sequence.outputs))
+    torch.testing.assert_close(answers[0], answers[1], rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_slot_has_the_size_of_its_state() -> None:
     """m·(d + 2) float32 numbers a head for sums and (window + sinks)·2d of the keys' dtype, in whole cache lines."""
     config = DarkConfig(num_features=128, window=64, sinks=4)

@@ -212,7 +212,7 @@ class TestSwitchingOff:
     def test_not_unless_asked_for(self) -> None:
         model = _uneven(replace(SMALL, drop_features=False))
         choices = calibrate(model, BATCHES)
-        assert [choice.features for choice in choices] == [[True, False]] * 3
+        assert [choice.features for choice in choices] == [[True, True]] * 3  # they are left on
         assert [fm.heads for fm in dark_layers(model)] == [(0, 1)] * 3
         assert model.config.darkformer["no_features"] == []
 

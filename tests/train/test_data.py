@@ -1,5 +1,6 @@
 """Text sources, their refusals, the split and the token blocks."""
 
+import copy
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hang import HANG_SECONDS
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from darkformer import InputError, MissingExtraError
@@ -18,6 +20,7 @@ from darkformer.train.data import (
     blocks_of,
     load_documents,
     load_texts,
+    prefix_of,
     pydoc_documents,
     read_file,
     split_documents,
@@ -299,6 +302,21 @@ class TestTokenBlocks:
         blocks = token_blocks(tokenizer, ["one two three", "four five six one"], seq_len=4)
         assert blocks.dtype == torch.int64
         assert blocks.tolist() == [[2, 3, 4, 0], [5, 6, 1, 2]]  # the last end of text fills no block
+
+    @pytest.mark.parametrize("in_memory", [2**23, 3], ids=["memory", "file"])
+    def test_blocks_begin_as_the_tokenizer_begins_a_text(
+        self, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, in_memory: int
+    ) -> None:
+        monkeypatch.setattr("darkformer.train.data.TOKENS_IN_MEMORY", in_memory)
+        monkeypatch.setattr("darkformer.train.data.PIECE", 8)  # two blocks at a time
+        begun = copy.deepcopy(tokenizer)
+        template = TemplateProcessing(single="five $A one", special_tokens=[("five", 6), ("one", 2)])
+        begun.backend_tokenizer.post_processor = template
+        assert prefix_of(begun) == [6] and prefix_of(tokenizer) == []
+        blocks = token_blocks(begun, ["one two three", "four five six one", "two"], seq_len=4)
+        assert blocks.tolist() == [[6, 2, 3, 4], [6, 0, 5, 6], [6, 1, 2, 0]]
+        with pytest.raises(InputError, match="sequences of 1 tokens: the tokenizer alone begins each with 1"):
+            token_blocks(begun, ["one two"], seq_len=1)
 
     def test_without_an_end_of_text(self, tokenizer: PreTrainedTokenizerFast) -> None:
         class Endless:

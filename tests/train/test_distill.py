@@ -10,15 +10,15 @@ from hf.families import DARK, linear, tiny, tokens
 
 from darkformer import ConfigError, ConversionError, TrainConfig, convert, dark_layers, finetune
 from darkformer.train.distill import distillation_loss, teacher_of
-from darkformer.train.evaluate import LOGITS_AT_ONCE
 from darkformer.train.window_dropout import NARROWEST, drawn_window
 
 BLOCKS = tokens(12, 24)
 QUICK = dict(steps=4, warmup=0, seq_len=24, batch_size=2, dtype="float32", lr=1e-3, geometry_lr=1e-2)
 
 
-def test_the_loss_is_the_divergence_and_the_cross_entropy() -> None:
-    length = LOGITS_AT_ONCE + 40  # more than one part
+def test_the_loss_is_the_divergence_and_the_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("darkformer.train.evaluate.LOGITS_AT_ONCE", 11 * 16)
+    length = 40  # more than one part
     torch.manual_seed(0)
     logits, teacher = torch.randn(2, length, 11, requires_grad=True), torch.randn(2, length, 11)
     labels = torch.randint(11, (2, length))

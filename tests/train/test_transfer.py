@@ -141,8 +141,8 @@ def test_a_layer_that_no_longer_improves_stops(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_heads_whose_features_do_not_pay_lose_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MARGIN", 0.9)  # hardly any feature saves so much
     model = calibrated(replace(CONFIG, drop_features=True))
+    monkeypatch.setattr("darkformer.calibration.calibrate.MARGIN", 0.9)  # hardly any feature saves so much
     model.train()
     reports = transfer(model, BATCHES, **FEW)
     dropped = {f"{r.layer}.{head}" for r in reports for head, keep in zip(r.heads, r.features, strict=True) if not keep}

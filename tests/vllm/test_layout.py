@@ -14,7 +14,7 @@ import torch
 
 from darkformer import ConversionError, DarkConfig
 from darkformer.ops.slots import slot_words
-from darkformer.vllm.layout import TOKENS, Layout, converted_layers, kinds_of, layout_of
+from darkformer.vllm.layout import TOKENS, Layout, converted_layers, kinds_before, kinds_of, layout_of
 
 ROOT = Path(__file__).parents[2]
 #: SmolLM2-135M.
@@ -36,7 +36,7 @@ def lay_out(text_config: SimpleNamespace, dtype: torch.dtype = torch.bfloat16) -
 def bytes_after(layout: Layout, tokens: int) -> int:
     """Bytes of a request in vLLM, without what its grouping of layers adds."""
     pages = 1 + max(place.page for place in layout.places.values())
-    attentions = sum(len(layer.parts.exact) for layer in layout.layers.values()) // (layout.together or 1)
+    attentions = sum(len(layer.exact) for layer in layout.layers.values()) // (layout.together or 1)
     blocks = 0 if layout.block is None else attentions * math.ceil(tokens / layout.block)
     return (pages + blocks) * layout.page
 
@@ -68,9 +68,9 @@ def test_every_state_has_a_place_of_its_own(config: DarkConfig, layers: Any) -> 
     layout = lay_out(described(config, layers))
     used: dict[int, list[tuple[int, int]]] = {}
     for layer in layout.layers.values():
-        heads = [head for _, part in layer.configs() for head in part]
-        assert sorted([*heads, *layer.parts.exact]) == list(range(HEADS))
-        for number, (own, part) in enumerate(layer.configs()):
+        heads = [head for _, part in layer.parts for head in part]
+        assert sorted([*heads, *layer.exact]) == list(range(HEADS))
+        for number, (own, part) in enumerate(layer.parts):
             place = layout.places[layer.index, number]
             words = slot_words(own, num_kv_heads=len(part), head_dim=DIM, dtype=torch.bfloat16)
             assert own.window == config.window_of(layer.number)
@@ -96,6 +96,25 @@ def test_a_folder_of_the_first_version_is_read_by_its_layer_types() -> None:
     config = described(DarkConfig())
     config.darkformer_saved_layers, config.layer_types = None, ["full_attention", "sliding_attention"] * (LAYERS // 2)
     assert sorted(converted_layers(config, HEADS)) == list(range(0, LAYERS, 2))
+    # vLLM's names in their place, as the settings leave them.
+    config.darkformer_layer_types, config.layer_types = config.layer_types, ["linear_attention", "sliding_attention"]
+    assert sorted(converted_layers(config, HEADS)) == list(range(0, LAYERS, 2))
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear_attention", "chunked_attention"])
+def test_layers_that_keep_something_else_are_refused(kind: str) -> None:
+    config = described(DarkConfig())
+    config.model_type, config.layer_types = "odd", ["full_attention", kind] * (LAYERS // 2)
+    with pytest.raises(ConversionError, match=f"odd has layers of the kinds .*{kind}"):
+        kinds_before(config)
+
+
+def test_models_of_other_mixers_are_refused() -> None:
+    class Mixed(SimpleNamespace):
+        layers_block_type = property(lambda _: ["mamba", "attention"])
+
+    with pytest.raises(ConversionError, match="layers of the kinds attention, mamba"):
+        kinds_before(Mixed(model_type="odd"))
 
 
 @pytest.mark.parametrize("changes", [{"calls": 2}, {"slots": [0, 1]}], ids=["twice", "shared"])

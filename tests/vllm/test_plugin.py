@@ -115,7 +115,7 @@ def test_a_traced_model_answers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         assert served.tokens(want["prompts"], NEW) == want["tokens"]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-heads"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prefix_that_was_read_before_is_not_read_again(name: str) -> None:
     """States are copied at the ends of blocks; requests that share a prefix go on from a copy each."""
     want = expected(name)
@@ -153,8 +153,9 @@ def test_aborted_requests_leave_nothing_behind() -> None:
     want = expected("llama-heads")
     settings = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     with engine("llama-heads", **MIXED) as served:
-        before, to_abort = served.free_blocks, ["1", "3", "5", "6"]
-        kept = {str(i): x for i, x in enumerate(want["tokens"]) if str(i) not in to_abort}
+        before, aborted = served.free_blocks, ["1", "3", "5", "6"]
+        to_abort = list(aborted)
+        kept = {str(i): x for i, x in enumerate(want["tokens"]) if str(i) not in aborted}
         answers = {}
         for i, p in enumerate(want["prompts"]):
             served.engine.add_request(str(i), {"prompt_token_ids": p}, settings)
@@ -166,6 +167,7 @@ def test_aborted_requests_leave_nothing_behind() -> None:
             if step % 2 == 0 and to_abort:
                 served.engine.abort_request([to_abort.pop(0)])
         assert {i: answers[i] for i in kept} == kept
+        assert all(len(answers.get(i, [])) < NEW for i in aborted)
         assert served.free_blocks == before
 
 

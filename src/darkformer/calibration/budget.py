@@ -21,7 +21,7 @@ from ..reporting import Progress
 from .calibrate import HeadChoice, calibrate
 from .measure import frozen, measurement
 from .mixed import EXACT, MixedAttention
-from .sensitivity import Sensitivity, sensitivity
+from .sensitivity import Sensitivity
 from .window_changes import WindowChange, window_changes
 
 T = TypeVar("T")
@@ -74,9 +74,18 @@ class Budget:
         power = "BKMG".index(unit[0].upper())
         return cls(None, int(number * (1024 if "i" in unit else 1000) ** power), length)
 
+    @property
+    def constant(self) -> bool:
+        """Constant state: no exact head, however many bytes the rest takes."""
+        return self.share == 0.0
+
     def bytes_of(self, softmax: int) -> int:
         """The budget in bytes, of a model whose softmax cache has `softmax` bytes."""
         return self.size if self.size is not None else int((self.share or 0.0) * softmax)
+
+    def limit(self, softmax: int) -> int | None:
+        """The most bytes that a model may keep whose softmax cache has `softmax`; None in constant state."""
+        return None if self.constant else self.bytes_of(softmax)
 
     def __str__(self) -> str:
         kept = f"{self.size / 1e6:g} MB" if self.size is not None else f"{100 * (self.share or 0.0):g}%"
@@ -90,7 +99,7 @@ class Choice:
     Attributes:
         config: the configuration to convert with.
         size, softmax: bytes one sequence of `length` tokens keeps with it and with softmax. Features that were not
-            counted (`choose_budget`) add to `size` where calibration leaves them on.
+            counted (`Chooser`) add to `size` where calibration leaves them on.
         tried: the candidates, one a row: window, heads (exact ones), size; text, recall (losses in nats per token with
             window and sinks beside the exact heads, no features); score (the share of a token's probability that is
             lost against softmax, as a geometric mean, of text and of recall added up).
@@ -237,8 +246,7 @@ def counts_features(budget: Budget, config: DarkConfig, training: TrainConfig) -
     sake, or because in constant state there is nothing else for the far field. Else they stay only where they beat a
     wider window of as many bytes.
     """
-    constant = budget.share == 0.0 and training.trains
-    return constant or training.trains_features or not config.drop_features
+    return (budget.constant and training.trains) or training.trains_features or not config.drop_features
 
 
 def settled(budget: str | None, make: Callable[[str], T], say: Callable[[str], None]) -> T | None:
@@ -278,7 +286,7 @@ def check_budget(model: Any, budget: Budget, config: DarkConfig, *, dtype: str, 
     """Refuses a budget that no choice can keep, before minutes of measuring.
 
     Args:
-        model: the softmax model, not converted. config, dtype, count_features: as for `choose_budget`.
+        model: the softmax model, not converted. config, dtype, count_features: as for `Chooser`.
 
     Raises:
         ConfigError: not even the smallest windows fit (the message has the least budget).
@@ -291,28 +299,44 @@ def check_budget(model: Any, budget: Budget, config: DarkConfig, *, dtype: str, 
         model_bytes(settings, layers, form, budget.length, element_bytes=cache_element_bytes(model, dtype))
         for form in forms
     )
-    if budget.share != 0.0 and budget.bytes_of(softmax) < min(size, softmax):
+    if not budget.constant and budget.bytes_of(softmax) < min(size, softmax):
         raise too_small(budget, least, size, softmax, count_features)
 
 
 class Chooser:
-    """Chooses exact heads and windows for budgets; measurements for one budget are reused for the others.
+    """Chooses exact heads and windows that lose least for each budget; what it measures for one serves the others.
+
+    Heads are taken in the order of their sensitivity. For each window as many of them stay exact as the budget allows,
+    and the losses of such a model (window and sinks elsewhere) are measured on the text and on numbers to be recalled.
+    The candidate that loses least is chosen. Then windows may differ by layer: twice as wide where that gains most,
+    half where it costs least, if that loses less when measured.
 
     Args:
+        model: the softmax model, not converted; it stays as it is.
+        batches: token ids (B, L) or dicts, as for `sensitivity`; L is the context it is chosen at.
+        measured: the `sensitivity` of its heads.
+        tokenizer: the model's own, for recall.
+        config: everything but heads and windows.
+        dtype: as for `sensitivity`; keys and values are counted at 2 bytes a number where it is bfloat16, else at those
+            of the model's weights.
+        count_features: features count against the budget. False: heads and windows use all of it, and features stay
+            only where they beat a wider window, within what is left: see `calibrate_within`.
+        prompts: as for `sensitivity`.
         folder: of the `sensitivity`. Measurements of windows are kept there too, so that a chooser that continues an
             interrupted one makes the same choices.
-        model, batches, measured, tokenizer, config, dtype, by_layer, count_features, prompts, seed: as in
-            `choose_budget`.
+
+    Raises:
+        ConversionError, InputError: as `sensitivity`.
     """
 
     def __init__(
         self, model: Any, batches: Iterable[Any], measured: Sensitivity, *, tokenizer: Any = None,
-        config: DarkConfig | None = None, dtype: str = "auto", by_layer: bool = True, count_features: bool = True,
-        prompts: int = 4, seed: int = 0, folder: str | Path | None = None,
+        config: DarkConfig, dtype: str = "auto", count_features: bool = True, prompts: int = 4,
+        folder: str | Path | None = None,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.order = model, list(batches), measured.order
-        self.config, self.by_layer, self.count_features = config or DarkConfig(), by_layer, count_features
-        self.options: dict[str, Any] = dict(tokenizer=tokenizer, sinks=self.config.sinks, seed=seed, dtype=dtype)
+        self.config, self.count_features = config, count_features
+        self.options: dict[str, Any] = dict(tokenizer=tokenizer, sinks=config.sinks, seed=0, dtype=dtype)
         self.measure = measurement(
             model, self.batches, longest=WINDOWS[0], context=None, prompts=prompts, **self.options
         )
@@ -336,7 +360,7 @@ class Chooser:
         size = budget.bytes_of(softmax)
         if size >= softmax:
             return Choice(dataclasses.replace(self.config, method="exact"), softmax, softmax, length)
-        if budget.share == 0.0:
+        if budget.constant:
             constant = self.candidate(min(CONSTANT_WINDOW, max(self.windows)), 0)
             return Choice(constant, self.bytes_of(constant, length), softmax, length)
         possible = [x for x in (self.filled(window, size, length) for window in self.windows) if x is not None]
@@ -345,7 +369,7 @@ class Chooser:
             raise too_small(budget, least, self.bytes_of(least, length), softmax, self.count_features)
         with frozen(self.model):
             best, tried = self._climbed(possible, length)
-            if self.by_layer and best.keep_exact and 2 * best.window + best.sinks + 1 < self.context:
+            if best.keep_exact and 2 * best.window + best.sinks + 1 < self.context:
                 refined = self.refined(best, self._changes_at(best), size - self.bytes_of(best, length))
                 if refined.layer_windows and self.bytes_of(refined, length) <= size:
                     tried.append(self.row(refined, length))
@@ -460,65 +484,3 @@ class Chooser:
                 **losses, "score": score,
             }  # fmt: skip
         return self._known[config] | {"size": self.bytes_of(config, length)}  # budgets differ in length
-
-
-def choose_budget(
-    model: Any,
-    batches: Iterable[Any],
-    budgets: Sequence[Budget],
-    *,
-    tokenizer: Any = None,
-    config: DarkConfig | None = None,
-    measured: Sensitivity | None = None,
-    dtype: str = "auto",
-    by_layer: bool = True,
-    count_features: bool = True,
-    prompts: int = 4,
-    folder: str | Path | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Choice]:
-    """Exact heads and windows that lose least for each budget.
-
-    Heads are taken in the order of their sensitivity. For each window as many of them stay exact as the budget allows,
-    and the losses of such a model (window and sinks elsewhere) are measured on the text and on numbers to be recalled.
-    The candidate that loses least is chosen.
-
-    Args:
-        model: the softmax model, not converted; it stays as it is.
-        batches: token ids (B, L) or dicts, as for `sensitivity`; L is the context it is chosen at.
-        budgets: see `Budget.parse`. A share of 0 is constant state: no exact head.
-        tokenizer: the model's own, for recall.
-        config: everything but heads and windows; the default's features count against the budget.
-        measured: the result of an earlier `sensitivity`; by default it is measured here.
-        dtype: as for `sensitivity`; keys and values are counted at 2 bytes a number where it is bfloat16, else at those
-            of the model's weights.
-        count_features: features count against the budget. False: heads and windows use all of it, and features stay
-            only where they beat a wider window, within what is left: see `calibrate_within`.
-        by_layer: windows may differ by layer: twice as wide where that gains most, half where it costs least, if that
-            loses less when measured.
-        prompts, folder, seed, progress: as for `sensitivity`.
-
-    Returns:
-        One `Choice` a budget, in their order.
-
-    Raises:
-        ConfigError: a budget that not even the smallest windows fit (the message has the least budget).
-        ConversionError, InputError: as `sensitivity`.
-    """
-    config, batches = config or DarkConfig(), list(batches)
-    if measured is None:
-        measured = sensitivity(
-            model, batches, tokenizer=tokenizer, sinks=config.sinks, dtype=dtype, prompts=prompts, folder=folder,
-            seed=seed, progress=progress,
-        )  # fmt: skip
-    chooser = Chooser(
-        model, batches, measured, tokenizer=tokenizer, config=config, dtype=dtype, by_layer=by_layer,
-        count_features=count_features, prompts=prompts, seed=seed,
-    )  # fmt: skip
-    choices = []
-    for i, budget in enumerate(budgets):
-        choices.append(chooser.choose(budget))
-        if progress:
-            progress(i + 1, len(budgets))
-    return choices

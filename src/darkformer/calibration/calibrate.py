@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class HeadChoice:
     heads: list[int]  # numbers of the kv heads in the layer
     scale: list[float]
     far_bias: list[float]
-    features: list[bool]  # whether they lower the error enough; where not, `drop_features` switched them off
+    features: list[bool]  # whether they are left on: they lower the error enough, or the configuration keeps them
     error: list[float]  # with features, at the choice
     error_unscaled: list[float]  # the same at scale 1 without bias (isotropic if the proposal does not exist there)
     error_exact_part: list[float]  # the same without any features
@@ -134,13 +134,12 @@ def _search_layer(fm: FeatureMap, probe: SpreadProbe, proposals: HeadProposals |
         fm.set_("far_bias", bias)
     far = probe.features(fm.parameters_for(torch.float32)._replace(far_bias=None))
     check, without = probe.errors(far, bias, at[1:])[0].nan_to_num(nan=torch.inf), probe.errors_exact_part(at[1:])[0]
-    pays = without - check > (MARGIN * without).clamp_min(NEGLIGIBLE)
-    pays |= ~(without > 0)  # the window covers the whole text, which is no reason to drop the features
     wider = probe.errors_of_window(fm.config.window + keys_of_features(fm, key_bytes), at[1:])[0]
     columns = (check.sqrt(), candidates[0].error_held_back.sqrt(), without.sqrt(), wider.sqrt())
     return HeadChoice(
-        fm.layer, list(fm.heads), chosen.tolist(), bias.tolist(), pays.tolist(), *(x.tolist() for x in columns)
-    )
+        fm.layer, list(fm.heads), chosen.tolist(), bias.tolist(), pays(check, without).tolist(),
+        *(x.tolist() for x in columns),
+    )  # fmt: skip
 
 
 def _set_closed_forms(
@@ -187,19 +186,34 @@ def _line_search(
     return choices
 
 
-def _drop(model: nn.Module, layers: list[FeatureMap], choices: list[HeadChoice], equal_bytes: bool) -> None:
-    """Switches features off where they do not lower the error enough, in layers that have a window."""
-    if equal_bytes:
-        for choice in choices:
-            better = [a < BYTES_MARGIN * b for a, b in zip(choice.error, choice.error_equal_bytes, strict=True)]
-            choice.features[:] = [pays and wins for pays, wins in zip(choice.features, better, strict=True)]
+def pays(error: Tensor, without: Tensor) -> Tensor:
+    """Whether features bring a squared error far enough down, from `without` them; also where there is nothing far."""
+    return (without - error > (MARGIN * without).clamp_min(NEGLIGIBLE)) | ~(without > 0)
+
+
+class Report(Protocol):
+    """What was found of one layer: a `HeadChoice`, or a `LayerTransfer`."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def heads(self) -> list[int]: ...
+    @property
+    def features(self) -> list[bool]: ...
+
+
+def drop_unpaid(model: nn.Module, layers: Iterable[FeatureMap], reports: Iterable[Report]) -> None:
+    """Switches off the features that do not pay, where the configuration allows it and there is a window.
+
+    Args:
+        reports: their `features` say on entry which pay, and afterwards which are left on.
+    """
     droppable = {fm.layer for fm in layers if fm.config.drop_features and fm.config.window > 0}
-    heads = {
-        (choice.layer, head)
-        for choice in choices
-        for head, pays in zip(choice.heads, choice.features, strict=True)
-        if choice.layer in droppable and not pays
-    }
+    heads: set[tuple[int, int]] = set()
+    for report in reports:
+        if report.layer not in droppable:
+            report.features[:] = [True] * len(report.heads)
+        heads |= {(report.layer, head) for head, on in zip(report.heads, report.features, strict=True) if not on}
     if heads:
         drop_features(model, heads)
 
@@ -210,7 +224,7 @@ def calibrate(
 ) -> list[HeadChoice]:  # fmt: skip
     """Sets centres, balance, proposal, scale and bias of every layer from the softmax model's own queries and keys.
 
-    Makes one pass over `batches`. All but the last give the moments, from which centres and balance follow in closed
+    All of `batches` but the last give the moments, from which centres and balance follow in closed
     form. On the last, which is held back, a line search over `SCALES` chooses each head's scale by the measured error
     (bias² + variance) of what the head adds to the residual stream, together with the bias of the features against the
     exact part: the best of a few offsets around the median log-ratio of far masses, plus `CAUTION` where there is a
@@ -264,8 +278,11 @@ def calibrate(
         proposals = _set_closed_forms(model, layers, every[:-1] or every, tick)
         element_bytes = element_bytes or next(model.parameters()).element_size()
         choices = _line_search(model, layers, every[-1], proposals, element_bytes)
-        if drop:
-            _drop(model, layers, choices, equal_bytes)
+        if equal_bytes:
+            for choice in choices:
+                better = [a < BYTES_MARGIN * b for a, b in zip(choice.error, choice.error_equal_bytes, strict=True)]
+                choice.features[:] = [on and wins for on, wins in zip(choice.features, better, strict=True)]
+        drop_unpaid(model, layers if drop else [], choices)
     finally:
         model.train(was_training)
     if progress:

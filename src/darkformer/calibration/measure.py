@@ -73,7 +73,7 @@ class Measure:
 
     def slopes(
         self, name: str, windows: Sequence[Sequence[int]], others: Mapping[int, Sequence[tuple[int, int]]], *,
-        at: float = 0.0, part: Sequence[int] | None = None,
+        at: float = MIDDLE, part: Sequence[int] | None = None,
     ) -> dict[int, Tensor]:  # fmt: skip
         """First-order changes of a loss when heads go over to another window, from one backward pass a row.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import DarkConfig
 from ..features.affine import FeatureParameters, affine, key_log_features, query_log_features
+from .projections import squared_lengths
 
 #: Scales of the starting geometry that calibration tries: a colder kernel is biased but far less noisy. A diagnosis
 #: shows every second one.
@@ -77,10 +78,7 @@ class FarField:
 
     def squares(self, output: Tensor) -> Tensor:
         """(B, G, Q) squared length of outputs (B, G, R, Q, d_v), after the output projection if there is one."""
-        if self.output_gram is None:
-            return output.square().sum((2, 4))
-        joined = output.transpose(2, 3).flatten(3)  # the query heads of a group add up in the residual stream
-        return ((joined @ self.output_gram) * joined).sum(-1)
+        return squared_lengths(output, self.output_gram)
 
     @functools.cached_property
     def target_squares(self) -> Tensor:

@@ -70,3 +70,11 @@ def output_grams(model: nn.Module, batch: Any) -> dict[int, Tensor]:
         for handle in handles:
             handle.remove()
     return grams
+
+
+def squared_lengths(output: Tensor, gram: Tensor | None) -> Tensor:
+    """(B, G, L) squared length of outputs (B, G, R, L, d_v), after the output projection where its gram is known."""
+    if gram is None:
+        return output.square().sum((2, 4))
+    joined = output.transpose(2, 3).flatten(3)  # the query heads of a group add up in the residual stream
+    return ((joined @ gram) * joined).sum(-1)

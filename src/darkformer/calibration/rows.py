@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,11 @@ def text_rows(batches: Iterable[Any]) -> Rows:
     return Rows(tokens, None if bool(mask.all()) else mask, labels)
 
 
+def starts_rows(start: Sequence[int], ids: Tensor) -> bool:
+    """Whether every row of ids (N, L) begins with `start`, one special token or none: text in between has none."""
+    return bool(start) and ids.dim() == 2 and bool((ids[:, 0] == start[0]).all())
+
+
 def recall_rows(
     tokenizer: Any, text: Rows, context: int, count: int, *, seed: int = 0, facts: int = FACTS,
     wordings: tuple[tuple[str, str], ...] = WORDINGS, names: tuple[str, ...] = NAMES,
@@ -136,7 +141,10 @@ def recall_rows(
         return list(tokenizer(string, add_special_tokens=False).input_ids)
 
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    stream = text.ids.flatten() if text.mask is None else text.ids[text.mask]
+    ids, mask = text.ids, text.mask
+    if starts_rows(start, ids):
+        ids, mask = ids[:, 1:], None if mask is None else mask[:, 1:]
+    stream = ids.flatten() if mask is None else ids[mask]
     if len(stream) < context:
         raise InputError(
             f"the text has {len(stream)} tokens, prompts of {context} are to be made of it: give more text or a "

@@ -20,7 +20,7 @@ from ..errors import ConfigError, RunFolderError
 from ..hf.fingerprint import describe_base
 from ..records import as_written, read_kept, write_kept
 from ..reporting import Progress
-from .measure import MIDDLE, Measure, frozen, measurement
+from .measure import Measure, frozen, measurement
 from .mixed import EXACT
 from .rows import Rows
 
@@ -284,7 +284,7 @@ def _eliminate(measure: Measure, window: int, rounds: Sequence[int], steps: _Ste
             count = ROWS_A_ROUND if len(exact) > EVERY_ROW_FROM * len(heads) else len(rows)
             part = sorted({(ROWS_A_ROUND * number + i) % len(rows) for i in range(count)})
             others = {window: [heads[n] for n in exact]}
-            slopes[name] = measure.slopes(name, windows, others, at=MIDDLE, part=part)[window].tolist()
+            slopes[name] = measure.slopes(name, windows, others, part=part)[window].tolist()
         return slopes
 
     for number, size in enumerate(rounds):
@@ -305,7 +305,7 @@ def _slopes(measure: Measure, window: int, steps: _Steps) -> Values:
     exact = [[EXACT] * layer.num_kv_heads for layer in mixed.layers]
 
     def of_row(name: str, i: int) -> list[float]:
-        return measure.slopes(name, exact, {window: mixed.heads}, at=MIDDLE, part=[i])[window].tolist()
+        return measure.slopes(name, exact, {window: mixed.heads}, part=[i])[window].tolist()
 
     values = {}
     for name, rows in measure.rows.items():

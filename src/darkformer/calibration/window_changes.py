@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..reporting import Progress
-from .measure import MIDDLE, frozen, measurement
+from .measure import frozen, measurement
 from .mixed import EXACT
 
 
@@ -93,7 +93,7 @@ def window_changes(
             for name, rows in measure.rows.items():
                 summed = torch.zeros(len(heads), dtype=torch.float64)
                 for i in range(len(rows)):
-                    slopes = measure.slopes(name, state, {other: heads}, at=MIDDLE, part=[i])[other]
+                    slopes = measure.slopes(name, state, {other: heads}, part=[i])[other]
                     summed += slopes * rows[i : i + 1].count
                     done += 1
                     if progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -58,7 +57,7 @@ def plan(
     check_asked_budget(task.budget, config, task.sequence)
     settings = load_config(model)
     shape = shape_of(settings, model)
-    check_context(SimpleNamespace(config=settings), task.sequence)
+    check_context(settings, task.sequence)
     positions = getattr(settings.get_text_config(decoder=True), "max_position_embeddings", None)
     planned = estimate(shape, task, config, load_calibration(), positions=positions, name=model)
     print_rows(stage_rows(planned), f"linearize, {task.sequence:,} tokens a step, {task.precision}")

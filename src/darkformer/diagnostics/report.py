@@ -115,6 +115,8 @@ def _needed(record: Mapping[str, Any]) -> list[str]:
     if "needs" not in record:
         return []
     found, choice = record["needs"]["sensitivity"], record["needs"]["choice"]
+    if choice is None:
+        return [f"No heads were chosen: {record['needs']['problem']}"]
     rows = {f"{row['layer']}.{row['head']}": row for row in found["rows"]}
     names = [f"{layer}.{head}" for layer, head in found["order"]]
     kept = [name for name in names if name in choice["config"]["keep_exact"]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.budget import Budget, choose_budget, full_context
+from ..calibration.budget import Budget, Chooser, full_context
 from ..calibration.moments import Moments, tokens_needed
 from ..calibration.probe import real_tokens
 from ..calibration.sensitivity import sensitivity
@@ -182,23 +182,28 @@ def diagnose(
 
 
 def needs(
-    model: Any, tokenizer: Any, blocks: Tensor, budget: str, config: DarkConfig, reporter: Reporter
+    model: Any, tokenizer: Any, blocks: Tensor, budget: Budget, config: DarkConfig, reporter: Reporter
 ) -> dict[str, Any]:
     """What each head of a softmax model loses without its far field, and what a budget would keep exact.
 
     Args:
         blocks: (N, context) tokens.
+
+    Returns:
+        `sensitivity`, `budget` and `choice` as plain values; `problem` says why there is no `choice`, else it is None.
     """
     batches = choice_batches(blocks)
     with reporter.stage("which heads need softmax", 1) as advance:
         found = sensitivity(model, batches, tokenizer=tokenizer, sinks=config.sinks, progress=advance)
-    with reporter.stage("what a budget would keep", 1) as advance:
-        limit = Budget.parse(budget, full_context(model))
-        (choice,) = choose_budget(
-            model, batches, [limit], tokenizer=tokenizer, config=config, measured=found,
-            count_features=not config.drop_features, progress=advance,
-        )  # fmt: skip
-    return {"sensitivity": found.to_dict(), "asked": budget, "budget": str(limit), "choice": choice.to_dict()}
+    result = {"sensitivity": found.to_dict(), "budget": str(budget), "choice": None, "problem": None}
+    with reporter.stage("what a budget would keep", 1):
+        try:
+            choice = Chooser(
+                model, batches, found, tokenizer=tokenizer, config=config, count_features=not config.drop_features
+            ).choose(budget)
+        except ConfigError as error:  # too small for this model
+            return {**result, "problem": str(error)}
+    return {**result, "choice": choice.to_dict()}
 
 
 def _forward(model: Any, batch: Tensor) -> list[str]:
@@ -245,6 +250,8 @@ def run_diagnosis(
     check_folder(out)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise RunFolderError(f"{out} is not empty: --overwrite replaces what a diagnosis wrote, --out avoids it.")
+    if context:
+        Budget.parse(budget, context)  # refused before minutes of measuring
     started, reporter = time.perf_counter(), reporter or Silent()
     with reporter.stage("load text and model", 1):
         tokenizer, documents = load_tokenizer(model_name), load_documents(data)
@@ -254,10 +261,11 @@ def run_diagnosis(
     result = diagnose(model, blocks, config, effort, layers=layers, exact_share=exact_share, reporter=reporter)
     if context:
         try:
-            check_context(model, context)
+            check_context(model.config, context)
             advice = "give more text, or a smaller --context (0 leaves the sensitivity of heads out)"
             long_blocks = token_blocks(tokenizer, documents, context, "the", advice)
-            result["needs"] = needs(model, tokenizer, long_blocks, budget, config, reporter)
+            limit = Budget.parse(budget, full_context(model))
+            result["needs"] = {"asked": budget, **needs(model, tokenizer, long_blocks, limit, config, reporter)}
         except (InputError, ConfigError) as error:
             result["problems"].append(f"sensitivity of heads: {error}")
     record = {

@@ -45,7 +45,7 @@ def frontier_rows(choices: Sequence[tuple[str, Choice]], windows: Sequence[int],
     for text, choice in choices:
         if choice.config.method == "exact":
             continue  # softmax has a row already
-        title = "constant state" if text.strip() in ("0", "0%") else f"budget {text}"
+        title = "constant state" if Budget.parse(text, choice.length).constant else f"budget {text}"
         name = "budget-" + "".join(c if c.isalnum() or c == "." else "" for c in text)
         rows.append(FrontierRow(name, title, choice.config, text))
     return rows
@@ -127,9 +127,8 @@ def calibration(
     """
     limits: dict[DarkConfig, tuple[int, int]] = {}
     for text, choice in choices:
-        budget = Budget.parse(text, choice.length)
-        if budget.share != 0.0:
-            limit = budget.bytes_of(choice.softmax), choice.length
+        if (size := Budget.parse(text, choice.length).limit(choice.softmax)) is not None:
+            limit = size, choice.length
             limits[choice.config] = min(limit, limits.get(choice.config, limit))
 
     def calibrated(model: Any) -> list[HeadChoice]:
@@ -172,7 +171,7 @@ def run_budget(
     blocks, held_out = load_context_text(task.data, task.held_out, tokenizer, task.context, reporter)
     with reporter.stage("load the model", 1):
         model = load_model(model_name)
-    check_context(model, task.context)
+    check_context(model.config, task.context)
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     open_run(out, claim, resume=resume, overwrite=overwrite)
     record = measure_budgets(
@@ -208,7 +207,7 @@ def measure_budgets(
     record = measure_frontier(
         model, tokenizer, frontier_rows(choices, task.windows, config.sinks),
         held_out[: max(1, task.eval_tokens // task.context)], out, settings=settings,
-        calibrate=calibration(choices, calibration_batches(blocks), settings.element_bytes or 4), reporter=reporter,
+        calibrate=calibration(choices, calibration_batches(blocks), settings.element_bytes), reporter=reporter,
     )  # fmt: skip
     record |= {
         "command": "budget", "config": config.to_dict(), "sensitivity": found.to_dict(),

@@ -61,10 +61,10 @@ def text_scores(
         title = Path(name).name
         with reporter.stage(f"{title}: load text and model", 1):
             tokenizer, model = load_tokenizer(name), load_model(name)
-            check_context(model, context)
+            check_context(model.config, context)
             blocks = text_blocks(tokenizer, data, context, whole=whole)
         blocks = blocks[: max(1, max_tokens // context)] if max_tokens else blocks
-        rows[name] = {"window": _window(model), "text": scored(model, blocks, training, reporter, title)}
+        rows[name] = {"window": _window(model), "text": scored(model, blocks, training.dtype, reporter, title)}
     record = {
         "command": "evaluate", "models": rows, "data": list(data), "whole": whole, "context": context,
         "dtype": training.dtype, "environment": environment(),
@@ -150,14 +150,14 @@ def print_benchmark(record: Mapping[str, Any], console: Console) -> None:
     table = Table()
     for name in ("", *models):
         table.add_column(name, justify="left" if not name else "right")
-    shown: dict[str, list[str]] = {}
-    for row in models.values():
+    shown: dict[str, dict[str, str]] = {}  # by row and model: not every model has a number in every row
+    for name, row in models.items():
         for task, metrics in row.get("tasks", {}).items():
             for metric, value in metrics.items():
                 if "_stderr" not in metric:
-                    shown.setdefault(f"{task} {metric.split(',')[0]}", []).append(f"{value:.4f}")
+                    shown.setdefault(f"{task} {metric.split(',')[0]}", {})[name] = f"{value:.4f}"
         for point in row.get("recall", []):
-            shown.setdefault(f"recall at {point['distance']} tokens", []).append(f"{point['accuracy']:.0%}")
+            shown.setdefault(f"recall at {point['distance']} tokens", {})[name] = f"{point['accuracy']:.0%}"
     for label, cells in shown.items():
-        table.add_row(label, *cells)
+        table.add_row(label, *(cells.get(name, "") for name in models))
     console.print(table)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.budget import Choice, check_budget_config
+from ..calibration.budget import Budget, Choice, check_budget, check_budget_config, full_context
 from ..calibration.calibrate import HeadChoice, calibrate
 from ..config import DarkConfig, TrainConfig
 from ..console import RichReporter
@@ -60,10 +60,11 @@ class Demo:
         if default.window == 0:
             raise ConfigError("window=0: the demo also measures window and sinks alone: give a window of at least 1.")
         check_budget_config(default)
-        if training.train == "geometry" and default.method not in ("dark", "lfk"):
-            raise ConfigError(f"train='geometry' with method={default.method!r}, which has none: use all, qkv or none.")
+        if training.trains and training.train == "geometry":
+            raise ConfigError("train='geometry': the demo's budget keeps no features to train: use all, qkv or none.")
+        Budget.parse(demo.budget, 1)
         self.demo, self.default, self.training, self.out, self.reporter = demo, default, training, out, reporter
-        self.frontier = replace(settings, dtype=training.dtype, element_bytes=None)
+        self.frontier = replace(settings, dtype=training.dtype, element_bytes=0)
         self.steps = training.steps if training.trains else 0
         self.model_name = demo.model or str(demo_model_path())
         # The package's path differs from machine to machine; its file's name says which model it is.
@@ -89,7 +90,10 @@ class Demo:
             validation = token_blocks(tokenizer, held_out, self.demo.context, "the held-out", advice)
             validation = validation[: max(1, self.demo.eval_tokens // self.demo.context)]
             model = load_model(self.model_name)
-            plan_conversion(model, self.default)  # refuses before anything is measured
+            # Both refuse before anything is measured.
+            plan_conversion(model, self.default)
+            limit = Budget.parse(self.demo.budget, full_context(model))
+            check_budget(model, limit, self.default, dtype=self.training.dtype, count_features=False)
         with self.reporter.whole("everything", *self._work(validation)):
             record = self._measured(model, tokenizer, blocks, validation)
             budget = next(row for row in record["rows"] if row["name"] == "budget")
@@ -132,7 +136,7 @@ class Demo:
         choices = read_kept(file, lambda kept: [(text, Choice.from_dict(values)) for text, values in kept])
         constant, chosen = choices[0][1].config, choices[-1][1].config
         batches = list(blocks[:CALIBRATION_BLOCKS].split(1))
-        within = calibration(choices[1:], batches, self.frontier.element_bytes or 4)
+        within = calibration(choices[1:], batches, self.frontier.element_bytes)
 
         def calibrated(converted: Any) -> list[HeadChoice]:
             # The row of constant state shows what features do; in a budget they must pay for their bytes.

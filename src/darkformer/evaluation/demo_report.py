@@ -16,7 +16,7 @@ from rich.text import Text
 from ..plots import error_heat_map, loss_by_position, quality_against_bytes
 from ..records import write_text
 from ..reporting import printable
-from .frontier_report import frontier_cells, frontier_markdown, frontier_notes, frontier_table
+from .frontier_report import frontier_cells, frontier_notes, frontier_table
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
@@ -36,11 +36,6 @@ def notes(record: Mapping[str, Any]) -> list[str]:
             f"{train['train']}, seed {train['seed']}; its speed is that of the row before training."
         )
     return lines
-
-
-def markdown_table(record: Mapping[str, Any]) -> str:
-    """The table for a README."""
-    return frontier_markdown(record)
 
 
 def _continued(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

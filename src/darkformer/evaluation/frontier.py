@@ -116,7 +116,7 @@ def measure_quality(
     """Adds bytes, score and recall of a model as it is to `result`, each as soon as it is known."""
     work = row_work(None, blocks, settings)
     for n in settings.lengths:
-        own, cache = sequence_bytes(model, n, element_bytes=settings.element_bytes or 4)
+        own, cache = sequence_bytes(model, n, element_bytes=settings.element_bytes)
         result.setdefault("bytes", {})[str(n)], result.setdefault("kv_cache_bytes", {})[str(n)] = own, cache
     reporter.weigh(work["evaluate"])
     with reporter.stage(f"{title}: evaluate", len(blocks)) as advance:

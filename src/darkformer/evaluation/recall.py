@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..calibration.rows import starts_rows
 from ..config import option
 from ..errors import InputError
 from ..reporting import Progress
@@ -148,7 +149,7 @@ class _ManyNumbers(_Prompts):
         self.has_digit: Callable[[int], bool] = lambda token: any(c.isdigit() for c in tokenizer.decode([token]))
         self.start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         if filler is not None:
-            self.filler = filler.flatten().tolist()
+            self.filler = (filler[:, 1:] if starts_rows(self.start, filler) else filler).flatten().tolist()
             if not self.filler:
                 raise InputError("filler holds no tokens: give ids of some text, or None for the built-in sentences.")
 

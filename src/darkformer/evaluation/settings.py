@@ -74,14 +74,14 @@ class FrontierSettings:
 
     Attributes:
         dtype: of scores and recall (autocast) and of the timed model's weights; `auto` is what the machine multiplies.
-        element_bytes: of keys and values in the computed bytes; None: of the timed model's.
+        element_bytes: of keys and values in the computed bytes; 0: of the timed model's.
         lengths: tokens of one sequence whose bytes are computed.
         prefill: tokens of the timed prompt; 0 times nothing. repeats: turns of it, of which the median counts.
         batches: sequences that generate at once after that prompt. new_tokens: timed steps of each.
     """
 
     dtype: str = option("auto", field_help(TrainConfig, "dtype"))
-    element_bytes: int | None = None
+    element_bytes: int = 0
     lengths: tuple[int, ...] = (8192, 32768)
     recall: RecallTask | None = RECALL
     prefill: int = option(8192, "Tokens of the timed prompt; 0 times none.")
@@ -96,7 +96,7 @@ class FrontierSettings:
             object.__setattr__(self, "dtype", native_dtype())
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r}: choose auto, float32 or bfloat16.")
-        if self.element_bytes is None:
+        if not self.element_bytes:
             object.__setattr__(self, "element_bytes", getattr(torch, self.dtype).itemsize)
         if not self.lengths or min((*self.lengths, *self.batches, self.repeats, self.new_tokens)) < 1:
             raise ConfigError(

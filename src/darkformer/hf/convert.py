@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import DarkConfig
-from ..errors import ConversionError
+from ..errors import ConfigError, ConversionError
 from ..features.feature_map import FeatureMap
 from .added import offset_dtype
 from .fingerprint import check_description, describe_base
@@ -174,14 +174,14 @@ def convert_by(model: PreTrainedModel, plan: Plan, config: DarkConfig, base: dic
     Raises:
         ConversionError: the converted model's output in steps differs from that in one piece.
     """
-    _attach(model, plan, config)
     _warn_of_softcap(model)
     try:
+        _attach(model, plan, config)
         if config.method != "exact":  # which keeps the cache that the model had
             _check_streaming(model, plan, config)
     except BaseException as error:
-        revert(model)
-        if isinstance(error, ConversionError) or not isinstance(error, Exception):
+        _revert(model)
+        if isinstance(error, ConversionError | ConfigError) or not isinstance(error, Exception):
             raise
         raise ConversionError(
             f"{type(model).__name__} does not run once it is converted ({type(error).__name__}: {error})."

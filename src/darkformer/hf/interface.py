@@ -302,9 +302,9 @@ def dark_attention(
         attend = _SUBSTITUTE.get() or attend_as_before
         return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     layer = layer_of(module)
-    if isinstance(attention_mask, AttentionMask) and attention_mask.local is not None and not layer.sliding:
+    if isinstance(attention_mask, AttentionMask) and attention_mask.sliding is not None and not layer.sliding:
         raise ConversionError(
-            f"layer {layer.layer} is to see a {attention_mask.local} of the sequence, but was converted as one that "
+            f"layer {layer.layer} is to see a {attention_mask.sliding} of the sequence, but was converted as one that "
             "sees everything. Convert the model once its weights are loaded, so that the trial shows it."
         )
     received = receive(

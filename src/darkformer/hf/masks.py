@@ -68,11 +68,11 @@ def _is_packed(function: MaskFunction) -> bool:
     return tuple(map(_factory, _parts(function))) == PACKED
 
 
-def _local(function: MaskFunction) -> str | None:
+def _sliding(function: MaskFunction) -> str | None:
     """How a mask function limits the distance that a query sees: "window", "chunk" or None."""
     parts = _parts(function)
     if _is_packed(function):
-        return _local(_cell(parts[1], "mask_function"))
+        return _sliding(_cell(parts[1], "mask_function"))
     return LOCAL.get(_factory(parts[0])) if parts else None
 
 
@@ -107,7 +107,7 @@ class AttentionMask:
         is_causal: whether a query sees no later key; None for a pattern that was not understood.
         padding: (B, K) booleans, True for real tokens; None if all are.
         documents: (B, L) numbers from 1 of packed documents; None without.
-        local: "window" or "chunk" where transformers limits how far a query sees, else None.
+        sliding: "window" or "chunk" where transformers limits how far a query sees, else None.
         problem: why a converted layer cannot follow the pattern, None if it can.
     """
 
@@ -122,7 +122,7 @@ class AttentionMask:
         self.shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         self.padding: Tensor | None = None
         self.documents: Tensor | None = None
-        self.local = _local(function)
+        self.sliding = _sliding(function)
         self.is_causal = _is_causal(function)
         self.problem = UNKNOWN if self.is_causal is None else None
         if self.problem is not None:

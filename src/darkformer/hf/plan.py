@@ -31,6 +31,11 @@ from .trial import (
     trial_runs,
 )
 
+#: Why layers stay whose softmax is limited already, by `AttentionMask.sliding`.
+SLIDING = {
+    "window": "attends within a sliding window, linear already.", "chunk": "attends within a chunk, linear already.",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -184,7 +189,7 @@ def check_names(config: DarkConfig, layers: Iterable[Layer], left: Mapping[str, 
             that a layer does not have.
     """
     known = {layer.layer: layer for layer in layers}
-    sliding = sorted(name for name, reason in (left or {}).items() if "within a" in reason)
+    sliding = sorted(name for name, reason in (left or {}).items() if reason in SLIDING.values())
     for field_name in ("keep_exact", "no_features", "layer_windows"):
         if unknown := sorted(config.layers_named(field_name) - set(known)):
             stay = f" ({len(sliding)} layers attend within a window already and stay as they are)" if sliding else ""
@@ -277,8 +282,8 @@ def _choose(
     for x in attending:
         module = x.module
         name, short = inner[id(module)]
-        if x.local is not None and not config.convert_sliding:
-            left[name] = f"attends within a {'sliding window' if x.local == 'window' else 'chunk'}, linear already."
+        if x.sliding is not None and not config.convert_sliding:
+            left[name] = SLIDING[x.sliding]
             continue
         if reason := _why_not(x):
             raise _refuse(name, module, reason)
@@ -290,7 +295,7 @@ def _choose(
             slots=slots,
             **x.heads._asdict(),
             calls=x.calls,
-            sliding=x.local is not None,
+            sliding=x.sliding is not None,
             causal_by_mask=module.config._attn_implementation == "eager",
         )
         if any(tied.startswith(f"{name}.") for tied in _tied(model)):
@@ -368,7 +373,7 @@ def plan_by_structure(model: PreTrainedModel, config: DarkConfig) -> Plan:
         elif getattr(module, "is_kv_shared_layer", False):
             raise _refuse(name, module, "takes keys and values from another layer's cache, which is not kept.")
         elif _is_sliding(module) and not config.convert_sliding:
-            left[name] = "attends within a sliding window, linear already."
+            left[name] = SLIDING["window"]
         else:
             heads = kind.config.num_attention_heads
             layer = Layer(

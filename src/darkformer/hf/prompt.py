@@ -61,10 +61,13 @@ class StoredPrompt:
         own = self.prompt
         ids = chat_ids(tokenizer, own.text, own.role, text) if own.role else text_ids(tokenizer, own.text + text)
         if not self.begins(ids):
+            advice = "with the tokenizer of this model, and let it end after a whole line"
+            if own.role and "strftime_now" in str(tokenizer.chat_template):
+                advice = "today: this model's chat template writes the date"
             raise InputError(
                 f"the prompt {text[:40]!r} does not continue the stored one ({len(own.tokens)} tokens, …"
-                f"{own.text[-40:]!r}): this tokenizer makes other tokens of both together. Store the prompt again with "
-                "the tokenizer of this model, and let it end after a whole line."
+                f"{own.text[-40:]!r}): this tokenizer makes other tokens of both together. Store the prompt again "
+                f"{advice}."
             )
         return ids
 

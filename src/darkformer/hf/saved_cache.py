@@ -43,10 +43,14 @@ _ANYWHERE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a state depends on. Takes one pass over the weights."""
-    modules = converted_modules(model)
-    if not modules:
-        raise ConversionError(f"{type(model).__name__} is not converted: its cache is transformers' own.")
+    """What a state depends on. Takes one pass over the weights.
+
+    Raises:
+        ConversionError: no layer of the model keeps a state. InputError: it has no weights.
+    """
+    if not _slots(model):
+        why = "keeps softmax in every head" if converted_modules(model) else "is not converted"
+        raise ConversionError(f"{type(model).__name__} {why}: its cache is transformers' own.")
     weights = digest_own(model)
     if weights is None:
         raise InputError("the model has no weights (meta device), and a cache belongs to the weights that filled it.")

@@ -99,6 +99,8 @@ class Continuing:
             return answers
         stored = self.states.longest(inputs["input_ids"])
         if stored is None:
+            if self.states.stored:
+                _log.info("A request of %d tokens begins with no stored prompt.", inputs["input_ids"].shape[1])
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         else:
             cache = stored.state()
@@ -112,7 +114,9 @@ class Continuing:
 def _has_one_row(settings: Any) -> bool:
     """Whether `generate` takes a cache of ours as it is: one sequence, in a cache of the usual kind."""
     rows = (settings.num_beams or 1) * (settings.num_return_sequences or 1)
-    return rows == 1 and settings.cache_implementation is None and settings.use_cache is not False
+    # `generate` takes `hybrid`, which older models of sliding windows ask for, as if nothing was said.
+    usual = settings.cache_implementation in (None, "hybrid")
+    return rows == 1 and usual and settings.use_cache is not False
 
 
 class Generation(GenerateManager):

@@ -44,7 +44,7 @@ class AttendingModule:
     """A module that called the attention function in a trial, and what it passed.
 
     Attributes:
-        local: "window" or "chunk" where transformers limits the distance that a query sees.
+        sliding: "window" or "chunk" where transformers limits the distance that a query sees.
         problem: why a converted layer could not follow its calls, or None.
         calls: in one forward pass of the module.
         slots: layers of the cache that it updated.
@@ -53,7 +53,7 @@ class AttendingModule:
 
     module: Any
     heads: Heads
-    local: str | None
+    sliding: str | None
     problem: str | None
     is_causal: bool
     calls: int = 0
@@ -242,14 +242,14 @@ class _Recorder:
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        problem, local, is_causal = None, None, False
+        problem, sliding, is_causal = None, None, False
         if isinstance(mask, AttentionMask):
-            problem, local, is_causal = mask.problem, mask.local, bool(mask.is_causal)
+            problem, sliding, is_causal = mask.problem, mask.sliding, bool(mask.is_causal)
         elif isinstance(mask, Tensor):
             problem = (
                 f"is given a mask of the model's own making, {tuple(mask.shape)}, which a converted layer cannot read."
             )
-        if problem is None and local is None:
+        if problem is None and sliding is None:
             attachment = attachment_of(module)
             by_mask = attachment is not None and attachment.previous == "eager"
             extra = {name: x for name, x in kwargs.items() if name not in ("scaling", "dropout")}
@@ -258,15 +258,15 @@ class _Recorder:
             output = output.transpose(1, 2).to(value.dtype).contiguous()
         else:
             output, weights = attend_as_before(module, query, key, value, mask, **kwargs)
-        self._record(module, Heads(query.shape[1], key.shape[1], query.shape[3]), local, problem, is_causal)
+        self._record(module, Heads(query.shape[1], key.shape[1], query.shape[3]), sliding, problem, is_causal)
         if key.shape[2] != query.shape[2] and self._updated is None and self._last is not module:
             self.modules[id(module)].foreign_keys = True
         self._updated, self._last = None, module
         self.outputs.append((module, output.detach()))
         return output, weights
 
-    def _record(self, module: Any, heads: Heads, local: str | None, problem: str | None, is_causal: bool) -> None:
-        seen = self.modules.setdefault(id(module), AttendingModule(module, heads, local, problem, is_causal))
+    def _record(self, module: Any, heads: Heads, sliding: str | None, problem: str | None, is_causal: bool) -> None:
+        seen = self.modules.setdefault(id(module), AttendingModule(module, heads, sliding, problem, is_causal))
         self._calls += 1
         seen.calls = max(seen.calls, self._calls)
         if heads != seen.heads:
@@ -278,8 +278,8 @@ class _Recorder:
             )
         if self._updated is not None and self._updated not in seen.slots:
             seen.slots.append(self._updated)
-            if self._updated_is_sliding and seen.local is None:  # whatever its mask says
-                seen.local = "window"
+            if self._updated_is_sliding and seen.sliding is None:  # whatever its mask says
+                seen.sliding = "window"
 
 
 def read_model(model: PreTrainedModel, runs: list[Run]) -> Trial:

@@ -164,7 +164,7 @@ class SlotAttention:
             query: (L, H, d). key, value: (L, G, d).
 
         Returns:
-            (L, H, d). Where numbers are not finite it is NaN, and the state is that before the first token.
+            (L, H, d). Where numbers are not finite it has NaN, and what the sequence had read before may be lost.
         """
         groups, window = self.feature_map.num_kv_heads, self.feature_map.config.window
         own = pool[:, self.begin : self.begin + self.words]

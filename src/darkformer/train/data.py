@@ -268,7 +268,8 @@ class _Tokens:
         self.count, self.held = 0, 0
         self.file: IO[bytes] | None = None
 
-    def extend(self, ids: Sequence[int]) -> None:
+    def extend(self, ids: Any) -> None:
+        """Adds a sequence of ids, or an array (n,)."""
         self.parts.append(np.asarray(ids, dtype=np.int64))
         self.count += len(ids)
         self.held += len(ids)
@@ -337,25 +338,50 @@ def tokens_of(
     return tokens.tensor()
 
 
+def prefix_of(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, such as the token that says where it begins (BOS).
+
+    Many models are at a loss without it: Gemma 3 270M loses 0.4 nats a token over 2,048 of them.
+    """
+    text = "a"
+    plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer(text).input_ids
+    places = range(len(whole) - len(plain) + 1)
+    return whole[: next((i for i in places if whole[i : i + len(plain)] == plain), 0)]
+
+
 def blocks_of(
-    tokens: Tensor, seq_len: int, part: str = "the", advice: str = "give more text or a smaller --seq-len"
-) -> Tensor:
-    """Tokens (N,) cut into blocks (N // seq_len, seq_len), without a copy; what does not fill a block is dropped.
+    tokens: Tensor, seq_len: int, prefix: Sequence[int] = (), part: str = "the",
+    advice: str = "give more text or a smaller --seq-len",
+) -> Tensor:  # fmt: skip
+    """Tokens (N,) cut into blocks (…, seq_len) that begin with `prefix`; what does not fill a block is dropped.
+
+    Without a prefix nothing is copied; with one, many tokens are mapped from a temporary file, as in `tokens_of`.
 
     Args:
+        prefix: see `prefix_of`. Whoever uses the model begins with it, so scores and training do.
         part, advice: for the error: which text this is, and what to do where it is too short.
 
     Raises:
         InputError: less than one block (says how many tokens were found and needed).
     """
-    if len(tokens) < seq_len:
-        raise InputError(f"{part} text has {len(tokens)} tokens, one sequence needs {seq_len}: {advice}.")
-    return tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
+    length = seq_len - len(prefix)
+    if length < 1:
+        raise InputError(f"sequences of {seq_len} tokens: the tokenizer alone begins each with {len(prefix)}.")
+    if len(tokens) < length:
+        raise InputError(f"{part} text has {len(tokens)} tokens, one sequence needs {length}: {advice}.")
+    rows = tokens[: len(tokens) // length * length].view(-1, length)
+    if not prefix:
+        return rows
+    start, blocks = torch.tensor(prefix), _Tokens()
+    for some in rows.split(max(1, PIECE // seq_len)):
+        blocks.extend(torch.cat([start.expand(len(some), -1), some], dim=1).flatten().numpy())
+    return blocks.tensor().view(-1, seq_len)
 
 
 def token_blocks(
     tokenizer: Any, documents: Sequence[Document], seq_len: int, part: str = "the",
     advice: str = "give more text or a smaller --seq-len",
 ) -> Tensor:  # fmt: skip
-    """`blocks_of` the `tokens_of` some documents: (blocks, seq_len) int64."""
-    return blocks_of(tokens_of(tokenizer, documents), seq_len, part, advice)
+    """`blocks_of` the `tokens_of` some documents, as the tokenizer begins them: (blocks, seq_len) int64."""
+    return blocks_of(tokens_of(tokenizer, documents), seq_len, prefix_of(tokenizer), part, advice)

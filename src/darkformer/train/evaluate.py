@@ -16,8 +16,8 @@ from ..reporting import Progress
 
 #: Tokens in one forward pass of `evaluate`, unless one block is longer: logits of a large vocabulary are large.
 TOKENS_AT_ONCE = 2048
-#: Tokens whose logits are float32 at a time.
-LOGITS_AT_ONCE = 256
+#: Numbers of logits that are in float32 at a time: what a processor's cache holds, or a GPU's memory easily.
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_CUDA = 2**21, 2**26
 #: End of the first bucket of positions; each later one is twice as long.
 FIRST_POSITIONS = 64
 
@@ -59,6 +59,11 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of logits (N, V) that are computed with in float32 at a time."""
+    return max(1, (LOGITS_AT_ONCE_CUDA if logits.is_cuda else LOGITS_AT_ONCE) // logits.shape[-1])
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -93,11 +98,11 @@ def evaluate(
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
             for row, target in zip(logits, batch[:, 1:], strict=True):
-                for start in range(0, length - 1, LOGITS_AT_ONCE):  # float32 logits are large
-                    part = slice(start, start + LOGITS_AT_ONCE)
-                    some, wanted = row[part].float(), target[part]
-                    losses[part] += F.cross_entropy(some, wanted, reduction="none").double().cpu()
-                    correct[part] += (some.argmax(-1) == wanted).cpu()
+                parts = (x.split(rows_at_once(row)) for x in (row, target, losses, correct))
+                for some, wanted, loss, right in zip(*parts, strict=True):
+                    some = some.float()
+                    loss += F.cross_entropy(some, wanted, reduction="none").double().cpu()
+                    right += (some.argmax(-1) == wanted).cpu()
             if progress:
                 progress(i + 1, len(batches))
     finally:

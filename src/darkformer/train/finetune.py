@@ -44,7 +44,7 @@ def trainable_parameters(model: nn.Module, group: str) -> tuple[list[nn.Paramete
     """(the model's own parameters, what conversion added) that learn under `group`.
 
     Raises:
-        ConfigError: nothing would learn.
+        ConfigError: nothing would learn, or of `qkv` no projection.
     """
     added = [p for fm in dark_layers(model) for p in fm.parameters()]
     ids = {id(p) for p in added}
@@ -53,10 +53,15 @@ def trainable_parameters(model: nn.Module, group: str) -> tuple[list[nn.Paramete
         for name, p in model.named_parameters()
         if id(p) not in ids and (group == "all" or (group == "qkv" and QKV.search("." + name)))
     ]
+    if group == "qkv" and not own:
+        raise ConfigError(
+            f"train={group!r}: no parameter of this model has a name that queries, keys and values usually have "
+            "(q_proj, c_attn, …): use train='all'."
+        )
     if not own and not added:
         raise ConfigError(
-            f"train={group!r}: this model has no such parameters "
-            "(performer, random, constant and local add none; use train='qkv' or 'all')."
+            f"train={group!r}: conversion added nothing to this model that learns (the paper's performer, window and "
+            "sinks alone, and heads whose features calibration dropped have nothing): use train='qkv' or 'all'."
         )
     return own, added
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..calibration.budget import (  # fmt: skip
     Budget,
     Choice,
+    Chooser,
     cache_element_bytes,
     calibrate_within,
     check_asked_budget,
     check_budget,
     check_budget_config,
-    choose_budget,
     converted_bytes,
     counts_features,
     full_context,
@@ -48,9 +48,9 @@ from ..records import (  # fmt: skip
 )
 from ..reporting import Reporter, Silent
 from .card import model_card
-from .data import blocks_of, load_documents, split_documents, text_size, tokens_of
+from .data import blocks_of, load_documents, prefix_of, split_documents, text_size, tokens_of
 from .distill import teacher_of
-from .evaluate import TOKENS_AT_ONCE, evaluate
+from .evaluate import evaluate
 from .finetune import finetune
 from .transfer import transfer
 
@@ -113,24 +113,22 @@ def convert_and_calibrate(
         return [asdict(choice) for choice in choices]
 
 
-def scored(model: nn.Module, blocks: Tensor, training: TrainConfig, reporter: Reporter, title: str) -> dict[str, Any]:
+def scored(model: nn.Module, blocks: Tensor, dtype: str, reporter: Reporter, title: str) -> dict[str, Any]:
     """`evaluate` as a stage; plain values."""
-    batch = max(1, TOKENS_AT_ONCE // blocks.shape[1])
-    with reporter.stage(f"{title}: evaluate", -(-len(blocks) // batch)) as advance:
-        return evaluate(model, blocks, batch_size=batch, dtype=training.dtype, progress=advance).to_dict()
+    with reporter.stage(f"{title}: evaluate", len(blocks)) as advance:
+        return evaluate(model, blocks, dtype=dtype, progress=advance).to_dict()
 
 
 def trained(
-    model: nn.Module, blocks: Tensor, training: TrainConfig, folder: Path, reporter: Reporter, title: str,
-    **options: Any,
-) -> list[float]:  # fmt: skip
+    model: nn.Module, blocks: Tensor, training: TrainConfig, folder: Path, reporter: Reporter, title: str, teacher: Any
+) -> list[float]:
     """`finetune` as a stage, if there is anything to do; resumes at the last checkpoint in `folder`."""
     if not training.trains:
         return []
     with reporter.stage(f"{title}: finetune", training.steps) as advance:
         return finetune(
-            model, blocks, training, folder, resume=True,
-            on_step=lambda step, loss: advance(step, training.steps, loss), **options,
+            model, blocks, training, folder, resume=True, teacher=teacher,
+            on_step=lambda step, loss: advance(step, training.steps, loss),
         )  # fmt: skip
 
 
@@ -197,13 +195,13 @@ def _calibrated_and_transferred(
         choices = convert_and_calibrate(
             model, config, blocks, reporter, title, within, drop=not training.transfer_steps
         )
-        scores = {"converted": scored(model, validation, training, reporter, "converted")}
+        scores = {"converted": scored(model, validation, training.dtype, reporter, "converted")}
         stages = {"calibration": choices, "transfer": [], "scores": scores}
         if training.learns:
             keep("calibrated")
     if training.transfer_steps and done != "transferred":
         stages["transfer"] = transferred(model, blocks, training, folder, reporter, title)
-        stages["scores"]["transferred"] = scored(model, validation, training, reporter, "transferred")
+        stages["scores"]["transferred"] = scored(model, validation, training.dtype, reporter, "transferred")
         keep("transferred")
         shutil.rmtree(files["calibrated"].parent)
     return model, stages
@@ -231,23 +229,28 @@ def load_context_text(
     Raises:
         InputError: less text than one such block (says how much there is).
     """
-    return _in_context(load_tokens(sources, held_out, tokenizer, reporter), context)
+    return _in_context(load_tokens(sources, held_out, tokenizer, reporter), context, prefix_of(tokenizer))
 
 
-def _in_context(tokens: tuple[Tensor, Tensor], context: int) -> tuple[Tensor, Tensor]:
+def _in_context(tokens: tuple[Tensor, Tensor], context: int, prefix: Sequence[int]) -> tuple[Tensor, Tensor]:
     advice = "give more text, or a smaller --context"
-    return blocks_of(tokens[0], context, "the calibration", advice), blocks_of(
-        tokens[1], context, "the held-out", advice
+    first, rest = (
+        blocks_of(some, context, prefix, part, advice)
+        for some, part in zip(tokens, ("the calibration", "the held-out"), strict=True)
     )
+    return first, rest
 
 
-def check_context(model: Any, context: int) -> None:
+def check_context(model_config: Any, context: int) -> None:
     """Sequences of `context` tokens must find their positions: a model with an embedding of each has no more.
+
+    Args:
+        model_config: transformers' configuration of the model.
 
     Raises:
         InputError: they do not.
     """
-    settings = model.config.get_text_config(decoder=True)
+    settings = model_config.get_text_config(decoder=True)
     most = getattr(settings, "max_position_embeddings", None)
     if most and context > most and not getattr(settings, "rope_parameters", None):
         raise InputError(f"context={context}: this model has positions for {most} tokens. Give a smaller --context.")
@@ -275,12 +278,12 @@ def chosen(
             found = sensitivity(
                 model, batches, tokenizer=tokenizer, sinks=config.sinks, folder=folder, dtype=dtype, progress=advance
             )  # fmt: skip
-        with reporter.stage("heads and windows for the budget", 1) as advance:
-            (best,) = choose_budget(
-                model, batches, [limit], tokenizer=tokenizer, config=config, measured=found, dtype=dtype,
-                count_features=count_features, progress=advance,
+        with reporter.stage("heads and windows for the budget", 1):
+            chooser = Chooser(
+                model, batches, found, tokenizer=tokenizer, config=config, dtype=dtype, count_features=count_features,
+                folder=folder,
             )  # fmt: skip
-        return best.to_dict()
+            return chooser.choose(limit).to_dict()
 
     found: Choice = _once(folder / CHOICE_FILE, choice, Choice.from_dict)
     return found
@@ -293,11 +296,12 @@ def _inputs(
     tokenizer = load_tokenizer(model_name)
     check_not_converted(model_name)
     tokens = load_tokens(data, held_out, tokenizer, reporter)
-    long_blocks, validation = _in_context(tokens, context)
-    blocks = blocks_of(tokens[0], seq_len, "the training")
+    prefix = prefix_of(tokenizer)
+    long_blocks, validation = _in_context(tokens, context, prefix)
+    blocks = blocks_of(tokens[0], seq_len, prefix, "the training")
     with reporter.stage("load the model", 1):
         model = load_model(model_name)
-    check_context(model, context)
+    check_context(model.config, context)
     return _Inputs(model, tokenizer, blocks, long_blocks, validation[: max(1, EVALUATION_TOKENS // context)])
 
 
@@ -360,6 +364,7 @@ def linearize(
         return text, limit, count_features
 
     budget, limit, count_features = settled(budget, possible, reporter.say) or (None, None, False)
+    # Records of version 0.1 began it: `budget` is the TrainConfig, `memory` what this file calls budget.
     settings = {
         "command": "linearize", "model": model_name, "data": list(data), "held_out": list(held_out),
         "config": config.to_dict(), "budget": asdict(training), "context": context, "memory": budget,
@@ -374,7 +379,7 @@ def linearize(
         reporter.say(f"{out} is finished: nothing left to do.")
         return record
     softmax = _once(
-        checkpoints / SOFTMAX_FILE, lambda: scored(model, validation, training, reporter, "softmax"), _score
+        checkpoints / SOFTMAX_FILE, lambda: scored(model, validation, training.dtype, reporter, "softmax"), _score
     )
     scores = {"softmax": softmax}
     choice, within, frontier, kept = None, None, None, None
@@ -387,8 +392,7 @@ def linearize(
         if measure_frontier is not None:
             frontier = measure_frontier(model, tokenizer, long_blocks, validation, out)
         if not count_features:
-            size = None if limit.share == 0.0 else limit.bytes_of(choice.softmax)
-            within = Within(size, limit.length, element_bytes)
+            within = Within(limit.limit(choice.softmax), limit.length, element_bytes)
     teacher = teacher_of(model) if training.trains and training.distill else None
     model, stages = _calibrated_and_transferred(
         model, tokenizer, config, long_blocks, validation, training, within, checkpoints, reporter
@@ -401,7 +405,7 @@ def linearize(
         )
     losses = trained(model, blocks, training, checkpoints, reporter, config.method, teacher=teacher)
     if training.trains:
-        scores["finetuned"] = scored(model, validation, training, reporter, "finetuned")
+        scores["finetuned"] = scored(model, validation, training.dtype, reporter, "finetuned")
     with reporter.stage("save the model", 1):
         save_model(model, tokenizer, out / "model")
     record = {

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..calibration.calibrate import MARGIN, NEGLIGIBLE
-from ..calibration.projections import output_grams
+from ..calibration.calibrate import drop_unpaid, pays
+from ..calibration.projections import output_grams, squared_lengths
 from ..calibration.rows import inputs_of, run
 from ..config import native_dtype
 from ..errors import ConfigError, ConversionError, InputError, NonFiniteError, RunFolderError
 from ..features.feature_map import FeatureMap, feature_map
-from ..hf.convert import drop_features
 from ..hf.interface import observing
 from ..hf.layers import dark_layers
 from ..hf.sealed import read_sealed, write_sealed
@@ -57,7 +56,7 @@ class LayerTransfer:
     error: list[float] = field(default_factory=list)  # at the step that was kept
     kept_step: int = 0
     stopped: str = ""  # why the layer stopped before the last step; empty: it did not
-    features: list[bool] = field(default_factory=list)  # False: dropped, because they do not pay
+    features: list[bool] = field(default_factory=list)  # whether they are left on, see `HeadChoice`
 
 
 def _mean_square(errors: Sequence[float]) -> float:
@@ -83,15 +82,9 @@ class _Layer:
     def relative_errors(self, output: Tensor, target: Tensor) -> Tensor:
         """(G,) squared error over squared size of outputs (B, H, L, d_v), after the output projection where known."""
         groups = self.fm.num_kv_heads
-        missed, size = (self._squares(x.unflatten(1, (groups, -1)).float()) for x in (output - target, target))
+        split = (x.unflatten(1, (groups, -1)).float() for x in (output - target, target))
+        missed, size = (squared_lengths(x, self.gram).sum((0, 2)) for x in split)
         return missed / size.clamp_min(torch.finfo(torch.float32).tiny)
-
-    def _squares(self, x: Tensor) -> Tensor:
-        """(B, G, R, L, d_v) → (G,)."""
-        if self.gram is None:
-            return x.square().sum((0, 2, 3, 4))
-        joined = x.transpose(2, 3).flatten(3)  # the query heads of a group add up in the residual stream
-        return ((joined @ self.gram) * joined).sum((0, 2, 3))
 
     def step(self, loss: Tensor, rate: float) -> float:
         loss.backward()
@@ -178,6 +171,8 @@ class _Transfer:
             try:
                 layer.errors = layer.relative_errors(output(layer.fm), target).sqrt()
             except NonFiniteError:
+                if step == 0:  # there is nothing better to go back to
+                    raise
                 layer.diverge(step)
                 return
             if step == 0:
@@ -313,8 +308,12 @@ def transfer(
         for fm in learning:
             for p in fm.parameters():
                 p.grad = None
-    _drop(model, layers)
-    return [layer.report for layer in layers]
+    reports = [layer.report for layer in layers]
+    for report in reports:
+        error, without = (torch.tensor(x).square() for x in (report.error, report.error_exact_part))
+        report.features = pays(error, without).tolist()
+    drop_unpaid(model, learning, reports)
+    return reports
 
 
 def _fit(
@@ -340,17 +339,3 @@ def _fit(
             progress(step + 1, work.steps, loss)
     if file is not None:
         file.unlink(missing_ok=True)
-
-
-def _drop(model: Any, layers: Sequence[_Layer]) -> None:
-    """Switches features off where they do not lower the error enough, in layers that have a window."""
-    heads: set[tuple[int, int]] = set()
-    for layer in layers:
-        report, config = layer.report, layer.fm.config
-        pairs = zip(report.error, report.error_exact_part, strict=True)
-        squares = [(now**2, without**2) for now, without in pairs]
-        pays = [without - now > max(MARGIN * without, NEGLIGIBLE) or not without for now, without in squares]
-        report.features = pays if config.drop_features and config.window > 0 else [True] * len(pays)
-        heads |= {(report.layer, head) for head, keep in zip(report.heads, report.features, strict=True) if not keep}
-    if heads:
-        drop_features(model, heads)

@@ -7,7 +7,6 @@ layer to layer), so several small ones share a page where each would waste most 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import DarkConfig, HeadKinds
+from ..config import DarkConfig
 from ..errors import ConversionError
 from ..ops.slots import slot_words
 
@@ -32,20 +31,14 @@ class LayerHeads:
 
     Attributes:
         index: of the decoder layer. number: what its draws and its configuration are found by.
-        parts: what its key/value heads compute.
-        features, local: the configurations of its heads with features, and with window and sinks alone; None without.
+        exact: key/value heads that keep softmax.
+        parts: configuration and key/value heads of each part with constant state.
     """
 
     index: int
     number: int
-    parts: HeadKinds
-    features: DarkConfig | None
-    local: DarkConfig | None
-
-    def configs(self) -> list[tuple[DarkConfig, tuple[int, ...]]]:
-        """The configuration and key/value heads of each part whose state is constant."""
-        pairs = [(self.features, self.parts.features), (self.local, self.parts.local)]
-        return [(config, heads) for config, heads in pairs if config is not None]
+    exact: tuple[int, ...]
+    parts: list[tuple[DarkConfig, tuple[int, ...]]]
 
 
 class Place(NamedTuple):
@@ -61,7 +54,7 @@ class Layout:
 
     Attributes:
         layers: the converted ones, by index; those of method `exact` among them have no constant state.
-        places: of each part of `LayerHeads.configs`, by (index of the layer, number of the part).
+        places: of each of `LayerHeads.parts`, by (index of the layer, number of the part).
         together: key/value heads that share one attention of vLLM in converted layers.
         page: bytes of a page.
         block: tokens of a block, the fewest that any attention has in a page; None without attention.
@@ -74,16 +67,22 @@ class Layout:
     block: int | None
 
 
-def _of_layer(config: DarkConfig, index: int, number: int, num_kv_heads: int) -> LayerHeads:
-    parts = config.head_kinds(number, num_kv_heads)
-    form = dataclasses.replace(config, window=config.window_of(number))
-    return LayerHeads(
-        index,
-        number,
-        parts,
-        form if parts.features else None,
-        dataclasses.replace(form, method="local") if parts.local else None,
-    )
+def kinds_before(text_config: Any) -> list[str] | None:
+    """The kind of each layer as transformers names it, where the model has several; also once ours are in their place.
+
+    Raises:
+        ConversionError: kinds that are no attention to all earlier tokens or to a sliding window of them.
+    """
+    kinds = getattr(text_config, "darkformer_layer_types", None) or getattr(text_config, "layer_types", None)
+    # Models of Mamba layers compute theirs from other entries.
+    mixers = isinstance(getattr(type(text_config), "layers_block_type", None), property)
+    if mixers or set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        names = ", ".join(sorted(set(text_config.layers_block_type if mixers else kinds)))
+        raise ConversionError(
+            f"{text_config.model_type} has layers of the kinds {names}: vLLM would lose what such layers keep. Serve "
+            "it with `darkformer serve`."
+        )
+    return kinds
 
 
 def _described(text_config: Any) -> dict[int, int]:
@@ -95,7 +94,7 @@ def _described(text_config: Any) -> dict[int, int]:
     config = DarkConfig.from_dict(text_config.darkformer_saved)
     described = getattr(text_config, SAVED["darkformer_layers"], None)
     if described is None:  # saved by 0.1.0
-        kinds = getattr(text_config, "layer_types", None) or ["full_attention"] * text_config.num_hidden_layers
+        kinds = kinds_before(text_config) or ["full_attention"] * text_config.num_hidden_layers
         return {i: i for i, kind in enumerate(kinds) if kind == "full_attention" or config.convert_sliding}
     layers = {}
     for layer in described:
@@ -118,7 +117,12 @@ def converted_layers(text_config: Any, num_kv_heads: int) -> dict[int, LayerHead
         ConversionError: see `_described`.
     """
     config = DarkConfig.from_dict(text_config.darkformer_saved)
-    return {index: _of_layer(config, index, number, num_kv_heads) for index, number in _described(text_config).items()}
+    return {
+        index: LayerHeads(
+            index, number, config.head_kinds(number, num_kv_heads).exact, config.constant_parts(number, num_kv_heads)
+        )
+        for index, number in _described(text_config).items()
+    }
 
 
 def layout_of(
@@ -137,7 +141,7 @@ def layout_of(
     words = {
         (layer.index, part): slot_words(config, num_kv_heads=len(heads), head_dim=head_dim, dtype=dtype)
         for layer in layers.values()
-        for part, (config, heads) in enumerate(layer.configs())
+        for part, (config, heads) in enumerate(layer.parts)
     }
     if not words:
         raise ConversionError(
@@ -145,7 +149,7 @@ def layout_of(
             "conversion has not (darkformer.revert)."
         )
     largest = 4 * max(words.values())
-    exact = [len(layer.parts.exact) for layer in layers.values() if layer.parts.exact]
+    exact = [len(layer.exact) for layer in layers.values() if layer.exact]
     whole = len(layers) < text_config.num_hidden_layers  # layers that were not converted keep all their heads together
     together = math.gcd(*exact, *([num_kv_heads] if whole else []))
     if not (widest := num_kv_heads if whole else together):
@@ -170,5 +174,5 @@ def _packed(words: dict[tuple[int, int], int], capacity: int) -> dict[tuple[int,
 
 def kinds_of(layers: dict[int, LayerHeads], previous: Sequence[str]) -> list[str]:
     """The kind of each layer as vLLM's configuration names it: `linear_attention` where any head has constant state."""
-    constant = {index for index, layer in layers.items() if layer.configs()}
+    constant = {index for index, layer in layers.items() if layer.parts}
     return ["linear_attention" if i in constant else kind for i, kind in enumerate(previous)]

@@ -74,7 +74,7 @@ class DarkformerForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
         """
         group, together = num_heads // num_kv_heads, layout.together or 1
         parts = []
-        for number, (config, heads) in enumerate(layer.configs()):
+        for number, (config, heads) in enumerate(layer.parts):
             feature_map = _empty_map(config, heads, group, head_size, layer.number)
             if config.feature_count:
                 self.feature_maps[prefix.rpartition(".")[0]] = feature_map
@@ -87,8 +87,8 @@ class DarkformerForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
             parts.append((attention, heads, pages[page]))
         state = StateHeads(parts, group=group, prefix=f"{prefix}.state") if parts else None
         exact = []
-        for i in range(0, len(layer.parts.exact), together):
-            heads = layer.parts.exact[i : i + together]
+        for i in range(0, len(layer.exact), together):
+            heads = layer.exact[i : i + together]
             attention = ExactAttention(
                 num_heads=len(heads) * group, num_kv_heads=len(heads), head_size=head_size, scale=scale,
                 logits_soft_cap=logits_soft_cap, prefix=f"{prefix}.exact{i}", **options,

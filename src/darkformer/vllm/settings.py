@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from ..errors import ConversionError
-from .layout import SAVED, Layout, converted_layers, kinds_of, layout_of
+from .layout import SAVED, Layout, converted_layers, kinds_before, kinds_of, layout_of
 
 #: The architecture that converted models get in vLLM's registry, in place of their own.
 ARCHITECTURE = "DarkformerForCausalLM"
@@ -56,9 +56,13 @@ class DarkSettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Names the layers with states, from which vLLM sees that the model has both kinds of memory."""
+        """Names the layers with states, from which vLLM sees that the model has both kinds of memory.
+
+        Raises:
+            ConversionError: layers that vLLM's cannot stand for.
+        """
         text = model_config.hf_text_config
-        previous = getattr(text, "layer_types", None)
+        previous = kinds_before(text)
         layers = converted_layers(text, model_config.get_total_num_kv_heads())
         kinds = kinds_of(layers, previous or ["full_attention"] * text.num_hidden_layers)
         text.layers_block_type = ["linear_attention" if x == "linear_attention" else "attention" for x in kinds]
@@ -67,7 +71,7 @@ class DarkSettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Sets the size of blocks.
+        """Sets the size of blocks, and leaves CUDA graphs out.
 
         Raises:
             ConversionError: tensor parallelism or speculative decoding, which states do not follow.
@@ -79,6 +83,8 @@ class DarkSettings(VerifyAndUpdateConfig):
             )
         if vllm_config.speculative_config is not None:
             raise ConversionError("speculative decoding takes tokens back, which a state cannot: leave it out.")
+        # Recorded without requests, our operator would write zeros for ever after.
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         if (block := layout_for(vllm_config).block) is not None:
             cache = vllm_config.cache_config
             # As if the user had asked for it: otherwise each platform puts its own favourite in its place.

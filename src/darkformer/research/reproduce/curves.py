@@ -50,11 +50,6 @@ def accuracy_panel(lines: Lines, base: str, *, log_x: bool = False) -> Panel:
     return Panel(base, "optimizer step", "next-token accuracy on held-out text, %", curves, log_x=log_x)
 
 
-def chosen_rate(lines: Lines, base: str, method: str) -> float | None:
-    """The rate of the runs behind `final`."""
-    return next((row["lr"] for row in final(lines, base, method)), None)
-
-
 def gap_closed(lines: Lines, base: str, method: str = "dark") -> float | None:
     """Share of the accuracy between Performer and exact softmax that `method` recovers; None while one is missing."""
     exact, performer, own = (mean_final(lines, base, name) for name in ("exact", "performer", method))

@@ -120,7 +120,7 @@ def budget_config(
     softmax = len(layers) * kv_cache_bytes(length, **sizes) + rest
     dropped = config.no_features if count_features else tuple(layers)
     base = dataclasses.replace(config, window=CONSTANT_WINDOW, no_features=dropped)
-    if budget.share == 0.0:
+    if budget.constant:
         return base
 
     def kept(candidate: DarkConfig) -> int:
@@ -231,7 +231,7 @@ def planned_stages(clock: _Clock, config: DarkConfig, task: PlanTask) -> list[St
         full = [i for i in range(clock.shape.layers) if i not in clock.shape.sliding]
         chosen = _choice_stages(clock, len(full) * clock.shape.kv_heads)
         # Constant state has nothing to choose, but the heads are measured all the same.
-        stages += chosen[:1] if Budget.parse(task.budget, 1).share == 0.0 else chosen
+        stages += chosen[:1] if Budget.parse(task.budget, 1).constant else chosen
     # Calibration runs in float32, whatever the training does.
     calibrated = blocks * clock.observed("float32") + clock.search(config)
     stages += [Stage(f"{method}: calibrate", calibrated, f"{blocks} × {task.sequence:,} tokens, float32")]

@@ -217,11 +217,12 @@ template <bool BF16> static Status step(StepCall& c) {
       const int b = i / c.G, g = i % c.G;
       scratch().reset();
       StepPair<BF16> pair(c, b, g);
+      // First of all: also after a token that is refused, the next one must find nothing of another request here.
+      if (c.slots && pair.position == 0) pair.clear();
       if (c.slots && !finite_inputs<BF16>(c, b, g)) {
         pair.refuse(), finite = false;
         continue;
       }
-      if (c.slots && pair.position == 0) pair.clear();
       pair.add_oldest_key();
       pair.store_new_key();
       for (int r = 0; r < c.R; r++) if (!pair.attend(r)) finite = false;
