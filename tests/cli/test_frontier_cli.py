@@ -153,3 +153,15 @@ def test_a_diagnosis_names_the_heads(model_folder: Path, text_glob: str, tmp_pat
     shown = " ".join(output.split())
     assert "A budget of 60% at" in shown and needs["choice"]["config"]["keep_exact"]
     assert "linearize --budget 60%" in shown
+
+
+def test_a_diagnosis_keeps_what_heads_need_without_a_budget(model_folder: Path, text_glob: str, tmp_path: Path) -> None:
+    words = ["diagnose", str(model_folder), "--out", str(tmp_path / "d"), "--data", text_glob, "--tokens", "64"]
+    words += ["--context", CONTEXT, "--features", "16", "--window", "8"]
+    with pytest.raises(darkformer.ConfigError, match="give a share of the softmax cache"):
+        run(*words, "--budget", "ten")
+    assert not (tmp_path / "d").exists()
+    shown = " ".join(run(*words, "--budget", "1%").split())
+    needs = json.loads((tmp_path / "d" / "record.json").read_text())["needs"]
+    assert len(needs["sensitivity"]["rows"]) == 4 and needs["choice"] is None
+    assert "No heads were chosen: a budget of 1%" in shown

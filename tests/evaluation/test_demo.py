@@ -185,6 +185,18 @@ def test_interrupt_and_rerun_end_as_an_uninterrupted_run(
         assert row["score"]["loss"] == pytest.approx(expected["score"]["loss"], rel=1e-5), row["name"]
 
 
+@pytest.mark.parametrize(("budget", "message"), [("abc", "give a share of the softmax cache"), ("1%", "give at least")])
+def test_budgets_that_are_none(
+    budget: str, message: str, model_folder: Path, text_glob: str, tmp_path: Path, chosen: None
+) -> None:
+    settings = DemoConfig(str(model_folder), (text_glob,), 64, budget, 512)
+    with pytest.raises(ConfigError, match=message):
+        Demo(
+            settings, DarkConfig(num_features=16, window=8), TrainConfig(steps=0), tmp_path / "r",
+            RichReporter(Console(quiet=True)), SMALL,
+        ).run()  # fmt: skip
+
+
 def test_refusals(model_folder: Path, text_glob: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="window=0"):
         Demo(DemoConfig(), DarkConfig(window=0), TrainConfig(), tmp_path, RichReporter(Console(quiet=True)))

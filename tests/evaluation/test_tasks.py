@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 from hf.families import disturb
 from lm_eval.models.huggingface import HFLM
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from darkformer import DarkConfig, InputError, MissingExtraError, convert, load_model
+from darkformer.evaluation.compare import print_benchmark
 from darkformer.evaluation.tasks import run_tasks
 from darkformer.hf.load import load_tokenizer
 
@@ -137,3 +140,15 @@ def test_bad_input(model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)  # the YAML's data is not here
     with pytest.raises(InputError, match=r"lm-eval stopped \(\w+"):
         run_tasks(model, tokenizer, ["local_choice"], include_path=TASKS)
+
+
+def test_each_number_stands_under_its_model() -> None:
+    """Tokenizers with other shortest questions ask at other distances."""
+    point = lambda distance, accuracy: {"distance": distance, "accuracy": accuracy}  # noqa: E731
+    models = {"a": {"recall": [point(16, 0.1)]}, "b": {"recall": [point(52, 0.9)], "tasks": {"t": {"acc,none": 0.5}}}}
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_benchmark({"models": models}, console)
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line
+    ]
+    assert rows == [["recall at 16 tokens", "10%", ""], ["t acc", "", "0.5000"], ["recall at 52 tokens", "", "90%"]]

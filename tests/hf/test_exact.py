@@ -1,14 +1,25 @@
 """Exact mode is the original model, revert gives it back to the bit, and linear mode is something else."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from darkformer import DarkConfig, FeatureMap, attention, convert, dark_layers, revert
+from darkformer import (
+    ConversionError,
+    DarkConfig,
+    FeatureMap,
+    attention,
+    convert,
+    dark_layers,
+    revert,
+    save_cache,
+)
 from darkformer.hf.interface import observing
-from hf.families import DARK, FAMILIES, PAPER, left_mask, linear, logits, tiny, tokens
+from hf.families import DARK, FAMILIES, PAPER, converted, left_mask, linear, logits, tiny, tokens
 
 EXACT = DarkConfig(method="exact")
 MASKS = {"no padding": None, "left padding": left_mask([0, 11], 40)}
@@ -84,6 +95,14 @@ def test_convert_takes_the_layers_it_should(family: str, model: PreTrainedModel)
     assert [layer.layer for layer in dark_layers(model)] == FAMILIES[family].layers
     kept = dict(model.named_parameters())
     assert all(torch.equal(kept[name], p) for name, p in weights.items())
+
+
+def test_a_cache_without_states_is_not_saved(tmp_path: Path) -> None:
+    model = converted(tiny("llama"), replace(DARK, method="exact"))
+    with torch.no_grad():
+        cache = model(tokens(1, 8), use_cache=True).past_key_values
+    with pytest.raises(ConversionError, match="keeps softmax in every head"):
+        save_cache(cache, model, tmp_path / "state.safetensors")
 
 
 def test_a_copy_is_a_model_of_its_own() -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import darkformer
-from darkformer import ConversionError, save_cache
-from hf.families import DARK, SIZES, converted, linear, tokens
+from darkformer import ConversionError, convert, save_cache
+from darkformer.hf import convert as conversion
+from hf.families import DARK, SIZES, converted, linear, logits, tiny, tokens
 
 #: Lines of these files are places where the interpreter may raise KeyboardInterrupt.
 FILES = (str(Path(darkformer.__file__).parent / "hf"), str(Path(tf.__file__).parent / "models"))
@@ -162,3 +163,23 @@ class TestRefused:
         cache = self._uneven(model)
         cache.reset()
         assert torch.equal(read(model, ids, cache), read(model, ids, DynamicCache(config=model.config)))
+
+
+@pytest.mark.parametrize("at", ["_set_map", "streaming_error"])
+def test_an_interrupted_conversion_leaves_softmax(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the check of the steps has taken the conversion back for a moment."""
+    model, calls, whole = tiny("llama"), [], getattr(conversion, at)
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return torch.inf if at == "streaming_error" else whole(*args)
+
+    before = logits(model, tokens(1, 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(model, DARK)
+    assert torch.equal(logits(model, tokens(1, 20)), before) and not hasattr(model.config, "darkformer")
+    convert(model, DARK)

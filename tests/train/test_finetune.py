@@ -97,6 +97,15 @@ class TestGroups:
         assert [id(p) for p in own] == [id(owner.get_parameter(leaf))]
         assert added == []
 
+    def test_projections_of_other_names_are_not_left_out_silently(self) -> None:
+        model = linear("llama")  # whose geometry would train alone
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.query, attention.key, attention.value = attention.q_proj, attention.k_proj, attention.v_proj
+            del attention.q_proj, attention.k_proj, attention.v_proj
+        with pytest.raises(ConfigError, match="no parameter of this model has a name"):
+            trainable_parameters(model, "qkv")
+
 
 def test_two_learning_rates_and_the_schedule(tmp_path: Path) -> None:
     budget = TrainConfig(**{**QUICK, "steps": 10, "warmup": 50, "lr": 1e-3, "geometry_lr": 3e-2, "weight_decay": 0.1})

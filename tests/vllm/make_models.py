@@ -20,6 +20,8 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -51,6 +53,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any], DarkConfig]] = {
         DarkConfig(**FORM, keep_exact=("0.1", "2.0"), no_features=("1.0", "2.1"), layer_windows=((1, 24),)),
     ),
     "qwen3-layer": (Qwen3ForCausalLM, Qwen3Config, {}, DarkConfig(**FORM, keep_exact=(1,))),
+    # Its body is not called `model`.
+    "gpt-bigcode": (
+        GPTBigCodeForCausalLM, GPTBigCodeConfig, {"hidden_size": 128, "num_key_value_heads": 1, "multi_query": True},
+        DarkConfig(**FORM, keep_exact=(1,)),
+    ),
     "gemma3": (
         Gemma3ForCausalLM, Gemma3TextConfig,
         {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 32,

@@ -36,7 +36,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 MODELS = Path(__file__).parents[2] / "build" / "vllm-models"
-NAMES = ("llama", "llama-heads", "qwen3-layer", "gemma3")
+NAMES = ("llama", "llama-heads", "qwen3-layer", "gemma3", "gpt-bigcode")
 #: Prompts are read in pieces, beside requests that decode, four at a time.
 MIXED: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 48}
 PAGES = 64 << 20

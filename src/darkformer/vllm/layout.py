@@ -76,11 +76,11 @@ def kinds_before(text_config: Any) -> list[str] | None:
     kinds = getattr(text_config, "darkformer_layer_types", None) or getattr(text_config, "layer_types", None)
     # Models of Mamba layers compute theirs from other entries.
     mixers = isinstance(getattr(type(text_config), "layers_block_type", None), property)
-    if mixers or set(kinds or ()) - {"full_attention", "sliding_attention"}:
-        names = ", ".join(sorted(set(text_config.layers_block_type if mixers else kinds)))
+    present = set(text_config.layers_block_type if mixers else kinds or ())
+    if mixers or present - {"full_attention", "sliding_attention"}:
         raise ConversionError(
-            f"{text_config.model_type} has layers of the kinds {names}: vLLM would lose what such layers keep. Serve "
-            "it with `darkformer serve`."
+            f"{text_config.model_type} has layers of the kinds {', '.join(sorted(present))}: vLLM would lose what such "
+            "layers keep. Serve it with `darkformer serve`."
         )
     return kinds
 

@@ -109,11 +109,11 @@ class DarkformerForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
                 if MARK not in name:
                     yield name, weight
                     continue
-                module, _, tensor = name.rpartition(MARK)
-                found = next((x for x in self.feature_maps if x == module or x == f"model.{module}"), None)
-                if found is not None:  # others belong to another stage of the pipeline
-                    _load(self.feature_maps[found], tensor, weight, name)
-                    loaded[found].add(tensor)
+                # vLLM calls every model's body `model`.
+                module, _, tensor = (self.hf_to_vllm_mapper.map_name(name) or name).rpartition(MARK)
+                if module in self.feature_maps:  # others belong to another stage of the pipeline
+                    _load(self.feature_maps[module], tensor, weight, name)
+                    loaded[module].add(tensor)
 
         others = super().load_weights(own())
         for name, feature_map in self.feature_maps.items():
