@@ -83,24 +83,26 @@ def scored(model: Any, tokenizer: Any, options: argparse.Namespace, context: int
     }
 
 
-def long_of(rows: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """What longer sequences are compared with: softmax's score in them, trained alike if it is there."""
+def softmax_of(rows: dict[str, Any], long: bool = False) -> tuple[dict[str, Any] | None, str]:
+    """What rows are compared with, in longer sequences too: softmax's score, trained alike if it is there."""
     for name in ("softmax", "softmax untrained"):
-        if name in rows and rows[name]["trained"]["long"]:
-            return rows[name]["trained"]["long"], name
+        if name in rows and (found := rows[name]["trained"]["long"] if long else rows[name]["trained"]):
+            return found, name
     return None, ""
 
 
 def table(record: dict[str, Any]) -> str:
-    """The rows as a Markdown table; shares are of the softmax model that was trained alike."""
+    """The rows as a Markdown table; shares are of the softmax model that was trained alike, if there is one."""
     rows = record["rows"]
-    softmax, exact = rows["softmax"]["trained"], rows.get("exact part", {}).get("trained")
-    long, of = long_of(rows)
+    (softmax, name), exact = softmax_of(rows), rows.get("exact part", {}).get("trained")
+    if softmax is None:
+        return ""
+    long, of = softmax_of(rows, long=True)
     recalled = f"recalled at {', '.join(str(x['distance']) for x in softmax['recall'])}"
     titles = [
         "trained alike",
         "loss",
-        "of softmax's accuracy",
+        "of softmax's accuracy" if name == "softmax" else f"of {name}",
         *([f"at {long['context']:,} tokens, of {of}"] if long else []),
         *(["recovery of the far field"] if exact else []),
         recalled,
@@ -131,12 +133,15 @@ def above(found: dict[str, Any], softmax: dict[str, Any]) -> list[dict[str, Any]
 def draw(record: dict[str, Any], path: Path) -> None:
     """A line a row, and another for longer sequences."""
     rows = {name: row["trained"] for name, row in record["rows"].items()}
-    (long, of), softmax = long_of(record["rows"]), rows.pop("softmax")
-    curves = {name: above(found, softmax) for name, found in rows.items()}
-    for name, found in rows.items():
-        if long and found["long"] and name != of:
-            curves[f"{name}, {long['context']:,} tokens, above {of}"] = above(found["long"], long)
-    loss_by_position(curves, path, "loss above softmax's, nats a token")
+    (softmax, name), (long, of) = softmax_of(record["rows"]), softmax_of(record["rows"], long=True)
+    rows.pop(name, None)
+    if softmax is None or not rows:
+        return
+    curves = {row: above(found, softmax) for row, found in rows.items()}
+    for row, found in rows.items():
+        if long and found["long"] and row != of:
+            curves[f"{row}, {long['context']:,} tokens, above {of}"] = above(found["long"], long)
+    loss_by_position(curves, path, f"loss above {name}'s, nats a token")
 
 
 def main() -> None:
@@ -203,10 +208,9 @@ def main() -> None:
         }  # fmt: skip
         if options.out:
             write_json(options.out, record)
-        if "softmax" in rows:
-            print(table(record), flush=True)
-            if options.plot:
-                draw(record, options.plot)
+        print(table(record), flush=True)
+        if options.plot:
+            draw(record, options.plot)
 
 
 if __name__ == "__main__":
