@@ -30,8 +30,24 @@ class Letters:
 
     bos_token_id = 1
 
-    def __call__(self, text: str, add_special_tokens: bool = False) -> Any:
-        return SimpleNamespace(input_ids=[2 + ord(c) % 90 for c in text])
+    prefix: tuple[int, ...] = ()
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        return SimpleNamespace(input_ids=[*self.prefix * add_special_tokens, *(2 + ord(c) % 90 for c in text)])
+
+
+@pytest.mark.parametrize("prefix", [(), (1,), (0, 1)], ids=["none", "one", "two"])
+def test_numbers_are_told_in_text_that_begins_once(prefix: tuple[int, ...]) -> None:
+    """Rows that begin as the tokenizer begins a text: of one row prompts of its length can be made."""
+    tokenizer, context = Letters(), 400
+    tokenizer.prefix = prefix
+    text = ids(2, context)
+    text = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(2, -1), text.clamp_min(2)], dim=1)[:, :context]
+    start = list(prefix) or [1]
+    for rows in (text[:1], text):
+        told = recall_rows(tokenizer, text_rows([rows]), context, 3)
+        assert told.ids.shape == (3, context)
+        assert told.ids[:, : len(start)].tolist() == [start] * 3 and bool((told.ids[:, len(start) :] > 1).all())
 
 
 def build(family: str = "llama", dtype: torch.dtype = torch.float64) -> Any:

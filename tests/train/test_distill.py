@@ -35,6 +35,20 @@ def test_the_loss_is_the_divergence_and_the_cross_entropy(monkeypatch: pytest.Mo
         torch.testing.assert_close(*grads)
 
 
+def test_places_that_do_not_count_change_nothing() -> None:
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 9, 11, requires_grad=True), torch.randn(2, 9, 11)
+    labels = torch.randint(11, (2, 9))
+    labels[:, 6:] = -100
+    spoiled = logits.detach().clone().requires_grad_()
+    with torch.no_grad():
+        spoiled[:, 5:] = torch.nan  # predicts what does not count
+    loss = distillation_loss(spoiled, teacher, labels, 0.5)
+    torch.testing.assert_close(loss, distillation_loss(logits[:, :6], teacher[:, :6], labels[:, :6], 0.5))
+    (grad,) = torch.autograd.grad(loss, spoiled)
+    assert bool((grad[:, 5:] == 0).all()) and bool((grad[:, :5] != 0).all())
+
+
 def test_a_model_distilled_from_itself_comes_nearer_to_it(tmp_path: Path) -> None:
     model = tiny("llama")
     teacher = teacher_of(model)

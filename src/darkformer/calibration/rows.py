@@ -107,9 +107,30 @@ def text_rows(batches: Iterable[Any]) -> Rows:
     return Rows(tokens, None if bool(mask.all()) else mask, labels)
 
 
-def starts_rows(start: Sequence[int], ids: Tensor) -> bool:
-    """Whether every row of ids (N, L) begins with `start`, one special token or none: text in between has none."""
-    return bool(start) and ids.dim() == 2 and bool((ids[:, 0] == start[0]).all())
+def prefix_of(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, such as the token that says where it begins (BOS).
+
+    Many models are at a loss without it: Gemma 3 270M loses 0.4 nats a token over 2,048 of them.
+    """
+    for text in ("a", "A", "1", "."):  # one of which the vocabulary has
+        plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        whole: list[int] = tokenizer(text).input_ids
+        for i in range(len(whole) - len(plain) + 1 if plain else 0):
+            if whole[i : i + len(plain)] == plain:
+                return whole[:i]
+    return []
+
+
+def prompt_start(tokenizer: Any) -> list[int]:
+    """What prompts begin with: `prefix_of`, or the token for it of a tokenizer that does not put it there itself."""
+    return prefix_of(tokenizer) or ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
+
+
+def without_start(start: Sequence[int], ids: Tensor) -> Tensor:
+    """Rows (N, L) without `start`, if every row begins with it: text between other text begins with nothing."""
+    n = len(start)
+    begun = n > 0 and ids.shape[1] > n and bool((ids[:, :n] == torch.tensor(start, device=ids.device)).all())
+    return ids[:, n:] if begun else ids
 
 
 def recall_rows(
@@ -140,12 +161,10 @@ def recall_rows(
     def ids_of(string: str) -> list[int]:
         return list(tokenizer(string, add_special_tokens=False).input_ids)
 
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ids, mask = text.ids, text.mask
-    if starts_rows(start, ids):
-        ids, mask = ids[:, 1:], None if mask is None else mask[:, 1:]
-    stream = ids.flatten() if mask is None else ids[mask]
-    if len(stream) < context:
+    start = prompt_start(tokenizer)
+    ids = without_start(start, text.ids)
+    stream = ids.flatten() if text.mask is None else ids[text.mask[:, -ids.shape[1] :]]
+    if len(stream) < context - len(start):
         raise InputError(
             f"the text has {len(stream)} tokens, prompts of {context} are to be made of it: give more text or a "
             "smaller context."

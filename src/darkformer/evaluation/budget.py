@@ -29,7 +29,7 @@ from ..hf.load import load_model, load_tokenizer
 from ..hf.plan import plan_conversion
 from ..records import check_folder, finish_run, open_run, read_kept, write_json, write_kept
 from ..reporting import Reporter, Silent
-from ..train.linearize import calibration_batches, check_context, choice_batches, load_context_text
+from ..train.linearize import begins, calibration_batches, check_context, choice_batches, load_context_text
 from .frontier import FrontierRow, measure_frontier
 from .settings import BudgetTask, FrontierSettings
 
@@ -172,6 +172,7 @@ def run_budget(
     with reporter.stage("load the model", 1):
         model = load_model(model_name)
     check_context(model.config, task.context)
+    claim |= begins(tokenizer)
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
     open_run(out, claim, resume=resume, overwrite=overwrite)
     record = measure_budgets(

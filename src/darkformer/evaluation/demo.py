@@ -19,6 +19,7 @@ from ..hf.load import demo_model_path, load_model, load_tokenizer, save_model
 from ..hf.plan import plan_conversion
 from ..records import (  # fmt: skip
     RECORD_FILE,
+    check_folder,
     environment,
     finish_run,
     finished_record,
@@ -29,7 +30,7 @@ from ..records import (  # fmt: skip
 )
 from ..train.data import Document, load_documents, split_documents, token_blocks
 from ..train.distill import teacher_of
-from ..train.linearize import trained
+from ..train.linearize import begins, trained
 from .budget import calibration, measured_choices
 from .demo_report import write_report
 from .frontier import FrontierRow, measure_frontier, measure_quality, row_work, speed_work
@@ -60,9 +61,9 @@ class Demo:
         if default.window == 0:
             raise ConfigError("window=0: the demo also measures window and sinks alone: give a window of at least 1.")
         check_budget_config(default)
-        if training.trains and training.train == "geometry":
+        constant = Budget.parse(demo.budget, 1).constant
+        if training.trains and training.train == "geometry" and default.drop_features and not constant:
             raise ConfigError("train='geometry': the demo's budget keeps no features to train: use all, qkv or none.")
-        Budget.parse(demo.budget, 1)
         self.demo, self.default, self.training, self.out, self.reporter = demo, default, training, out, reporter
         self.frontier = replace(settings, dtype=training.dtype, element_bytes=0)
         self.steps = training.steps if training.trains else 0
@@ -76,11 +77,7 @@ class Demo:
 
     def run(self, *, overwrite: bool = False) -> dict[str, Any]:
         """All rows, then table, plots, report and record. Returns the record."""
-        if open_run(self.out, self.settings, resume=True, overwrite=overwrite):
-            if (record := finished_record(self.out)) is not None:
-                self.reporter.say(f"{self.out} holds this run, finished: here is its record. --overwrite runs again.")
-                return record
-            self.reporter.say(f"continuing the run in {self.out}")
+        check_folder(self.out)
         with self.reporter.stage(f"load text and {self.settings['model']}", 1):
             tokenizer = load_tokenizer(self.model_name)
             prompt_inputs(tokenizer, self.demo.prompt)  # refuses before anything is measured
@@ -90,10 +87,16 @@ class Demo:
             validation = token_blocks(tokenizer, held_out, self.demo.context, "the held-out", advice)
             validation = validation[: max(1, self.demo.eval_tokens // self.demo.context)]
             model = load_model(self.model_name)
-            # Both refuse before anything is measured.
+            # Both refuse before the folder is claimed.
             plan_conversion(model, self.default)
             limit = Budget.parse(self.demo.budget, full_context(model))
             check_budget(model, limit, self.default, dtype=self.training.dtype, count_features=False)
+        self.settings |= begins(tokenizer)
+        if open_run(self.out, self.settings, resume=True, overwrite=overwrite):
+            if (record := finished_record(self.out)) is not None:
+                self.reporter.say(f"{self.out} holds this run, finished: here is its record. --overwrite runs again.")
+                return record
+            self.reporter.say(f"continuing the run in {self.out}")
         with self.reporter.whole("everything", *self._work(validation)):
             record = self._measured(model, tokenizer, blocks, validation)
             budget = next(row for row in record["rows"] if row["name"] == "budget")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calibration.rows import starts_rows
+from ..calibration.rows import prompt_start, without_start
 from ..config import option
 from ..errors import InputError
 from ..reporting import Progress
@@ -111,9 +111,9 @@ class _Prompts:
     def __init__(self, tokenizer: Any, seed: int) -> None:
         self.ids: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False).input_ids
         self.generator = torch.Generator().manual_seed(seed)
-        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        self.start = prompt_start(tokenizer)
         self.filler, self.question = self.ids(FILLER), self.ids(QUESTION)
-        self.before = start + self.ids(BEFORE) + self._fill(LEAD, 0)
+        self.before = self.start + self.ids(BEFORE) + self._fill(LEAD, 0)
 
     def _fill(self, length: int, offset: int) -> list[int]:
         """`length` tokens of the endless filler from `offset` on."""
@@ -147,9 +147,9 @@ class _ManyNumbers(_Prompts):
     def __init__(self, tokenizer: Any, seed: int, filler: Tensor | None) -> None:
         super().__init__(tokenizer, seed)
         self.has_digit: Callable[[int], bool] = lambda token: any(c.isdigit() for c in tokenizer.decode([token]))
-        self.start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         if filler is not None:
-            self.filler = (filler[:, 1:] if starts_rows(self.start, filler) else filler).flatten().tolist()
+            rows = without_start(self.start, filler) if filler.dim() == 2 else filler
+            self.filler = rows.flatten().tolist()
             if not self.filler:
                 raise InputError("filler holds no tokens: give ids of some text, or None for the built-in sentences.")
 

@@ -38,12 +38,13 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, we
 
     Args:
         logits, teacher_logits: (B, L, V), of the token after each position.
-        labels: (B, L) token ids; position t predicts the label at t + 1, so the last position does not count.
+        labels: (B, L) token ids; position t predicts the label at t + 1, so the last position does not count, nor do
+            those before a label of -100.
     """
     following = F.pad(labels[:, 1:], (0, 1), value=UNCOUNTED)
     rows = (x.flatten(0, 1) for x in (logits, teacher_logits, following))
     total: Tensor = _Summed.apply(*rows, weight)
-    return total / labels[:, 1:].numel()
+    return total / (following != UNCOUNTED).sum().clamp_min(1)
 
 
 class _Summed(torch.autograd.Function):
@@ -60,12 +61,15 @@ class _Summed(torch.autograd.Function):
         parts = (x.split(rows_at_once(logits)) for x in (grad, losses, logits, teacher_logits, labels))
         for out, loss, own, teacher, label in zip(*parts, strict=True):
             log_p, log_t = own.float().log_softmax(-1), teacher.float().log_softmax(-1)
-            t, counted, index = log_t.exp(), label != UNCOUNTED, label.clamp_min(0)[:, None]
+            t, left_out = log_t.exp(), label == UNCOUNTED
+            index = label.masked_fill(left_out, 0)[:, None]
             loss += weight * (t * (log_t - log_p)).sum(-1) - (1 - weight) * log_p.gather(1, index)[:, 0]
-            loss *= counted
+            loss.masked_fill_(left_out, 0.0)
+            if not ctx.needs_input_grad[0]:
+                continue
             slope = log_p.exp_().sub_(t, alpha=weight)
             slope.scatter_add_(1, index, slope.new_full(index.shape, weight - 1))
-            out.copy_(slope.mul_(counted[:, None]))
+            out.copy_(slope.masked_fill_(left_out[:, None], 0.0))
         ctx.save_for_backward(grad)
         return losses.sum()
 

@@ -51,7 +51,7 @@ from .card import model_card
 from .data import blocks_of, load_documents, prefix_of, split_documents, text_size, tokens_of
 from .distill import teacher_of
 from .evaluate import evaluate
-from .finetune import finetune
+from .finetune import finetune, trainable_parameters
 from .transfer import transfer
 
 #: Reports of the stages so far, beside the model that they left.
@@ -232,6 +232,15 @@ def load_context_text(
     return _in_context(load_tokens(sources, held_out, tokenizer, reporter), context, prefix_of(tokenizer))
 
 
+def begins(tokenizer: Any) -> dict[str, list[int]]:
+    """A run's setting for what each sequence begins with; none for tokenizers that begin texts with nothing.
+
+    Earlier versions left it out, so that scores of their unfinished runs must not stand beside new ones.
+    """
+    prefix = prefix_of(tokenizer)
+    return {"begins": prefix} if prefix else {}
+
+
 def _in_context(tokens: tuple[Tensor, Tensor], context: int, prefix: Sequence[int]) -> tuple[Tensor, Tensor]:
     advice = "give more text, or a smaller --context"
     first, rest = (
@@ -370,10 +379,13 @@ def linearize(
         "config": config.to_dict(), "budget": asdict(training), "context": context, "memory": budget,
         "memory_at": budget_at,
     }  # fmt: skip
+    settings |= begins(tokenizer)
     element_bytes = cache_element_bytes(model, training.dtype)
     number = training.dtype if training.dtype == "bfloat16" else str(model.dtype).removeprefix("torch.")
     counted = f"counted at {element_bytes} bytes a number ({number})"
     reporter.say(str(plan_conversion(model, config)))  # before the folder is claimed
+    if training.trains and training.train == "qkv":
+        trainable_parameters(model, training.train)
     continues = open_run(out, settings, resume=resume, overwrite=overwrite)
     if continues and (record := finished_record(out)) is not None:
         reporter.say(f"{out} is finished: nothing left to do.")
