@@ -69,8 +69,8 @@ def rankings(_: list[str]) -> str:
     return script("rankings")["table"](read("rankings"))
 
 
-def trained_alike(_: list[str]) -> str:
-    return script("trained_alike")["table"](read("trained-alike"))
+def trained_alike(name: str, _: list[str]) -> str:
+    return script("trained_alike")["table"](read(name))
 
 
 def drift(_: list[str]) -> str:
@@ -113,7 +113,8 @@ TABLES: dict[str, Callable[[list[str]], str]] = {
     "untrained": untrained,
     "generation": generation,
     "rankings": rankings,
-    "trained-alike": trained_alike,
+    "trained-alike": partial(trained_alike, "trained-alike"),
+    "trained-alike-gemma3": partial(trained_alike, "trained-alike-gemma3"),
     "far-rank": lambda _: script("far_rank")["table"](read("far-rank")),
     "drift": drift,
     "serving": lambda _: script("serving")["table"](read("serving")),

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConversionError, InputError
+from ..errors import InputError
 from ..features.feature_map import FeatureMap
 from ..hf.convert import drop_features
 from ..hf.interface import observing
-from ..hf.layers import dark_layers
+from ..hf.layers import required_maps
 from ..reporting import Progress
 from .moments import HeadProposals, Moments, set_transforms
 from .probe import SCALES, SpreadProbe, real_tokens
@@ -255,9 +255,7 @@ def calibrate(
         ConversionError: the model is not converted. InputError: too few tokens, or something that is no batch.
         ConfigError: `theorem32` has no proposal for a head at any of the scales (the message has layer and head).
     """
-    layers = list(dark_layers(model))
-    if not layers:
-        raise ConversionError("the model is not converted: call darkformer.convert(model, config) first.")
+    layers = required_maps(model)
     every = list(batches)
     if not every:
         raise InputError("no calibration batches: give at least one.")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import DarkConfig
+from ..errors import ConversionError
 from ..features.feature_map import FeatureMap
 
 
@@ -143,3 +144,15 @@ def dark_layers(model: nn.Module) -> Iterator[FeatureMap]:
     for name, module in model.named_modules():
         if isinstance(module, FeatureMap) and "original_module" not in name.split("."):
             yield module
+
+
+def required_maps(model: nn.Module) -> list[FeatureMap]:
+    """All `dark_layers`.
+
+    Raises:
+        ConversionError: there are none.
+    """
+    maps = list(dark_layers(model))
+    if not maps:
+        raise ConversionError("the model is not converted: call darkformer.convert(model, config) first.")
+    return maps

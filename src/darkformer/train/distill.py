@@ -25,7 +25,7 @@ def teacher_of(model: Any) -> Any:
     Raises:
         ConversionError: the model is converted already, so there is no softmax to learn from.
     """
-    if any(True for _ in dark_layers(model)):
+    if next(dark_layers(model), None) is not None:
         raise ConversionError(
             "the model to distil from is converted itself: copy it before `convert`, or load the softmax model again."
         )

@@ -418,6 +418,12 @@ def linearize(
     losses = trained(model, blocks, training, checkpoints, reporter, config.method, teacher=teacher)
     if training.trains:
         scores["finetuned"] = scored(model, validation, training.dtype, reporter, "finetuned")
+        before = scores.get("transferred", scores["converted"])["loss"]
+        if scores["finetuned"]["loss"] > before:
+            reporter.say(
+                f"Finetuning made it worse on held-out text, {before:.3f} → {scores['finetuned']['loss']:.3f} nats a "
+                f"token: --lr {training.lr:g} may be too much for this model. Give a quarter of it, or --train qkv."
+            )
     with reporter.stage("save the model", 1):
         save_model(model, tokenizer, out / "model")
     record = {

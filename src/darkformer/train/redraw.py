@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ..errors import ConfigError, ConversionError
-from ..hf.layers import dark_layers
+from ..errors import ConfigError
+from ..hf.layers import required_maps
 
 
 def redraw(model: nn.Module, step: int) -> None:
@@ -22,9 +22,7 @@ def redraw(model: nn.Module, step: int) -> None:
     """
     if step < 0:
         raise ConfigError(f"step={step}: must be at least 0.")
-    layers = list(dark_layers(model))
-    if not layers:
-        raise ConversionError("the model is not converted: call darkformer.convert(model, config) first.")
+    layers = required_maps(model)
     if not any([layer.redraw_(step) for layer in layers]):
         method = layers[0].config.method
         raise ConfigError(f"method={method!r} has no random projection to draw anew (lfk learns its own).")

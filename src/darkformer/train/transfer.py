@@ -21,10 +21,10 @@ from ..calibration.calibrate import drop_unpaid, pays
 from ..calibration.projections import output_grams, squared_lengths
 from ..calibration.rows import inputs_of, run
 from ..config import native_dtype
-from ..errors import ConfigError, ConversionError, InputError, NonFiniteError, RunFolderError
+from ..errors import ConfigError, InputError, NonFiniteError, RunFolderError
 from ..features.feature_map import FeatureMap, feature_map
 from ..hf.interface import observing
-from ..hf.layers import dark_layers
+from ..hf.layers import required_maps
 from ..hf.sealed import read_sealed, write_sealed
 from ..ops.attention import attention
 
@@ -285,9 +285,7 @@ def transfer(
     every = list(batches)
     if len(every) < 2:
         raise InputError(f"{len(every)} batches for transfer: give two at least, the last one is held back.")
-    maps = list(dark_layers(model))
-    if not maps:
-        raise ConversionError("the model is not converted: call darkformer.convert(model, config) first.")
+    maps = required_maps(model)
     learning = [fm for fm in maps if fm.config.feature_count and any(p.requires_grad for p in fm.parameters())]
     if not learning:
         raise ConfigError(
