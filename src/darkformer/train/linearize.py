@@ -120,8 +120,9 @@ def scored(model: nn.Module, blocks: Tensor, dtype: str, reporter: Reporter, tit
 
 
 def trained(
-    model: nn.Module, blocks: Tensor, training: TrainConfig, folder: Path, reporter: Reporter, title: str, teacher: Any
-) -> list[float]:
+    model: nn.Module, blocks: Tensor, training: TrainConfig, folder: Path, reporter: Reporter, title: str,
+    teacher: Any = None,
+) -> list[float]:  # fmt: skip
     """`finetune` as a stage, if there is anything to do; resumes at the last checkpoint in `folder`."""
     if not training.trains:
         return []
