@@ -7,6 +7,7 @@ import queue
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from darkformer.console import LINE_EVERY, Clock, PlainConsole, RichReporter
 from darkformer.evaluation.generation import PrintableStreamer
 from darkformer.plots import loss_by_position, recall_against_distance
 from darkformer.reporting import printable
-from darkformer.train.linearize import trained
+from darkformer.train.linearize import _say_if_worse, trained
 
 
 class StandingClock(Clock):
@@ -295,3 +296,13 @@ def test_plots_of_any_name(tmp_path: Path) -> None:
     loss_by_position(dict.fromkeys(names, buckets), tmp_path / "loss.png")
     recall_against_distance(dict.fromkeys(names, points), tmp_path / "recall.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "recall.png"))
+
+
+def test_a_finetuning_that_spoils_is_told() -> None:
+    told: list[str] = []
+    reporter = SimpleNamespace(say=told.append)
+    scores = {"converted": {"loss": 2.0}, "transferred": {"loss": 1.9}, "finetuned": {"loss": 1.9}}
+    _say_if_worse(scores, TrainConfig(), reporter)
+    assert not told  # as good as before
+    _say_if_worse({**scores, "finetuned": {"loss": 1.95}}, TrainConfig(lr=1e-3), reporter)
+    assert len(told) == 1 and "1.900 → 1.950" in told[0] and "--lr 0.001" in told[0]

@@ -17,7 +17,7 @@ QUICK = dict(steps=4, warmup=0, seq_len=24, batch_size=2, dtype="float32", lr=1e
 
 
 def test_the_loss_is_the_divergence_and_the_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("darkformer.train.evaluate.LOGITS_AT_ONCE", 11 * 16)
+    monkeypatch.setattr("darkformer.train.evaluate.NUMBERS_AT_ONCE", 11 * 16)
     length = 40  # more than one part
     torch.manual_seed(0)
     logits, teacher = torch.randn(2, length, 11, requires_grad=True), torch.randn(2, length, 11)

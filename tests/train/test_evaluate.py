@@ -120,7 +120,7 @@ def test_buckets_of_positions(length: int, expected: list[tuple[int, int]]) -> N
 @pytest.mark.parametrize("batch_size", [None, 2])
 @torch.no_grad()
 def test_positions_against_a_plain_computation(batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("darkformer.train.evaluate.LOGITS_AT_ONCE", 37)  # a row is computed in parts
+    monkeypatch.setattr("darkformer.train.evaluate.NUMBERS_AT_ONCE", 37)  # a row is computed in parts
     model, blocks = linear("llama"), tokens(3, 150)
     score = evaluate(model, blocks, batch_size=batch_size)
     logits, target = model(blocks).logits[:, :-1], blocks[:, 1:]

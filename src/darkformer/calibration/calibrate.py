@@ -202,13 +202,16 @@ class Report(Protocol):
     def features(self) -> list[bool]: ...
 
 
-def drop_unpaid(model: nn.Module, layers: Iterable[FeatureMap], reports: Iterable[Report]) -> None:
+def drop_unpaid(
+    model: nn.Module, layers: Iterable[FeatureMap], reports: Iterable[Report], *, drop: bool = True
+) -> None:
     """Switches off the features that do not pay, where the configuration allows it and there is a window.
 
     Args:
         reports: their `features` say on entry which pay, and afterwards which are left on.
+        drop: False leaves all of them on.
     """
-    droppable = {fm.layer for fm in layers if fm.config.drop_features and fm.config.window > 0}
+    droppable = {fm.layer for fm in layers if drop and fm.config.drop_features and fm.config.window > 0}
     heads: set[tuple[int, int]] = set()
     for report in reports:
         if report.layer not in droppable:
@@ -280,7 +283,7 @@ def calibrate(
             for choice in choices:
                 better = [a < BYTES_MARGIN * b for a, b in zip(choice.error, choice.error_equal_bytes, strict=True)]
                 choice.features[:] = [on and wins for on, wins in zip(choice.features, better, strict=True)]
-        drop_unpaid(model, layers if drop else [], choices)
+        drop_unpaid(model, layers, choices, drop=drop)
     finally:
         model.train(was_training)
     if progress:

@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..calibration.rows import IGNORED
 from ..config import native_dtype
 from ..errors import ConversionError
 from ..hf.layers import dark_layers
 from .evaluate import rows_at_once
-
-#: The label of a position that does not count.
-UNCOUNTED = -100
 
 
 def teacher_of(model: Any) -> Any:
@@ -41,10 +39,10 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, we
         labels: (B, L) token ids; position t predicts the label at t + 1, so the last position does not count, nor do
             those before a label of -100.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=UNCOUNTED)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     rows = (x.flatten(0, 1) for x in (logits, teacher_logits, following))
     total: Tensor = _Summed.apply(*rows, weight)
-    return total / (following != UNCOUNTED).sum().clamp_min(1)
+    return total / (following != IGNORED).sum().clamp_min(1)
 
 
 class _Summed(torch.autograd.Function):
@@ -61,7 +59,7 @@ class _Summed(torch.autograd.Function):
         parts = (x.split(rows_at_once(logits)) for x in (grad, losses, logits, teacher_logits, labels))
         for out, loss, own, teacher, label in zip(*parts, strict=True):
             log_p, log_t = own.float().log_softmax(-1), teacher.float().log_softmax(-1)
-            t, left_out = log_t.exp(), label == UNCOUNTED
+            t, left_out = log_t.exp(), label == IGNORED
             index = label.masked_fill(left_out, 0)[:, None]
             loss += weight * (t * (log_t - log_p)).sum(-1) - (1 - weight) * log_p.gather(1, index)[:, 0]
             loss.masked_fill_(left_out, 0.0)

@@ -17,7 +17,7 @@ from ..reporting import Progress
 #: Tokens in one forward pass of `evaluate`, unless one block is longer: logits of a large vocabulary are large.
 TOKENS_AT_ONCE = 2048
 #: Numbers of logits that are in float32 at a time: what a processor's cache holds, or a GPU's memory easily.
-LOGITS_AT_ONCE, LOGITS_AT_ONCE_CUDA = 2**21, 2**26
+NUMBERS_AT_ONCE, NUMBERS_AT_ONCE_CUDA = 2**21, 2**26
 #: End of the first bucket of positions; each later one is twice as long.
 FIRST_POSITIONS = 64
 
@@ -61,7 +61,7 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
 
 def rows_at_once(logits: Tensor) -> int:
     """Rows of logits (N, V) that are computed with in float32 at a time."""
-    return max(1, (LOGITS_AT_ONCE_CUDA if logits.is_cuda else LOGITS_AT_ONCE) // logits.shape[-1])
+    return max(1, (NUMBERS_AT_ONCE_CUDA if logits.is_cuda else NUMBERS_AT_ONCE) // logits.shape[-1])
 
 
 @torch.no_grad()

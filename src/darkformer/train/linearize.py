@@ -133,6 +133,16 @@ def trained(
         )  # fmt: skip
 
 
+def _say_if_worse(scores: Mapping[str, Mapping[str, Any]], training: TrainConfig, reporter: Reporter) -> None:
+    """Warns where finetuning raised the held-out loss."""
+    before, after = scores.get("transferred", scores["converted"])["loss"], scores["finetuned"]["loss"]
+    if after > before:
+        reporter.say(
+            f"Finetuning made it worse on held-out text, {before:.3f} → {after:.3f} nats a token: --lr {training.lr:g} "
+            "may be too much for this model. Give a quarter of it, or --train qkv."
+        )
+
+
 def transferred(
     model: Any, blocks: Tensor, training: TrainConfig, folder: Path, reporter: Reporter, title: str
 ) -> list[dict[str, Any]]:
@@ -419,12 +429,7 @@ def linearize(
     losses = trained(model, blocks, training, checkpoints, reporter, config.method, teacher=teacher)
     if training.trains:
         scores["finetuned"] = scored(model, validation, training.dtype, reporter, "finetuned")
-        before = scores.get("transferred", scores["converted"])["loss"]
-        if scores["finetuned"]["loss"] > before:
-            reporter.say(
-                f"Finetuning made it worse on held-out text, {before:.3f} → {scores['finetuned']['loss']:.3f} nats a "
-                f"token: --lr {training.lr:g} may be too much for this model. Give a quarter of it, or --train qkv."
-            )
+        _say_if_worse(scores, training, reporter)
     with reporter.stage("save the model", 1):
         save_model(model, tokenizer, out / "model")
     record = {
